@@ -1,0 +1,1 @@
+"""One training core, one accountant, one store: everything that is the same for all methods."""

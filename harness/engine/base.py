@@ -1,0 +1,103 @@
+"""What an engine is: it adds the clipped (encoded) per-example gradients of a batch to a running sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from dpft.harness.engine.encoding import IDENTITY, Encoding
+from dpft.harness.errors import BadInput
+
+Batch = dict[str, torch.Tensor]
+Loss = Callable[[nn.Module, Batch], torch.Tensor]
+Sums = dict[str, torch.Tensor]
+
+
+class Engine:
+    """Per-example gradients of `parameters` under `loss`, clipped to `clip_norm` (flat over all parameters) and summed.
+
+    loss(model, batch) -> [batch], each value a function of its own example. clock: context managers by phase name
+    (`forward`, `backward`, `clip`), for timing only.
+    """
+
+    name: ClassVar[str]
+    needs_per_example: ClassVar[bool] = True
+
+    def __init__(self, model: nn.Module, loss: Loss, parameters: dict[str, nn.Parameter], clock):
+        self.model, self.loss, self.parameters, self.clock = model, loss, parameters, clock
+
+    def accumulate(
+        self, batch: Batch, total: Sums, clip_norm: float, encodings: dict[str, Encoding]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add `sum_i min(1, C/||g_i||) g_i` to `total`, in place. Returns (losses, norms before clipping), both [batch]."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Take all hooks off the model."""
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """Per-example losses, shape checked."""
+        losses = self.loss(self.model, batch)
+        size = len(next(iter(batch.values())))
+        if losses.shape != (size,):
+            raise BadInput(
+                f"The task's loss has shape {tuple(losses.shape)} for {size} examples; return one loss per example."
+            )
+        return losses
+
+
+def clip_factors(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
+    """min(1, C/norm), shape [batch] (Abadi et al., 1607.00133, Algorithm 1)."""
+    return (clip_norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)
+
+
+def zero_sums(parameters: dict[str, nn.Parameter], encodings: dict[str, Encoding]) -> Sums:
+    """A running sum of zeros, fp32 at least, in the encoded shapes."""
+    return {
+        name: torch.zeros(
+            encodings.get(name, IDENTITY).shape(p.shape),
+            dtype=torch.promote_types(p.dtype, torch.float32),
+            device=p.device,
+        )
+        for name, p in parameters.items()
+    }
+
+
+class PlainEngine(Engine):
+    """Ordinary autograd of the summed loss: no clipping. For non-private runs."""
+
+    name = "plain"
+    needs_per_example = False
+
+    def accumulate(self, batch, total, clip_norm, encodings):
+        with self.clock("forward"):
+            losses = self.losses(batch)
+        with self.clock("backward"):
+            gradients = torch.autograd.grad(losses.sum(), list(self.parameters.values()), allow_unused=True)
+        for (name, _), gradient in zip(self.parameters.items(), gradients, strict=True):
+            if gradient is None:
+                raise unused(name)
+            encoding = encodings.get(name)
+            total[name].add_(gradient if encoding is None else encoding.dense(gradient[None])[0])
+        return losses.detach(), torch.zeros(len(losses), device=losses.device)
+
+
+class ZeroEngine(Engine):
+    """Contributes nothing: the noise-only control."""
+
+    name = "zero"
+    needs_per_example = False
+
+    def accumulate(self, batch, total, clip_norm, encodings):
+        zeros = torch.zeros(len(next(iter(batch.values()))))
+        return zeros, zeros
+
+
+def unused(name: str) -> BadInput:
+    """The error for a trainable parameter that the loss does not reach."""
+    return BadInput(
+        f"The trainable parameter {name} receives no gradient; freeze it in the method or use it in the model."
+    )

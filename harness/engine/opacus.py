@@ -1,0 +1,54 @@
+"""The engine on Opacus's grad samplers: per-example gradients by hooks, materialised."""
+
+import torch
+
+from dpft.harness.engine.base import Engine, clip_factors, unused
+from dpft.harness.engine.encoding import IDENTITY
+from dpft.harness.errors import CannotRun
+
+
+class OpacusEngine(Engine):
+    """Opacus `GradSampleHooks` (strict=False), for comparison; holds batch x parameters floats."""
+
+    name = "opacus"
+
+    def __init__(self, model, loss, parameters, clock):
+        super().__init__(model, loss, parameters, clock)
+        from opacus.grad_sample import GradSampleHooks
+
+        try:
+            self.hooks = GradSampleHooks(model, loss_reduction="sum", strict=False)
+        except Exception as error:
+            raise CannotRun(f"Opacus cannot hook this model ({error}); use --engine factored or reference.") from error
+
+    def accumulate(self, batch, total, clip_norm, encodings):
+        with self.clock("forward"):
+            losses = self.losses(batch)
+        with self.clock("backward"):
+            try:
+                losses.sum().backward()
+            except (RuntimeError, ValueError, AttributeError) as error:
+                if "memory" in str(error):
+                    raise
+                raise CannotRun(f"Opacus fails on this model ({error}); use --engine factored or reference.") from error
+        with self.clock("clip"):
+            samples = {name: self._take(name, p, len(losses)) for name, p in self.parameters.items()}
+            samples = {name: encodings.get(name, IDENTITY).dense(g) for name, g in samples.items()}
+            squares = [g.flatten(1).square().sum(1, dtype=torch.float64) for g in samples.values()]
+            norms = torch.stack(squares).sum(0).sqrt()
+            factors = clip_factors(norms, clip_norm)
+            for name, g in samples.items():
+                total[name].add_(torch.einsum("b,b...->...", factors.to(g.dtype), g))
+        return losses.detach(), norms
+
+    def _take(self, name, parameter, batch_size):
+        sample = getattr(parameter, "grad_sample", None)
+        parameter.grad_sample = parameter.grad = None
+        if sample is None:
+            raise unused(name)
+        if isinstance(sample, list) or len(sample) != batch_size:
+            raise CannotRun(f"Opacus does not keep the examples of {name} apart; use --engine factored or reference.")
+        return sample
+
+    def close(self):
+        self.hooks.cleanup()

@@ -1,0 +1,24 @@
+"""Errors a user can act on. Each message is one sentence that says what is wrong and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class BadInput(Exception):
+    """The question was bad: shown as one sentence without a traceback, exit code 2."""
+
+
+class Diverged(Exception):
+    """Training produced a non-finite loss or gradient; the run ends with status `diverged`."""
+
+
+class CannotRun(BadInput):
+    """This run cannot be made as asked (unsupported layer, missing data, unreachable budget): a typed status in a sweep."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:
+    """The error for an unknown `name`, naming the nearest match among `known`."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}."
+    return BadInput(f"There is no {kind} called {name!r}; {hint}")

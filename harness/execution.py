@@ -1,0 +1,89 @@
+"""Pending specs -> records, one after another: claims, checkpoints, shards, progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpft.harness.errors import BadInput
+from dpft.harness.spec import RunSpec
+from dpft.harness.store import Store
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which runs are made. shard (i, n): every n-th run, from the i-th, i counted from 1."""
+
+    retry_failed: bool = False
+    overwrite: bool = False
+    resume: bool = True
+    shard: tuple[int, int] = (1, 1)
+
+
+def shard(runs: Sequence[RunSpec], part: tuple[int, int]) -> list[RunSpec]:
+    """The runs of one shard, chosen by position in the suite."""
+    index, count = part
+    if not 1 <= index <= count:
+        raise BadInput(f"--shard {index}/{count} is not i/n with 1 <= i <= n; correct it.")
+    return list(runs)[index - 1 :: count]
+
+
+def is_pending(store: Store, spec: RunSpec, policy: Policy) -> bool:
+    """Whether `spec` has still to be run under `policy`."""
+    record = store.read(spec.run_id)
+    return record is None or policy.overwrite or (policy.retry_failed and record["status"] not in ("done", "skipped"))
+
+
+def run_all(
+    runs: Sequence[RunSpec], store: Store, settings, policy: Policy, reporter: Reporter
+) -> list[dict[str, Any]]:
+    """Make what is pending of `runs`; returns the records of all of them, in order.
+
+    A run that another process is making is left to the end and waited for. A run that fails is a record with a
+    status, and the others go on. An interrupt loses at most what the run in flight did since its last checkpoint.
+    """
+    store.open_for_writing()
+    runs = shard(runs, policy.shard)
+    todo = [spec for spec in runs if is_pending(store, spec, policy)]
+    elsewhere = []
+    for spec in todo:
+        with store.claim(spec.run_id) as mine:
+            if not mine:
+                elsewhere.append(spec)
+            elif is_pending(store, spec, policy):  # another process may have made it meanwhile
+                _make(spec, store, settings, policy, reporter)
+    for spec in elsewhere:
+        reporter.note(f"{spec.label()} is being made by another process; waiting for it.")
+        with store.claim(spec.run_id, wait=True):
+            if store.read(spec.run_id) is None:  # the other process died
+                _make(spec, store, settings, policy, reporter)
+    return [store.read(spec.run_id) for spec in runs]
+
+
+def _make(spec: RunSpec, store: Store, settings, policy: Policy, reporter: Reporter) -> None:
+    from dpft.harness.run import execute  # torch is imported when there is something to run
+
+    path = store.checkpoint_path(spec.run_id)
+    if not policy.resume:
+        path.unlink(missing_ok=True)
+    with reporter.run(spec) as observe:
+        record, curve = execute(spec, settings, observe, path)
+    store.write(record, curve)
+    reporter.finished(record)
+
+
+class Reporter:
+    """What the executor tells while it works; the command line shows it as bars or lines."""
+
+    def run(self, spec: RunSpec) -> Any:
+        """A context manager around one run that gives its observer, `observe(step, row)`."""
+        raise NotImplementedError
+
+    def finished(self, record: dict[str, Any]) -> None:
+        """A record has been written."""
+        raise NotImplementedError
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+        raise NotImplementedError

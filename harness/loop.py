@@ -1,0 +1,267 @@
+"""The one training loop: the only caller of the noise mechanism and the only writer of the ledger."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpft.harness import checkpoint, probes
+from dpft.harness.engine.base import Engine, Sums, zero_sums
+from dpft.harness.errors import Diverged
+from dpft.harness.mechanism import GaussianMechanism
+from dpft.harness.privacy import Ledger, Release
+from dpft.harness.sampling import PoissonSampler, buckets
+from dpft.harness.spec import RunSpec
+from dpft.methods.base import Method
+from dpft.tasks.base import Prepared, Task
+
+MEMORY_STEPS = 2  # live bytes are counted over the first two steps: the second has the optimizer's state
+
+
+class OutOfTime(Exception):
+    """The run's deadline has passed."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What one run trains with. epsilon_curve: epsilon [upper] after 0..steps steps; None when not private."""
+
+    spec: RunSpec
+    task: Task
+    method: Method
+    prepared: Prepared
+    parameters: dict[str, torch.nn.Parameter]
+    engine: Engine
+    clock: probes.Clock
+    sampler: PoissonSampler
+    mechanism: GaussianMechanism
+    epsilon_curve: list[float] | None
+    device: torch.device
+    max_tokens: int
+    deadline: float | None = None
+    checkpoint_path: Path | None = None
+    checkpoint_seconds: float = 300.0
+
+
+@dataclass
+class State:
+    """What a run has done so far; everything here and in the tensors of a checkpoint is restored on resume."""
+
+    step: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    alignment_by_parameter: list[dict[str, Any]] = field(default_factory=list)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    step_seconds: list[dict[str, float]] = field(default_factory=list)
+    eval_seconds: float = 0.0
+    final: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+Observer = Callable[[int, dict[str, Any]], None]
+
+
+def train(setup: Setup, state: State, observe: Observer) -> None:
+    """Take `state` from where it is to the last step and evaluate; `state` stays usable when an exception ends it.
+
+    Raises Diverged for a non-finite loss, gradient or update; OutOfTime after the deadline.
+    """
+    spec, names = setup.spec, list(setup.parameters)
+    optimizer = setup.method.optimizer(list(setup.parameters.values()), spec)
+    if setup.checkpoint_path is not None:
+        _restore(setup, state, optimizer, names)
+    saved = time.monotonic()
+    setup.prepared.model.train()
+    while state.step < spec.steps:
+        if setup.deadline is not None and time.monotonic() > setup.deadline:
+            raise OutOfTime(f"The run passed its time limit at step {state.step} of {spec.steps}.")
+        row = _measured_step(setup, state, optimizer)
+        state.step += 1
+        if state.step % spec.eval_every == 0 or state.step == spec.steps:
+            subset = (
+                None if spec.eval_examples is None else range(min(spec.eval_examples, len(setup.prepared.validation)))
+            )
+            row["metric"] = evaluate(setup, state, subset)[setup.task.metric]
+        state.curve.append(row)
+        observe(state.step, row)
+        if setup.checkpoint_path is not None and time.monotonic() - saved > setup.checkpoint_seconds:
+            _save(setup, state, optimizer, names)
+            saved = time.monotonic()
+    state.metrics = evaluate(setup, state, None)
+    state.final = state.metrics[setup.task.metric]
+
+
+def _measured_step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
+    """One step, with live bytes counted over the first steps (CPU) or the allocator's peak (CUDA)."""
+    live = None
+    if state.step < MEMORY_STEPS and setup.device.type == "cpu":
+        live = probes.LiveBytes(setup.clock)
+        live.label("parameters", setup.prepared.model.parameters())
+        live.label("parameters", setup.prepared.model.buffers())
+        live.label("optimizer_state", [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)])
+    if setup.device.type == "cuda" and state.step == 0:
+        torch.cuda.reset_peak_memory_stats(setup.device)
+    with live or nullcontext():
+        row = _step(setup, state, optimizer)
+    if live is not None and sum(live.peak.values()) > sum(state.peak_bytes.values()):
+        state.peak_bytes = live.peak
+    if setup.device.type == "cuda":
+        state.peak_bytes = {"allocated": torch.cuda.max_memory_allocated(setup.device)}
+    state.step_seconds.append(setup.clock.take())
+    return row
+
+
+def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
+    """Sample, accumulate the clipped sum over microbatches, release, decode, apply."""
+    spec, clock, step = setup.spec, setup.clock, state.step
+    indices = setup.sampler.sample()
+    encodings = {}
+    for name, p in setup.parameters.items():
+        if (encoding := setup.method.encoding(name, p, step)) is not None:
+            encodings[name] = encoding
+    total = zero_sums(setup.parameters, encodings)
+    losses, norms = _accumulate(setup, indices, total, encodings)
+    probe = (step + 1) % spec.eval_every == 0 and setup.epsilon_curve is not None and setup.engine.needs_per_example
+    clean = {name: t.clone() for name, t in total.items()} if probe else None
+    if setup.epsilon_curve is not None:
+        _book(setup, state.ledger, step)
+    with clock("noise"):
+        noisy = setup.mechanism.release(total)
+    with clock("decode"):
+        update = setup.method.decode(noisy, step)
+    aligned = probes.alignment(clean, noisy.tensors, update) if probe else {}
+    with clock("optimizer"):
+        _apply(setup, optimizer, update, step)
+    if probe:
+        state.alignment_by_parameter.append({"step": step + 1, **aligned["by_parameter"]})
+    return {
+        "step": step + 1,
+        "epsilon": setup.epsilon_curve[step + 1] if setup.epsilon_curve is not None else None,
+        "loss": float(losses.mean()) if len(losses) and setup.method.query != "none" else None,
+        "metric": None,
+        "lr": optimizer.param_groups[0]["lr"],
+        "clipped_fraction": float((norms > spec.clip_norm).double().mean())
+        if setup.engine.needs_per_example and len(norms)
+        else None,
+        "alignment_noisy": aligned.get("noisy"),
+        "alignment_decoded": aligned.get("decoded"),
+        "snr": aligned.get("snr"),
+    }
+
+
+def _accumulate(setup: Setup, indices: list[int], total: Sums, encodings) -> tuple[torch.Tensor, torch.Tensor]:
+    """The clipped sum of one logical batch, over microbatches of like length. Raises Diverged before any release."""
+    losses, norms = [], []
+    clip_norm = setup.spec.clip_norm if setup.spec.clip_norm is not None else math.inf
+    if setup.method.query == "none":
+        indices = []
+    for micro in buckets(indices, setup.prepared.train_lengths, setup.max_tokens):
+        batch = to_device(setup.prepared.collate([setup.prepared.train[i] for i in micro]), setup.device)
+        loss, norm = setup.engine.accumulate(batch, total, clip_norm, encodings)
+        losses.append(loss)
+        norms.append(norm)
+    losses = torch.cat(losses) if losses else torch.zeros(0)
+    norms = torch.cat(norms) if norms else torch.zeros(0)
+    if not (torch.isfinite(losses).all() and torch.isfinite(norms).all()):
+        raise Diverged("A training loss or gradient is not finite; lower lr, or look for broken examples.")
+    return losses, norms
+
+
+def _book(setup: Setup, ledger: Ledger, step: int) -> None:
+    """Charge the step before its noise is drawn. Refuses a step outside the certified plan."""
+    if step >= setup.spec.steps or setup.epsilon_curve[step + 1] > setup.spec.epsilon:
+        raise RuntimeError(f"Step {step} is outside the certified plan.")
+    release = Release(
+        name="gradient", mechanism=setup.mechanism.name, noise_multiplier=setup.mechanism.noise_multiplier
+    )
+    ledger.append(step, setup.sampler.sampling_probability, [release])
+
+
+def _apply(setup: Setup, optimizer, update: Sums, step: int) -> None:
+    """Hand the update to the optimizer at this step's learning rate."""
+    if not all(torch.isfinite(t).all() for t in update.values()):
+        raise Diverged("An update is not finite; lower lr or the clip norm.")
+    for name, p in setup.parameters.items():
+        p.grad = update[name].to(p.dtype)
+    for group in optimizer.param_groups:
+        group["lr"] = setup.spec.lr * schedule_factor(setup.spec, step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def schedule_factor(spec: RunSpec, step: int) -> float:
+    """Linear warm-up over `warmup_steps`, then constant, or linear to zero at the last step."""
+    if step < spec.warmup_steps:
+        return (step + 1) / spec.warmup_steps
+    if spec.schedule == "constant":
+        return 1.0
+    return (spec.steps - step) / (spec.steps - spec.warmup_steps)
+
+
+@torch.no_grad()
+def evaluate(setup: Setup, state: State, subset: range | None) -> dict[str, float]:
+    """The task's metrics on the validation split (or its first examples)."""
+    start = time.perf_counter()
+    model, prepared = setup.prepared.model, setup.prepared
+    metric = setup.task.make_metric()
+    model.eval()
+    indices = range(len(prepared.validation)) if subset is None else subset
+    found = []
+    for micro in buckets(indices, prepared.validation_lengths, setup.max_tokens * 2):
+        batch = to_device(prepared.collate([prepared.validation[i] for i in micro]), setup.device)
+        predictions, references = setup.task.predict(model, batch)
+        found += zip(micro, predictions, references, strict=True)
+    found.sort(key=lambda item: item[0])
+    model.train()
+    values = metric.compute(predictions=[p for _, p, _ in found], references=[r for _, _, r in found])
+    state.eval_seconds += time.perf_counter() - start
+    return {key: float(value) for key, value in values.items()}
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def median_step_seconds(state: State) -> float | None:
+    """Median over the steps after the first, measured ones; evaluation and sampling are outside."""
+    timed = [sum(phases.values()) for phases in state.step_seconds[MEMORY_STEPS:]]
+    return statistics.median(timed) if timed else None
+
+
+def _save(setup: Setup, state: State, optimizer, names: list[str]) -> None:
+    tensors = {f"parameter|{name}": p for name, p in setup.parameters.items()}
+    tensors |= {f"optimizer|{k}": t for k, t in checkpoint.optimizer_tensors(optimizer, names).items()}
+    tensors |= {f"method|{k}": t for k, t in setup.method.state_dict().items()}
+    tensors["sampler"] = setup.sampler.generator.get_state()
+    tensors["noise"] = setup.mechanism.generator.get_state()
+    plain = {key: value for key, value in vars(state).items() if key != "ledger"}
+    checkpoint.save(setup.checkpoint_path, setup.spec.run_id, tensors, {**plain, "ledger": state.ledger.events})
+
+
+def _restore(setup: Setup, state: State, optimizer, names: list[str]) -> None:
+    found = checkpoint.load(setup.checkpoint_path, setup.spec.run_id)
+    if found is None:
+        return
+    tensors, plain = found
+    groups: dict[str, Sums] = {"parameter": {}, "optimizer": {}, "method": {}}
+    for key, tensor in tensors.items():
+        kind, _, rest = key.partition("|")
+        if rest:
+            groups[kind][rest] = tensor
+    with torch.no_grad():
+        for name, p in setup.parameters.items():
+            p.copy_(groups["parameter"][name])
+    checkpoint.restore_optimizer(optimizer, names, groups["optimizer"])
+    setup.method.load_state_dict(groups["method"])
+    setup.sampler.generator.set_state(tensors["sampler"])
+    setup.mechanism.generator.set_state(tensors["noise"])
+    for key, value in plain.items():
+        setattr(state, key, Ledger.from_events(value) if key == "ledger" else value)

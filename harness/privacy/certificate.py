@@ -1,0 +1,149 @@
+"""What a run may claim: epsilon with two independent cross-checks, and whether rows may share a ranked table."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dpft.harness.errors import CannotRun
+from dpft.harness.privacy.accountant import (
+    SLACK,
+    Composition,
+    check_numbers,
+    composition,
+    epsilon,
+    guarded,
+    tolerance,
+)
+
+ADJACENCY, SAMPLING = "zero-out, public N", "poisson"
+SAME = ("num_examples", "sampling_probability", "steps_planned", "delta", "adjacency", "sampling", "target")
+
+
+def certify(events: Sequence[dict[str, Any]], delta: float, target: float) -> dict[str, Any]:
+    """The certificate of a ledger's events, ready for JSON.
+
+    Keys: `epsilon` [lower, estimate, upper] or None, `cross_checks` {"pld", "opacus_prv"} (None where one cannot be had),
+    `tolerance` {"eps_error", "delta_error"}, `within_budget` (upper <= target; any accounting failure is not within budget)
+    and `error` (the failure in one sentence, or None). Raises BadInput for a malformed ledger only.
+    """
+    kinds = composition(events)
+    eps_error, delta_error = tolerance(target, delta)
+    checks: dict[str, float | None] = {"pld": None, "opacus_prv": None}
+    values, error = None, None
+    try:
+        values = list(epsilon(events, delta, target))
+        checks = {"pld": pld_epsilon(kinds, delta, target), "opacus_prv": opacus_epsilon(kinds, delta, target)}
+        error = disagreement(checks["pld"], values, eps_error)
+    except CannotRun as problem:
+        error = str(problem)
+    return {
+        "epsilon": values,
+        "cross_checks": checks,
+        "tolerance": {"eps_error": eps_error, "delta_error": delta_error},
+        "within_budget": values is not None and error is None and values[2] <= target,
+        "error": error,
+    }
+
+
+def disagreement(pld: float | None, values: Sequence[float], eps_error: float) -> str | None:
+    """One sentence when PLD's epsilon lies outside [lower, upper] by more than `eps_error`, else None."""
+    if pld is None or values[0] - eps_error <= pld <= values[2] + eps_error:
+        return None
+    return (
+        f"The two accountants disagree: PLD gives epsilon {pld:.6g}, outside PRV's [{values[0]:.6g}, {values[2]:.6g}] "
+        f"by more than {eps_error:g}; do not rely on this run."
+    )
+
+
+@functools.lru_cache(maxsize=512)
+def pld_epsilon(kinds: Composition, delta: float, target: float) -> float | None:
+    """Epsilon of a composition by privacy loss distributions (dp-accounting; Doroshenko et al. 2207.04380), or None.
+
+    Add/remove neighbours, the larger direction. The error grows like interval^2 * T: two tolerances over sqrt(T) keeps it
+    ten or more times below the tolerance at a second or so.
+    """
+    check_numbers(kinds, delta, target)
+    if not kinds:
+        return 0.0
+    eps_error = tolerance(target, delta)[0]
+    interval = min(eps_error / 10, 2 * eps_error / math.sqrt(sum(steps for _, _, steps in kinds)))
+    try:
+        with guarded(kinds, delta):
+            from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, SelfComposedDpEvent
+            from dp_accounting.pld import PLDAccountant
+
+            accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
+            for q, sigma, steps in kinds:
+                accountant.compose(SelfComposedDpEvent(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), int(steps)))
+            value = float(accountant.get_epsilon(delta))
+    except CannotRun:
+        return None
+    return value if math.isfinite(value) else None
+
+
+@functools.lru_cache(maxsize=512)
+def opacus_epsilon(kinds: Composition, delta: float, target: float) -> float | None:
+    """Upper epsilon of a composition by Opacus's PRV accountant at the same tolerances; None where it cannot be had.
+
+    Opacus imports torch, so nothing that must work without torch may call this.
+    """
+    check_numbers(kinds, delta, target)
+    if not kinds:
+        return 0.0
+    eps_error, delta_error = tolerance(target, delta)
+    try:
+        with guarded(kinds, delta):
+            from opacus.accountants import PRVAccountant
+
+            accountant = PRVAccountant()
+            accountant.history = [(sigma, q, int(steps)) for q, sigma, steps in kinds]
+            value = float(accountant.get_epsilon(delta, eps_error=eps_error, delta_error=delta_error))
+    except CannotRun:
+        return None
+    return max(0.0, value) if math.isfinite(value) else None
+
+
+def matched(privacies: Sequence[dict[str, Any] | None]) -> str | None:
+    """None when the rows with these `privacy` sections may be ranked together, else one sentence saying why not.
+
+    Same N, q, planned steps, delta, neighbours, sampling and target in all; in each all planned steps run, one target met:
+    `target * (1 - .025) <= estimate` and `upper <= target`. Rows are counted from 1.
+    """
+    for row, privacy in enumerate(privacies, 1):
+        try:
+            reason = "is not private" if privacy is None else _unmet(privacy)
+        except (KeyError, TypeError, ValueError, IndexError) as problem:
+            reason = f"has an incomplete privacy section ({type(problem).__name__}: {problem})"
+        if reason:
+            return f"Row {row} {reason}."
+    for key in SAME:
+        for row, privacy in enumerate(privacies[1:], 2):
+            first, other = privacies[0][key], privacy[key]
+            if not _equal(first, other):
+                return f"Rows 1 and {row} differ in {key}: {first!r} against {other!r}."
+    return None
+
+
+def _unmet(privacy: dict[str, Any]) -> str | None:
+    """Why one row alone cannot be ranked, as the end of a sentence."""
+    missing = [key for key in (*SAME, "steps_run", "epsilon") if key not in privacy]
+    if missing:
+        return f"lacks {', '.join(missing)} in its privacy section"
+    if privacy["epsilon"] is None:
+        return "has no certified epsilon"
+    if privacy["steps_run"] != privacy["steps_planned"]:
+        return f"ran {privacy['steps_run']} of its {privacy['steps_planned']} planned steps"
+    lower, estimate, upper = map(float, privacy["epsilon"])
+    target = float(privacy["target"])
+    if not lower <= estimate <= upper <= target:
+        return f"exceeds its budget: upper epsilon {upper:.6g} at target {target:g}"
+    if not target * (1 - SLACK) <= estimate:
+        return f"leaves budget unused: estimated epsilon {estimate:.6g}, more than {SLACK:.1%} under target {target:g}"
+    return None
+
+
+def _equal(first: Any, other: Any) -> bool:
+    if isinstance(first, float) or isinstance(other, float):
+        return math.isclose(first, other, rel_tol=1e-9)
+    return first == other

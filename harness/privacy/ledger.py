@@ -1,0 +1,166 @@
+"""The append-only account of what was released: one event per sampled batch, with all releases made on it."""
+
+import math
+import numbers
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpft.harness.errors import BadInput
+
+MECHANISMS = ("gaussian",)
+EVENT_KEYS = ("step_from", "step_to", "sampling_probability", "mechanism", "noise_multiplier", "releases")
+RELEASE_KEYS = ("name", "mechanism", "noise_multiplier", "sensitivity_ratio")
+MERGE_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """One noisy quantity computed on a batch; its noise has std `noise_multiplier * sensitivity` of that quantity.
+
+    `sensitivity_ratio`: the sensitivity in units of the clip norm (information only, the accounting does not use it).
+    Raises ValueError for an unknown mechanism or a number that is not finite and positive.
+    """
+
+    name: str
+    mechanism: str = "gaussian"
+    noise_multiplier: float
+    sensitivity_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"a release needs a name, not {self.name!r}")
+        if self.mechanism not in MECHANISMS:
+            raise ValueError(
+                f"release {self.name!r} has mechanism {self.mechanism!r}; only {MECHANISMS} can be accounted"
+            )
+        for field in ("noise_multiplier", "sensitivity_ratio"):
+            object.__setattr__(self, field, _positive(getattr(self, field), f"{field} of release {self.name!r}"))
+
+
+def merged_noise_multiplier(releases: Iterable[Release]) -> float:
+    """The noise multiplier of the one Gaussian that equals all `releases` on one batch: (sum s_i^-2)^(-1/2).
+
+    Each has unit sensitivity after scaling by its own, so the joint release is a Gaussian whose mean moves by
+    sqrt(sum s_i^-2) standard deviations (Dong et al. 1905.02383, Corollary 3.3). Raises ValueError without releases.
+    """
+    sigmas = [release.noise_multiplier for release in releases]
+    if not sigmas:
+        raise ValueError("a step of the ledger needs at least one release")
+    if len(sigmas) == 1:
+        return sigmas[0]  # exactly: (s^-2)^(-1/2) is not s in floating point
+    smallest = min(sigmas)  # scaled, so that no square overflows
+    return smallest / math.sqrt(math.fsum((smallest / sigma) ** 2 for sigma in sigmas))
+
+
+@dataclass(frozen=True)
+class _Event:
+    step_from: int
+    step_to: int
+    sampling_probability: float
+    releases: tuple[Release, ...]
+
+    def same_kind(self, other: "_Event") -> bool:
+        return (self.sampling_probability, self.releases) == (other.sampling_probability, other.releases)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "step_from": self.step_from,
+            "step_to": self.step_to,
+            "sampling_probability": self.sampling_probability,
+            "mechanism": self.releases[0].mechanism,
+            "noise_multiplier": merged_noise_multiplier(self.releases),
+            "releases": [{key: getattr(release, key) for key in RELEASE_KEYS} for release in self.releases],
+        }
+
+
+class Ledger:
+    """Append-only, run-length encoded list of events; the unit is one sampled batch with all releases made on it."""
+
+    def __init__(self) -> None:
+        self._events: list[_Event] = []
+
+    def append(self, step: int, sampling_probability: float, releases: Sequence[Release]) -> None:
+        """Book step number `step` (the one about to be taken) before its noise is used.
+
+        Raises ValueError unless `step` is the number of steps so far, q is in (0, 1] and there is a release.
+        """
+        if step != self.steps:
+            raise ValueError(
+                f"step {step} cannot be booked: the ledger holds {self.steps} steps, so the next is {self.steps}"
+            )
+        self._extend(_Event(self.steps, self.steps + 1, _probability(sampling_probability), tuple(releases)))
+
+    @property
+    def steps(self) -> int:
+        """Number of steps booked so far."""
+        return self._events[-1].step_to if self._events else 0
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The events as fresh dicts ready for JSON, contiguous half-open ranges [step_from, step_to) from 0."""
+        return [event.to_dict() for event in self._events]
+
+    @classmethod
+    def from_events(cls, events: Any) -> "Ledger":
+        """The ledger that a record holds; adjacent identical events merge.
+
+        Raises BadInput when the ranges are not contiguous from 0, a number is not finite and positive, q is not in (0, 1],
+        a key is missing or unknown, or the merged noise multiplier is not that of its releases.
+        """
+        if not isinstance(events, list):
+            raise BadInput(f"The ledger must be a list of events, not {type(events).__name__}.")
+        ledger = cls()
+        for number, content in enumerate(events):
+            try:
+                ledger._extend(_parse(content, ledger.steps))
+            except ValueError as problem:
+                raise BadInput(f"Event {number} of the ledger is malformed: {problem}.") from None
+        return ledger
+
+    def _extend(self, event: _Event) -> None:
+        merged_noise_multiplier(event.releases)
+        if self._events and self._events[-1].same_kind(event):
+            last = self._events[-1]
+            event = _Event(last.step_from, event.step_to, last.sampling_probability, last.releases)
+            self._events[-1] = event
+        else:
+            self._events.append(event)
+
+
+def _parse(content: Any, steps: int) -> _Event:
+    _keys(content, EVENT_KEYS, "the event")
+    bounds = (content["step_from"], content["step_to"])
+    if any(type(bound) is not int for bound in bounds) or bounds[0] != steps or bounds[1] <= bounds[0]:
+        raise ValueError(f"steps {bounds[0]!r} to {bounds[1]!r} do not continue from step {steps}")
+    if not isinstance(content["releases"], list):
+        raise ValueError("its releases are not a list")
+    for release in content["releases"]:
+        _keys(release, RELEASE_KEYS, "a release")
+    releases = tuple(Release(**release) for release in content["releases"])
+    merged = merged_noise_multiplier(releases)
+    declared = _positive(content["noise_multiplier"], "noise_multiplier")
+    if not math.isclose(declared, merged, rel_tol=MERGE_TOLERANCE):
+        raise ValueError(f"its noise_multiplier is {declared:g}, but its releases merge to {merged:g}")
+    if content["mechanism"] not in MECHANISMS:
+        raise ValueError(f"its mechanism is {content['mechanism']!r}, which cannot be accounted")
+    return _Event(*bounds, _probability(content["sampling_probability"]), releases)
+
+
+def _keys(content: Any, expected: tuple[str, ...], what: str) -> None:
+    if not isinstance(content, dict) or set(content) != set(expected):
+        found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{what} must have exactly the keys {sorted(expected)}, found {found}")
+
+
+def _positive(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value <= 1e300:
+        raise ValueError(f"{name} must be a finite positive number, not {value!r}")
+    return float(value)
+
+
+def _probability(value: Any) -> float:
+    value = _positive(value, "sampling_probability")
+    if value > 1:
+        raise ValueError(f"sampling_probability must be in (0, 1], not {value!r}")
+    return value

@@ -1,0 +1,124 @@
+"""Measurements beside the training: alignment, time by phase, live memory. Non-private, never fed back into it."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import defaultdict
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PHASES = ("forward", "backward", "clip", "noise", "decode", "optimizer")
+
+
+class Clock:
+    """Seconds by phase of one step at a time; phases do not nest. On CUDA it waits for the device at each border."""
+
+    def __init__(self, device: torch.device):
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.phase: str | None = None
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str):
+        self._wait()
+        start, self.phase = time.perf_counter(), phase
+        try:
+            yield
+        finally:
+            self._wait()
+            self.phase = None
+            self.seconds[phase] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call, by phase."""
+        taken, self.seconds = dict(self.seconds), defaultdict(float)
+        return taken
+
+
+def cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float | None:
+    """Cosine of two gradients concatenated over their names; None when one is zero."""
+    dot = sum(float(torch.sum(a[name] * b[name], dtype=torch.float64)) for name in a)
+    norms = norm(a) * norm(b)
+    return dot / norms if norms > 0 else None
+
+
+def norm(a: dict[str, torch.Tensor]) -> float:
+    """L2 norm over all names."""
+    return sum(float(torch.sum(t.square(), dtype=torch.float64)) for t in a.values()) ** 0.5
+
+
+def alignment(clean: dict[str, torch.Tensor], noisy: dict[str, torch.Tensor], update: dict[str, torch.Tensor]) -> dict:
+    """Cosines of the clipped sum to the noisy one and to the decoded update, overall and per parameter.
+
+    snr: norm of the clipped sum over the norm of the noise. The update is compared where it has the sum's shape.
+    """
+    shared = {name: t for name, t in clean.items() if name in update and update[name].shape == t.shape}
+    decoded = cosine(shared, update) if len(shared) == len(clean) else None
+    noise = norm({name: noisy[name] - clean[name] for name in clean})
+    by_parameter = {
+        name: {"noisy": cosine({name: t}, noisy), "decoded": cosine({name: t}, update) if name in shared else None}
+        for name, t in clean.items()
+    }
+    return {
+        "noisy": cosine(clean, noisy),
+        "decoded": decoded,
+        "snr": norm(clean) / noise if noise > 0 else None,
+        "by_parameter": by_parameter,
+    }
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak of live tensor bytes by category on the CPU; a function of the program alone, not of the allocator.
+
+    Tensors that exist before are `parameters` and what `label` names; a tensor made in a phase of the clock belongs to that
+    phase's category. `peak` holds the categories at the moment of the largest total.
+    """
+
+    CATEGORIES = {
+        "forward": "activations",
+        "backward": "backward",
+        "clip": "per_example",
+        "noise": "noise",
+        "decode": "update",
+        "optimizer": "optimizer_state",
+    }
+
+    def __init__(self, clock: Clock):
+        super().__init__()
+        self.clock = clock
+        self.live: dict[str, int] = defaultdict(int)
+        self.peak: dict[str, int] = {}
+        self._total = self._peak_total = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def label(self, category: str, tensors) -> None:
+        """Count the storages of `tensors` under `category` from now on."""
+        for tensor in tensors:
+            self._add(tensor, category)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        category = self.CATEGORIES.get(self.clock.phase or "", "other")
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor, category)
+        return out
+
+    def _add(self, tensor: torch.Tensor, category: str) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if size == 0 or key in self._known:
+            return
+        self._known[key] = weakref.ref(storage, lambda _: self._remove(key, category, size))
+        self.live[category] += size
+        self._total += size
+        if self._total > self._peak_total:
+            self._peak_total, self.peak = self._total, dict(self.live)
+
+    def _remove(self, key: int, category: str, size: int) -> None:
+        del self._known[key]
+        self.live[category] -= size
+        self._total -= size

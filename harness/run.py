@@ -1,0 +1,236 @@
+"""One spec -> one record: build, certify the plan, train, certify what was spent. Exceptions become statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpft.harness import loop, provenance, registry
+from dpft.harness.engine import engine_class
+from dpft.harness.engine.base import PlainEngine, ZeroEngine
+from dpft.harness.errors import CannotRun, Diverged
+from dpft.harness.mechanism import GaussianMechanism, stream
+from dpft.harness.plan import ADJACENCY, SAMPLING, PrivacyPlan, plan
+from dpft.harness.privacy import certify
+from dpft.harness.probes import Clock
+from dpft.harness.run_settings import Settings
+from dpft.harness.sampling import PoissonSampler
+from dpft.harness.spec import RunSpec
+from dpft.harness.store import SCHEMA
+from dpft.harness.thresholds import crossing
+from dpft.tasks.base import ModelSpec
+
+
+def execute(
+    spec: RunSpec, settings: Settings, observe: loop.Observer, checkpoint_path: Path | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Make one run; returns (record, curve). Only KeyboardInterrupt and the like leave as exceptions."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    state, status, error = loop.State(), "done", None
+    setup = privacy_plan = None
+    begin = time.perf_counter()
+    try:
+        privacy_plan = plan(spec, settings.data_dir)
+        with contextlib.ExitStack() as stack:
+            setup = build(spec, settings, privacy_plan, checkpoint_path)
+            stack.callback(setup.engine.close)
+            loop.train(setup, state, observe)
+    except Skipped as reason:
+        status, error = "skipped", str(reason)
+    except Diverged as reason:
+        status, error = "diverged", str(reason)
+    except loop.OutOfTime as reason:
+        status, error = "timeout", str(reason)
+    except Exception as reason:
+        status, error = classify(reason)
+    seconds = time.perf_counter() - begin
+    record = {
+        "schema": SCHEMA,
+        "run_id": spec.run_id,
+        "status": status,
+        "spec": spec.to_dict(),
+        "privacy": _privacy(spec, privacy_plan, state),
+        "result": _result(spec, state) if status == "done" else None,
+        "cost": _cost(spec, setup, state, seconds),
+        "diagnostics": _diagnostics(state),
+        "provenance": {**provenance.collect(settings), "started": started, **_fingerprints(setup)},
+        "error": error,
+    }
+    return record, state.curve
+
+
+class Skipped(Exception):
+    """The method says it cannot run on this model; the message is its reason."""
+
+
+def classify(error: Exception) -> tuple[str, str]:
+    """(status, one sentence) of an exception that ended a run."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return "oom", "Out of memory; lower --max-tokens or the trainable parameters."
+    if isinstance(error, CannotRun):
+        return "error", text
+    where = error.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    place = f" at {Path(where.tb_frame.f_code.co_filename).name}:{where.tb_lineno}" if where else ""
+    return "error", f"{type(error).__name__}{place}: {text[:500]}"
+
+
+def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoint_path: Path | None) -> loop.Setup:
+    """Model, data, engine, sampler and mechanism of a run. Raises CannotRun or Skipped with one sentence."""
+    device = torch.device(settings.device)
+    task, method = registry.task(spec.task)(), registry.method(spec.method)(spec.options)
+    prepared = task.prepare(
+        task.load(settings.data_dir),
+        ModelSpec(spec.model, spec.head, spec.max_length),
+        stream("cpu", "head", spec.task, spec.seed),
+    )
+    if len(prepared.train) != privacy_plan.num_examples:
+        raise CannotRun(
+            f"The task says N = {privacy_plan.num_examples} but {len(prepared.train)} training examples were loaded; "
+            "the accounting would be wrong, so mend the data."
+        )
+    reason = method.skip(prepared.model)
+    if reason is not None:
+        raise Skipped(reason)
+    model = method.prepare(prepared.model, stream("cpu", "method", spec.task, spec.method, spec.seed)).to(device)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise CannotRun(f"{spec.method} leaves nothing trainable in {spec.model}; mend its `prepare`.")
+    clock = Clock(device)
+    engine = _engine(spec, settings, method)(model, _loss(spec, task, device), parameters, clock)
+    return loop.Setup(
+        spec=spec,
+        task=task,
+        method=method,
+        prepared=prepared,
+        parameters=parameters,
+        engine=engine,
+        clock=clock,
+        sampler=PoissonSampler(len(prepared.train), spec.batch_size, spec.task, spec.seed),
+        mechanism=GaussianMechanism(
+            privacy_plan.noise_multiplier or 0.0,
+            spec.clip_norm or 0.0,
+            spec.batch_size,
+            stream(device, "noise", spec.task, spec.method, spec.seed),
+        ),
+        epsilon_curve=privacy_plan.epsilon_curve,
+        device=device,
+        max_tokens=settings.max_tokens,
+        deadline=None if settings.timeout is None else time.monotonic() + settings.timeout,
+        checkpoint_path=checkpoint_path,
+        checkpoint_seconds=settings.checkpoint_seconds,
+    )
+
+
+def _engine(spec: RunSpec, settings: Settings, method):
+    if method.query == "none":
+        return ZeroEngine
+    return engine_class(settings.engine) if spec.epsilon is not None else PlainEngine
+
+
+def _loss(spec: RunSpec, task, device: torch.device):
+    if spec.precision == "fp32":
+        return task.loss
+
+    def loss(model, batch):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return task.loss(model, batch)
+
+    return loss
+
+
+def _privacy(spec: RunSpec, privacy_plan: PrivacyPlan | None, state: loop.State) -> dict[str, Any] | None:
+    if privacy_plan is None or spec.epsilon is None:
+        return None
+    certificate = certify(state.ledger.events, privacy_plan.delta, spec.epsilon)
+    reached = _crossing(spec, state)
+    return {
+        "target": spec.epsilon,
+        "delta": privacy_plan.delta,
+        "adjacency": ADJACENCY,
+        "sampling": SAMPLING,
+        "num_examples": privacy_plan.num_examples,
+        "sampling_probability": privacy_plan.sampling_probability,
+        "expected_batch_size": spec.batch_size,
+        "noise_multiplier": privacy_plan.noise_multiplier,
+        "releases_per_step": 1,
+        "steps_planned": spec.steps,
+        "steps_run": state.ledger.steps,
+        "ledger": state.ledger.events,
+        **certificate,
+        "epsilon_at_threshold": None
+        if reached is None or reached.step is None
+        else privacy_plan.epsilon_curve[reached.step],
+    }
+
+
+def _crossing(spec: RunSpec, state: loop.State):
+    task = registry.task(spec.task)
+    evaluated = [(row["step"], row["metric"]) for row in state.curve if row["metric"] is not None]
+    if not evaluated:
+        return None
+    steps, values = zip(*evaluated, strict=True)
+    return crossing(steps, values, task.threshold, task.higher_is_better)
+
+
+def _result(spec: RunSpec, state: loop.State) -> dict[str, Any]:
+    task, reached = registry.task(spec.task), _crossing(spec, state)
+    rows = [row for row in state.curve if row["metric"] is not None]
+    pick = max if task.higher_is_better else min
+    return {
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "chance": task.chance,
+        "final": state.final,
+        "all_metrics": state.metrics,
+        "best_step": pick(rows, key=lambda row: row["metric"])["step"],
+        "threshold": task.threshold,
+        "steps_to_threshold": reached.step,
+        "censored": reached.censored,
+    }
+
+
+def _cost(spec: RunSpec, setup: loop.Setup | None, state: loop.State, seconds: float) -> dict[str, Any]:
+    steps = [sum(phases.values()) for phases in state.step_seconds]
+    timed = state.step_seconds[loop.MEMORY_STEPS :]
+    phases = {key for row in timed for key in row}
+    return {
+        "total_s": seconds,
+        "train_s": sum(steps),
+        "eval_s": state.eval_seconds,
+        "warmup_s": sum(steps[: loop.MEMORY_STEPS]),
+        "step_s": loop.median_step_seconds(state),
+        "phase_s": {key: sum(row.get(key, 0.0) for row in timed) / len(timed) for key in sorted(phases)},
+        "peak_bytes": dict(sorted(state.peak_bytes.items())),
+        "example_gradients": spec.batch_size * spec.steps,
+        "trainable_parameters": None if setup is None else sum(p.numel() for p in setup.parameters.values()),
+        "total_parameters": None if setup is None else sum(p.numel() for p in setup.prepared.model.parameters()),
+    }
+
+
+def _diagnostics(state: loop.State) -> dict[str, Any]:
+    def mean(key: str) -> float | None:
+        values = [row[key] for row in state.curve if row[key] is not None]
+        return sum(values) / len(values) if values else None
+
+    return {
+        "private": False,
+        "alignment": {"noisy": mean("alignment_noisy"), "decoded": mean("alignment_decoded"), "snr": mean("snr")},
+        "alignment_by_parameter": state.alignment_by_parameter,
+        "clipped_fraction": mean("clipped_fraction"),
+    }
+
+
+def _fingerprints(setup: loop.Setup | None) -> dict[str, Any]:
+    prepared = setup.prepared if setup is not None else None
+    return {
+        "data_fingerprint": prepared.data_fingerprint if prepared else None,
+        "model_fingerprint": prepared.model_fingerprint if prepared else None,
+    }

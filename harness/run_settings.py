@@ -1,0 +1,36 @@
+"""How runs are made: everything that changes where and how fast, not what is computed. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpft.harness.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Settings:
+    """max_tokens: padded tokens per microbatch; timeout: seconds per run; checkpoint_seconds: between checkpoints."""
+
+    data_dir: Path | None = None
+    engine: str = "factored"
+    device: str = "cpu"
+    max_tokens: int = 2048
+    timeout: float | None = None
+    checkpoint_seconds: float = 300.0
+
+
+def pick_device(name: str) -> str:
+    """A torch device name; `auto` is `cuda` where there is one. Raises BadInput for a device that is not there."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if available else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadInput(f"There is no device {name!r}; use cpu, cuda or auto.") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not available):
+        raise BadInput(f"The device {name} is not available on this machine; use cpu or auto.")
+    return name

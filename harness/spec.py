@@ -1,0 +1,242 @@
+"""A run is a value: RunSpec, its canonical JSON, its id; suites that expand to runs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import tomllib
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dpft.harness import registry
+from dpft.harness.errors import BadInput, unknown
+
+SCHEMA = 1
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("constant", "linear")
+PRECISIONS = ("fp32", "bf16")
+HEADS = ("mean", "native", "mlm")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that changes a run's outcome, and nothing else.
+
+    A field that holds its default is left out of the canonical JSON, so a field added later leaves old run ids alone;
+    for the same reason the default of an existing field is never changed.
+
+    epsilon, clip_norm: null for methods that are not private; delta null: 1/(2N) of the task's training set.
+    batch_size: expected batch size B of Poisson sampling; the sampling probability is B/N.
+    eval_examples: validation examples used for the curve (the final value always uses all); null: all.
+    options: settings of the method itself (LoRA rank, ...), complete with their defaults.
+    """
+
+    task: str
+    task_version: int
+    model: str
+    head: str
+    max_length: int
+    method: str
+    method_version: int
+    epsilon: float | None
+    clip_norm: float | None
+    batch_size: int
+    steps: int
+    optimizer: str
+    lr: float
+    eval_every: int
+    seed: int = 0
+    delta: float | None = None
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    eval_examples: int | None = None
+    precision: str = "fp32"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def canonical(self) -> str:
+        """Canonical JSON: sorted keys, no spaces, defaults left out."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != _default(f)}
+        return json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+    @property
+    def run_id(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, defaults included."""
+        return asdict(self)
+
+    def label(self) -> str:
+        """A short name for progress lines."""
+        budget = "" if self.epsilon is None else f" eps={self.epsilon:g}"
+        return f"{self.task}/{self.method}{budget} seed={self.seed}"
+
+
+def _default(f) -> Any:
+    if f.default_factory is not MISSING:
+        return f.default_factory()
+    return f.default
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named list of runs."""
+
+    name: str
+    description: str
+    runs: tuple[RunSpec, ...]
+
+
+DEFAULTS: dict[str, Any] = {
+    "model": "minilm-l6",
+    "epsilon": 8.0,
+    "clip_norm": 1.0,
+    "batch_size": 256,
+    "steps": 100,
+    "optimizer": "adam",
+    "eval_every": 10,
+}
+
+
+def resolve(settings: dict[str, Any]) -> RunSpec:
+    """Complete `settings` to a RunSpec: general defaults < the task's < the method's < what is given.
+
+    Keys that are no field of RunSpec are options of the method. Raises BadInput for unknown names and bad values.
+    """
+    settings = {k: v for k, v in settings.items() if v is not None}
+    for key in ("task", "method"):
+        if key not in settings:
+            raise BadInput(f"A run needs a {key}; give --{key} or set it in the suite.")
+    task, method = registry.task(settings["task"]), registry.method(settings["method"])
+    names = {f.name for f in fields(RunSpec)} - {"options", "task_version", "method_version"}
+    merged = {**DEFAULTS, "head": task.default_head, "max_length": task.default_max_length, **method.defaults}
+    options = dict(method.options)
+    for key, value in settings.items():
+        if key in names:
+            merged[key] = value
+        elif key in options:
+            options[key] = _like(key, value, options[key])
+        else:
+            raise unknown(f"setting of {settings['method']}", key, names | options.keys())
+    if not method.private:
+        merged["epsilon"] = merged["clip_norm"] = None
+    spec = RunSpec(
+        **{k: _typed(k, v) for k, v in merged.items()},
+        task_version=task.version,
+        method_version=method.version,
+        options=options,
+    )
+    _validate(spec)
+    return spec
+
+
+_TYPES = {f.name: str(f.type) for f in fields(RunSpec)}
+
+
+def _typed(key: str, value: Any) -> Any:
+    """`value` as the type its field declares, so that 8 and 8.0 give the same run id."""
+    declared = _TYPES[key]
+    if value is None and "None" in declared:
+        return None
+    for kind in (float, int, str):
+        if not declared.startswith(kind.__name__):
+            continue
+        if kind is not str and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            break
+        if kind is str and not isinstance(value, str):
+            break
+        if kind is int and value != int(value):
+            break
+        return kind(value)
+    raise BadInput(f"{key} = {value!r} is not {declared.split(' ')[0]}; correct it.")
+
+
+def _like(key: str, value: Any, default: Any) -> Any:
+    """An option's value with the type of its default."""
+    if isinstance(value, str) and not isinstance(default, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise BadInput(f"{key} = {value!r} must look like its default {default!r}; correct it.") from None
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise BadInput(f"{key} = {value!r} must look like its default {default!r}; correct it.")
+    return value
+
+
+def _validate(spec: RunSpec) -> None:
+    for key, allowed in (
+        ("optimizer", OPTIMIZERS),
+        ("schedule", SCHEDULES),
+        ("precision", PRECISIONS),
+        ("head", HEADS),
+    ):
+        if getattr(spec, key) not in allowed:
+            raise unknown(key, getattr(spec, key), allowed)
+    positive = ("epsilon", "clip_norm", "lr", "batch_size", "steps", "eval_every", "max_length", "eval_examples")
+    for key in positive:
+        value = getattr(spec, key)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise BadInput(f"{key} must be a positive number, not {value}; correct it.")
+    for key in ("weight_decay", "momentum", "warmup_steps", "seed"):
+        if not (math.isfinite(getattr(spec, key)) and getattr(spec, key) >= 0):
+            raise BadInput(f"{key} must be zero or more, not {getattr(spec, key)}; correct it.")
+    if spec.warmup_steps >= spec.steps:
+        raise BadInput(f"warmup_steps ({spec.warmup_steps}) must be fewer than steps ({spec.steps}); lower it.")
+    if spec.delta is not None and not 0 < spec.delta < 1:
+        raise BadInput(f"delta must lie between 0 and 1, not {spec.delta}; 1/(2N) is the usual choice.")
+
+
+def load_suite(name: str, overrides: dict[str, Any] | None = None) -> Suite:
+    """The suite called `name` of tasks/suites.toml, or the one suite in the file at path `name`.
+
+    overrides: settings that replace those of every run (a list is a grid axis).
+    """
+    path = Path(name)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise BadInput(f"There is no suite file {name}; give the path of a TOML file.")
+        table = _read_toml(path)
+        if len(table) != 1:
+            raise BadInput(f"{name} must hold exactly one suite (one top-level table), not {len(table)}.")
+        name = next(iter(table))
+    else:
+        table = suites()
+        if name not in table:
+            raise unknown("suite", name, table)
+    suite = table[name]
+    extra = suite.keys() - {"description", "base", "arms"}
+    if extra or not suite.get("arms"):
+        raise BadInput(f"Suite {name!r} needs `arms` and may have `description` and `base`; remove {sorted(extra)}.")
+    given = {k: v for k, v in (overrides or {}).items() if v is not None}
+    runs = [run for arm in suite["arms"] for run in expand({**suite.get("base", {}), **arm, **given})]
+    unique = {run.run_id: run for run in runs}
+    return Suite(name, suite.get("description", ""), tuple(unique.values()))
+
+
+def suites() -> dict[str, dict]:
+    """The tables of tasks/suites.toml by suite name."""
+    from importlib.resources import files
+
+    return _read_toml(files("dpft.tasks") / "suites.toml")
+
+
+def expand(settings: dict[str, Any]) -> list[RunSpec]:
+    """One RunSpec per point of the grid that the list-valued settings span, in the order they are written."""
+    axes = [key for key, value in settings.items() if isinstance(value, list)]
+    points = itertools.product(*(settings[key] for key in axes))
+    return [resolve({**settings, **dict(zip(axes, point, strict=True))}) for point in points]
+
+
+def _read_toml(path) -> dict:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInput(f"The suite file {path} cannot be read ({error}); mend it.") from error

@@ -1,0 +1,1 @@
+"""Method adapters: one small file per family, found by being in this folder."""

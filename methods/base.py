@@ -1,0 +1,75 @@
+"""The method contract. A method says what trains, how one example's gradient is encoded before it is clipped, and
+how a released noisy sum becomes an update. It never sees a clean gradient, the sampler or the noise."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dpft.harness.engine.encoding import Encoding
+    from dpft.harness.mechanism import NoisySum
+    from dpft.harness.spec import RunSpec
+
+
+class Method:
+    """Base class of all methods: DP-SGD on whatever `prepare` leaves trainable.
+
+    Class attributes: `name` (registry key), `version` (raise it when results change: it is part of the run id),
+    `summary`, `reference` (arXiv id), `private` (False: no clipping, no noise, never ranked), `control` (shown beside
+    the methods, never ranked), `query` (`gradient`, or `none`: the sum is zero before noise), `defaults` (settings of
+    RunSpec), `options` (the method's own settings with their defaults).
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    summary: ClassVar[str] = ""
+    reference: ClassVar[str] = ""
+    private: ClassVar[bool] = True
+    control: ClassVar[bool] = False
+    query: ClassVar[str] = "gradient"
+    defaults: ClassVar[dict[str, Any]] = {"lr": 1e-3}
+    options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, options: dict[str, Any] | None = None):
+        self.settings = {**self.options, **(options or {})}
+
+    def skip(self, model: nn.Module) -> str | None:
+        """A one-sentence reason why this method cannot run on `model`, or None."""
+        return None
+
+    def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
+        """Wrap or freeze `model`: what requires grad afterwards trains. May use public information only."""
+        return model
+
+    def encoding(self, name: str, parameter: nn.Parameter, step: int) -> Encoding | None:
+        """Linear, data-independent map of one example's gradient of one parameter; None: identity."""
+        return None
+
+    def decode(self, noisy: NoisySum, step: int) -> dict[str, torch.Tensor]:
+        """Post-processing: the update direction of each parameter, in the parameter's shape. Default: noisy mean."""
+        return noisy.mean()
+
+    def optimizer(self, parameters: list[nn.Parameter], spec: RunSpec) -> torch.optim.Optimizer:
+        """The optimizer that applies the updates. Default: the one the run asks for."""
+        import torch
+
+        if spec.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.optimizer]
+        return kind(parameters, lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Tensors the method carries from step to step, for checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+def freeze_all_but(model: nn.Module, names: set[str]) -> None:
+    """Leave exactly the parameters called `names` trainable."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)

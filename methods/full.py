@@ -1,0 +1,43 @@
+"""Full fine-tuning: DP-SGD (Abadi et al., 1607.00133), DP-Adam (Li et al., 2110.05679) and the two controls."""
+
+from typing import ClassVar
+
+from dpft.methods.base import Method
+
+
+class DPSGD(Method):
+    """Per-example clipping, Gaussian noise, stochastic gradient descent, on every parameter."""
+
+    name = "dp-sgd"
+    summary = "full fine-tuning, clipped and noised gradients, SGD"
+    reference = "arXiv:1607.00133"
+    defaults: ClassVar = {"optimizer": "sgd", "lr": 0.5, "clip_norm": 0.1, "momentum": 0.0}
+
+
+class DPAdam(Method):
+    """DP-SGD's release fed to Adam, on every parameter."""
+
+    name = "dp-adam"
+    summary = "full fine-tuning, clipped and noised gradients, Adam"
+    reference = "arXiv:2110.05679"
+    defaults: ClassVar = {"optimizer": "adam", "lr": 5e-4, "clip_norm": 0.1}
+
+
+class NonPrivate(Method):
+    """The same loop and batches without clipping and without noise: what privacy costs is measured against it."""
+
+    name = "non-private"
+    summary = "control: no clipping, no noise, no privacy"
+    private = False
+    control = True
+    defaults: ClassVar = {"optimizer": "adamw", "lr": 1e-4}
+
+
+class NoiseOnly(Method):
+    """DP-Adam whose clipped sum is zero: the value a method reaches by noise alone."""
+
+    name = "noise-only"
+    summary = "control: dp-adam with the signal removed, noise and budget as there"
+    control = True
+    query = "none"
+    defaults: ClassVar = DPAdam.defaults

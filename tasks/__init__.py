@@ -1,0 +1,1 @@
+"""Tasks and the models they are trained on: one file per family."""

@@ -1,0 +1,120 @@
+"""The task contract: what is learned, on which examples, with which head, and how it is judged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:  # `dpft list tasks` must not pay for torch
+    import evaluate
+    import torch
+    from torch import nn
+
+Example = dict[str, Any]  # one raw row: named columns
+
+
+@dataclass(frozen=True)
+class Data:
+    """Raw rows of a task. `train` is private, `validation` is used for evaluation only.
+
+    fingerprint: sha256 over all rows in order, so that two records can be told to be about the same data.
+    """
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which pretrained model, with which head, on how many tokens.
+
+    model: packaged name (`minilm-l6`), local folder, or hub id; head: `mean` (mean pooling and a zero-initialised
+    linear layer), `native` (the architecture's own), `mlm` (prompted masked-language-model head).
+    """
+
+    model: str
+    head: str = "mean"
+    max_length: int = 128
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model and encoded examples, ready for the loop.
+
+    train, validation: encoded examples (a dict per example); `*_lengths`: tokens per example, used for buckets.
+    collate: pads encoded examples to one batch on the CPU, every tensor's first dimension is the batch, also when it is
+    0; it is here and not on the task because it knows the tokenizer.
+    data_fingerprint, model_fingerprint: sha256 of the raw rows and of the pretrained weights (without a new head).
+    """
+
+    model: nn.Module
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    train_lengths: Sequence[int]
+    validation_lengths: Sequence[int]
+    collate: Callable[[Sequence[Example]], dict[str, torch.Tensor]]
+    data_fingerprint: str
+    model_fingerprint: str
+
+
+class Task:
+    """Base class of all tasks. A task is stateless: everything it makes is in `Data` and `Prepared`.
+
+    Class attributes: `name` (registry key), `version` (raise it when the data, split, label or metric changes: it is
+    part of the run id), `kind`, `description`, `source` (citation and licence), `metric` (name of the headline metric),
+    `higher_is_better`, `chance` (value of that metric for an uninformed model), `threshold` (metric value that counts
+    as "learned" when a run stands alone).
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    kind: ClassVar[str]
+    description: ClassVar[str]
+    source: ClassVar[str]
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool] = True
+    chance: ClassVar[float]
+    threshold: ClassVar[float]
+    default_head: ClassVar[str] = "mean"
+    default_max_length: ClassVar[int] = 128
+    hub: ClassVar[str | None] = None  # "id/config" on the hub, None when the data come from a package
+
+    def train_size(self, data_dir: Path | None) -> int:
+        """Number of training examples N (public), without tokenising or loading a model."""
+        raise NotImplementedError
+
+    def load(self, data_dir: Path | None) -> Data:
+        """Read the raw rows. Raises CannotRun with one sentence when the data are missing or damaged."""
+        raise NotImplementedError
+
+    def prepare(self, data: Data, spec: ModelSpec, generator: torch.Generator) -> Prepared:
+        """Load the model with this task's head and encode all examples. Head initialisation draws from `generator`."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Per-example losses, shape [batch]; each depends on its own example only."""
+        raise NotImplementedError
+
+    def predict(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[list, list]:
+        """(predictions, references) of one batch, in the form the metric takes."""
+        raise NotImplementedError
+
+    def make_metric(self) -> evaluate.Metric:
+        """The metric object; `compute` returns a dict that holds `self.metric`."""
+        raise NotImplementedError
+
+
+def fingerprint(*splits: Sequence[Example]) -> str:
+    """sha256 over the canonical JSON of all rows, in order."""
+    digest = hashlib.sha256()
+    for split in splits:
+        for row in split:
+            digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
+            digest.update(b"\n")
+        digest.update(b"--\n")
+    return digest.hexdigest()

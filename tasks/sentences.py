@@ -1,0 +1,99 @@
+"""Task `sentences`: positive or negative, from human-rated sentences of four kinds, without any hub."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import tarfile
+from pathlib import Path
+
+from dpft.harness.errors import CannotRun
+from dpft.tasks.base import Data, Example, fingerprint
+from dpft.tasks.classification import TextClassification
+from dpft.tasks.downloads import sdist
+
+SDIST = "vaderSentiment-3.3.2.tar.gz"
+SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+FILES = ("movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets", "tweets")
+MINIMUM_RATING = 0.5  # |mean rating| below this is neither positive nor negative
+VALIDATION = 1000
+TRAIN = 18348
+
+
+class Sentences(TextClassification):
+    """Sign of the mean human rating (-4..4) of a sentence; ratings within 0.5 of zero are left out."""
+
+    name = "sentences"
+    version = 1
+    description = "sentiment of sentences from film and product reviews, editorials and tweets, rated by 20 people each"
+    source = "Hutto and Gilbert 2014 (ICWSM), in the source distribution of vaderSentiment 3.3.2 on PyPI, MIT"
+    chance = 0.554  # always "positive", the larger class: 55.4% of validation, 52.7% of train
+    threshold = 0.75
+    template = "*cls**sent_0*_It_was*mask*.*sep+*"
+    label_words = ("terrible", "great")
+
+    def train_size(self, data_dir: Path | None) -> int:
+        """Number of training sentences; a constant, because the file is pinned by its hash."""
+        return TRAIN
+
+    def load(self, data_dir: Path | None) -> Data:
+        """Fetch (once), check and read the sentences. Raises CannotRun when they cannot be had."""
+        content = sdist(SDIST.removesuffix(".tar.gz").replace("-", "=="), SDIST, SHA256, data_dir)
+        train, validation = split(distinct(rated(content)))
+        return Data(train, validation, fingerprint(train, validation))
+
+
+def rated(content: bytes) -> list[tuple[str, float]]:
+    """(text, mean rating) of every sentence in the source distribution, in the order of FILES and lines.
+
+    HTML entities are resolved (237 sentences have them: `&lt;3` is a heart), nothing else is changed.
+    """
+    sentences = []
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content)) as outer:
+            inner_bytes = outer.extractfile(INNER).read()
+        with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
+            for name in FILES:
+                text = decode(inner.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt").read())
+                for line in text.split("\r\n"):
+                    if line:
+                        _, rating, sentence = line.split("\t")
+                        sentences.append((html.unescape(sentence), float(rating)))
+    except (tarfile.TarError, KeyError, AttributeError, ValueError, EOFError) as error:
+        raise CannotRun(f"{SDIST} does not hold the rated sentences ({error}); delete it and run again.") from error
+    return sentences
+
+
+def decode(content: bytes) -> str:
+    """Text of one file: UTF-8, or Windows-1252 where it is not valid UTF-8."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("cp1252")
+
+
+def normalised(text: str) -> str:
+    """The form in which two sentences count as the same: no case, single spaces."""
+    return " ".join(text.casefold().split())
+
+
+def distinct(sentences: list[tuple[str, float]]) -> list[Example]:
+    """Labelled rows `{"text", "label"}`; of sentences with the same normalised text the first clearly rated is kept."""
+    rows: dict[str, Example] = {}
+    for text, rating in sentences:
+        if abs(rating) >= MINIMUM_RATING:
+            rows.setdefault(normalised(text), {"text": text, "label": int(rating > 0)})
+    return list(rows.values())
+
+
+def split(rows: list[Example]) -> tuple[list[Example], list[Example]]:
+    """(train, validation): the rows whose normalised text has one of the 1,000 smallest sha256 are for validation.
+
+    It depends on content only, so neither the order of the rows nor a generator can change it.
+    """
+    keys = [hashlib.sha256(normalised(row["text"]).encode()).hexdigest() for row in rows]
+    held_out = set(sorted(keys)[:VALIDATION])
+    pairs = list(zip(rows, keys, strict=True))
+    return [row for row, key in pairs if key not in held_out], [row for row, key in pairs if key in held_out]

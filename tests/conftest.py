@@ -1,0 +1,67 @@
+"""Small real models and data that the tests share: random weights from the architectures' own config classes."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on a network
+
+import polars
+import pytest
+
+WORDS = "the film is was a not very good great fine bad dull awful plot cast and but so it story ending".split()
+GOOD, BAD = ("good", "great", "fine"), ("bad", "dull", "awful")
+
+
+def sentences(count: int, seed: int) -> list[dict]:
+    """Sentences of 2 to 12 words whose label is whether a good or a bad word occurs."""
+    import random
+
+    rng = random.Random(seed)
+    neutral = [w for w in WORDS if w not in GOOD + BAD]
+    rows = []
+    for index in range(count):
+        label = rng.randrange(2)
+        words = rng.choices(neutral, k=rng.randrange(1, 11)) + [rng.choice(GOOD if label else BAD)]
+        rng.shuffle(words)
+        rows.append({"sentence": " ".join(words), "label": label, "idx": index})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def mirror(tmp_path_factory):
+    """A data mirror with a learnable sst2 of 600 training and 100 validation sentences."""
+    root = tmp_path_factory.mktemp("mirror")
+    folder = root / "nyu-mll/glue/sst2"
+    folder.mkdir(parents=True)
+    polars.DataFrame(sentences(600, 1)).write_parquet(folder / "train.parquet")
+    polars.DataFrame(sentences(100, 2)).write_parquet(folder / "validation.parquet")
+    return root
+
+
+def tokenizer(folder):
+    from transformers import BertTokenizerFast
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "terrible", ".", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return len(vocabulary)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """A folder with a two-layer random BERT and a tokenizer that knows the mirror's words."""
+    import torch
+    from transformers import BertConfig, BertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    size = tokenizer(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
