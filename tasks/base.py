@@ -48,7 +48,7 @@ class Prepared:
 
     train, validation: encoded examples (a dict per example); `*_lengths`: tokens per example, used for buckets.
     collate: pads encoded examples to one batch on the CPU, every tensor's first dimension is the batch, also when it is
-    0; it is here and not on the task because it knows the tokenizer.
+    0 (but no transformers model runs on such a batch); it is here and not on the task because it knows the tokenizer.
     data_fingerprint, model_fingerprint: sha256 of the raw rows and of the pretrained weights (without a new head).
     """
 

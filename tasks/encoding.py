@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from dpft.harness.errors import CannotRun
 from dpft.tasks.base import Example
 from dpft.tasks.models import quiet

@@ -27,7 +27,8 @@ def mean_classifier() -> type[nn.Module]:
             self.encoder = encoder
             self.config = encoder.config
             self.encoder_type = encoder.config.model_type
-            self.head = nn.Linear(encoder.config.hidden_size, classes)
+            # not initialised twice: the default would draw from the global generator
+            self.head = nn.utils.skip_init(nn.Linear, encoder.config.hidden_size, classes)
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
             self.head_parameters = ["head.weight", "head.bias"]

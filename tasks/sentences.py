@@ -29,7 +29,7 @@ class Sentences(TextClassification):
     version = 1
     description = "sentiment of sentences from film and product reviews, editorials and tweets, rated by 20 people each"
     source = "Hutto and Gilbert 2014 (ICWSM), in the source distribution of vaderSentiment 3.3.2 on PyPI, MIT"
-    chance = 0.554  # always "positive", the larger class: 55.4% of validation, 52.7% of train
+    chance = 0.555  # always "positive", the larger class: 55.5% of validation, 52.7% of train
     threshold = 0.75
     template = "*cls**sent_0*_It_was*mask*.*sep+*"
     label_words = ("terrible", "great")
@@ -48,7 +48,7 @@ class Sentences(TextClassification):
 def rated(content: bytes) -> list[tuple[str, float]]:
     """(text, mean rating) of every sentence in the source distribution, in the order of FILES and lines.
 
-    HTML entities are resolved (237 sentences have them: `&lt;3` is a heart), nothing else is changed.
+    HTML entities are resolved (237 sentences have them: `&lt;3` is a heart; 16 are escaped twice), nothing else changes.
     """
     sentences = []
     try:
@@ -60,7 +60,7 @@ def rated(content: bytes) -> list[tuple[str, float]]:
                 for line in text.split("\r\n"):
                     if line:
                         _, rating, sentence = line.split("\t")
-                        sentences.append((html.unescape(sentence), float(rating)))
+                        sentences.append((html.unescape(html.unescape(sentence)), float(rating)))
     except (tarfile.TarError, KeyError, AttributeError, ValueError, EOFError) as error:
         raise CannotRun(f"{SDIST} does not hold the rated sentences ({error}); delete it and run again.") from error
     return sentences

@@ -1,15 +1,15 @@
 """Epsilon of a ledger and the noise that meets a target, by numerical composition (PRV, Gopi et al. 2106.02848).
 
-prv-accountant does the composition; this module chooses its tolerances, keeps it away from the inputs on which it is wrong
-or takes all memory, and turns whatever it raises into one sentence. Always report and match on `upper`.
+prv-accountant does the composition; this module chooses its tolerances, keeps it away from the inputs on which it is
+wrong or takes all memory, and turns whatever it raises into one sentence. Always report and match on `upper`.
 """
 
 import functools
 import math
 import numbers
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from dpft.harness.errors import CannotRun
@@ -21,6 +21,8 @@ MIN_SIGMA, MAX_EPSILON, MAX_CELLS = 0.3, 20.0, 2e7
 MAX_STEPS, MAX_KINDS = 10**8, 32  # composing many distinct kinds is slow: 20 take 1.4 s, 100 take 64 s
 CLOSE = 1e-3  # calibration stops when upper is this close below the target
 MAX_REFUSALS = 8
+COARSER = 5.0  # the grid of the search has this many times fewer cells; its estimate moves by some 1e-4
+WIDE = 3 * MAX_EPSILON  # losses beyond this come from too little noise, not from too fine a tolerance
 
 # (sampling probability, merged noise multiplier, number of steps) of every distinct kind of event
 Composition = tuple[tuple[float, float, int], ...]
@@ -46,8 +48,8 @@ def composition(events: Sequence[dict[str, Any]]) -> Composition:
 def epsilon(events: Sequence[dict[str, Any]], delta: float, target: float) -> tuple[float, float, float]:
     """(lower, estimate, upper) epsilon of a ledger's events at `delta`, heterogeneous events composed in one call.
 
-    `target` only sets the tolerances. Raises BadInput for a malformed ledger, CannotRun where the accountant cannot certify
-    (sigma < .3, epsilon > 20, delta below its floating-point resolution, a grid over 2e7 cells, any failure inside it).
+    `target` only sets the tolerances. Raises BadInput for a malformed ledger, CannotRun where the accountant cannot
+    certify (sigma < .3, epsilon > 20, delta below its resolution, a grid over 2e7 cells, any failure inside it).
     """
     return prv_epsilon(composition(events), float(delta), float(target))
 
@@ -63,7 +65,7 @@ def prv_epsilon(kinds: Composition, delta: float, target: float) -> tuple[float,
 
 
 def evaluate(accountant: Any, kinds: Composition, delta: float) -> tuple[float, float, float]:
-    """(lower, estimate, upper) of the whole composition that `accountant` was built for; CannotRun as `epsilon` says."""
+    """(lower, estimate, upper) of the composition that `accountant` was built for; CannotRun as `epsilon` says."""
     lower, estimate, upper = accountant.compute_epsilon(delta, [int(steps) for _, _, steps in kinds])
     if not all(map(math.isfinite, (lower, estimate, upper))):
         raise _refusal(kinds, delta, "its epsilon is not finite")
@@ -77,8 +79,8 @@ def evaluate(accountant: Any, kinds: Composition, delta: float) -> tuple[float, 
 def calibrate(target_epsilon: float, delta: float, sampling_probability: float, steps: int) -> float:
     """The noise multiplier of `steps` Poisson-subsampled Gaussian steps that matches a target; cached on disk.
 
-    The returned sigma is on the private side: `upper <= target` and `target * (1 - .025) <= estimate`, as `epsilon` computes
-    them. Raises CannotRun, saying which of epsilon, batch size and steps to change and how, where there is none.
+    The returned sigma is on the private side: `upper <= target` and `target * (1 - .025) <= estimate`, as `epsilon`
+    computes them. Raises CannotRun, saying which of epsilon, batch size and steps to change and how, else.
     """
     target, delta, q = float(target_epsilon), float(delta), float(sampling_probability)
     check_numbers(((q, 1.0, steps),), delta, target)
@@ -96,28 +98,46 @@ def matches(values: Sequence[float], target: float) -> bool:
 
 
 def _search(target: float, delta: float, q: float, steps: int) -> float:
-    """Bracketed interpolation on log(upper) against log(sigma), from the large side: small sigmas exhaust the memory."""
+    """The calibrated sigma: found on a coarse grid, then confirmed, and if need be improved, on the certified one."""
 
-    def at(sigma: float) -> tuple[float, float, float]:
+    def fine(sigma: float) -> tuple[float, float, float]:
         return prv_epsilon(((q, sigma, steps),), delta, target)
 
-    high = max(MIN_SIGMA, _sigma_by_rdp(target, delta, q, steps))
+    def coarse(sigma: float) -> tuple[float, float, float]:
+        kinds = ((q, sigma, steps),)
+        with guarded(kinds, delta):
+            estimate = evaluate(build_accountant(kinds, delta, target, COARSER), kinds, delta)[1]
+        return estimate, estimate, estimate + tolerance(target, delta)[0]
+
+    start = max(MIN_SIGMA, _sigma_by_rdp(target, delta, q, steps))
+    with suppress(CannotRun):  # the certified grid then says what is wrong
+        start = _bracket(coarse, start, target)
+    try:
+        return _bracket(fine, start, target)
+    except _Unmet as unmet:
+        raise CannotRun(f"{unmet} (q={q:g}, T={steps}, delta={delta:g}).") from None
+
+
+class _Unmet(CannotRun):
+    """No sigma meets the target; the message lacks the values and the full stop."""
+
+
+def _bracket(at: Callable[[float], tuple[float, float, float]], high: float, target: float) -> float:
+    """Bracketed interpolation of log(upper) in log(sigma), from the large side: small sigmas exhaust the memory."""
+    low, low_upper, refusals, growth = 0.0, math.inf, 0, 1.005
     values = at(high)
     while values[2] > target:  # the tolerances count against us, and RDP cannot reach every small target
-        high *= 1.25
+        low, low_upper = high, values[2]
+        high, growth = high * growth, growth**2
         values = at(high)
-    low, low_upper, refusals = 0.0, math.inf, 0
     while not (matches(values, target) and values[2] >= target * (1 - CLOSE)):
         if high <= MIN_SIGMA:
-            raise CannotRun(
-                f"Epsilon {target:g} would need a noise multiplier under {MIN_SIGMA:g}, which cannot be certified, at "
-                f"q={q:g}, T={steps}: decrease epsilon, or increase the batch size or the number of steps."
+            raise _Unmet(
+                f"Epsilon {target:g} would need a noise multiplier under {MIN_SIGMA:g}, which cannot be certified: "
+                "decrease epsilon, or increase the batch size or the number of steps"
             )
         if high - low < 1e-9 * high:
-            raise CannotRun(
-                f"No noise multiplier meets epsilon {target:g} within {SLACK:.1%} at q={q:g}, T={steps}, delta={delta:g}: "
-                "increase epsilon, or change the batch size or the number of steps."
-            )
+            raise _Unmet(f"No noise multiplier meets epsilon {target:g} within {SLACK:.1%}: increase epsilon")
         sigma = _guess(low, low_upper, high, values[2], target)
         try:
             tried = at(sigma)
@@ -136,9 +156,7 @@ def _search(target: float, delta: float, q: float, steps: int) -> float:
 def _guess(low: float, low_upper: float, high: float, high_upper: float, target: float) -> float:
     """The next sigma to try, strictly inside the bracket, never under half of its private end."""
     aim, at_high = math.log(target * (1 - CLOSE / 2)), math.log(max(high_upper, 1e-6 * target))
-    if (
-        low == 0.0
-    ):  # epsilon falls between sigma^-1 and sigma^-2 or faster: the middle overshoots a little, and brackets
+    if low == 0.0:  # epsilon falls like sigma^-1 to sigma^-2, or faster: the middle overshoots a little, and brackets
         return max(MIN_SIGMA, high / 2, high * math.exp((at_high - aim) / 1.5) * 0.98)
     if not math.isfinite(low_upper):
         return math.sqrt(low * high)
@@ -147,7 +165,7 @@ def _guess(low: float, low_upper: float, high: float, high_upper: float, target:
 
 
 def _sigma_by_rdp(target: float, delta: float, q: float, steps: int) -> float:
-    """A noise multiplier that Renyi accounting (1908.10530, never smaller than PRV's epsilon) puts at or under `target`."""
+    """A noise multiplier that Renyi accounting (1908.10530; its epsilon is the larger) puts at or under `target`."""
     from prv_accountant import PoissonSubsampledGaussianMechanism
     from prv_accountant.other_accountants import RDP
 
@@ -210,24 +228,32 @@ def _refusal(kinds: Composition, delta: float, reason: str) -> CannotRun:
     return CannotRun(f"Cannot certify: change epsilon, q or T ({named}{more}, delta={delta:g}; {reason}).")
 
 
-def build_accountant(kinds: Composition, delta: float, target: float) -> Any:
+def build_accountant(kinds: Composition, delta: float, target: float, coarser: float = 1.0) -> Any:
     """prv-accountant for a composition, its grid (Theorem 5.5 of 2106.02848) estimated before anything is allocated."""
     from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 
     eps_error, delta_error = tolerance(target, delta)
+    eps_error *= coarser
     mechanisms = [PoissonSubsampledGaussianMechanism(sampling_probability=q, noise_multiplier=s) for q, s, _ in kinds]
+    for mechanism in mechanisms:  # asked four times for each order, and slow: most of the time of a small composition
+        mechanism.rdp = functools.cache(mechanism.rdp)
     counts = [int(steps) for _, _, steps in kinds]
-    cells = _grid_cells(mechanisms, counts, eps_error, delta_error)
+    half_width, cells = _grid(mechanisms, counts, eps_error, delta_error)
     if cells * max(1, len(kinds) // 4) > MAX_CELLS:  # every kind holds a grid of its own
-        raise _refusal(kinds, delta, f"its grid has {cells:.2g} cells, so increase epsilon or decrease T")
+        change = "increase the noise or decrease q or T" if half_width > WIDE else "increase epsilon or decrease T"
+        raise _refusal(kinds, delta, f"its grid has {cells:.2g} cells, so {change}")
     return PRVAccountant(prvs=mechanisms, max_self_compositions=counts, eps_error=eps_error, delta_error=delta_error)
 
 
-def _grid_cells(mechanisms: Sequence[Any], counts: Sequence[int], eps_error: float, delta_error: float) -> float:
+def _grid(
+    mechanisms: Sequence[Any], counts: Sequence[int], eps_error: float, delta_error: float
+) -> tuple[float, float]:
+    """The largest privacy loss and the number of cells of the grid that PRVAccountant would allocate."""
     from prv_accountant.accountant import compute_safe_domain_size
 
     half_width = float(compute_safe_domain_size(mechanisms, counts, eps_error=eps_error, delta_error=delta_error))
-    return 2 * half_width / eps_error * math.sqrt(sum(counts) / 2 * math.log(12 / delta_error))
+    mesh = eps_error / math.sqrt(sum(counts) / 2 * math.log(12 / delta_error))
+    return half_width, 2 * half_width / mesh
 
 
 def _smallest_delta() -> float:

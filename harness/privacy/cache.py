@@ -20,7 +20,7 @@ def cache_dir() -> Path:
 def cached(kind: str, inputs: dict[str, Any], valid: Callable[[Any], bool], compute: Callable[[], Any]) -> Any:
     """The JSON value of `compute()`, from disk when the same `kind` and `inputs` were computed before.
 
-    A damaged, foreign or invalid (`valid(value)` false) file is recomputed; a folder that cannot be written is no error.
+    A damaged, foreign or invalid (`valid(value)` false) file is recomputed; an unwritable folder is no error.
     Whatever `compute` raises passes through and is not stored.
     """
     key = {"schema": SCHEMA, "kind": kind, "inputs": inputs}

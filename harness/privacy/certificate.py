@@ -17,14 +17,15 @@ from dpft.harness.privacy.accountant import (
 )
 
 ADJACENCY, SAMPLING = "zero-out, public N", "poisson"
+# what must be equal for two rows to be ranked together
 SAME = ("num_examples", "sampling_probability", "steps_planned", "delta", "adjacency", "sampling", "target")
 
 
 def certify(events: Sequence[dict[str, Any]], delta: float, target: float) -> dict[str, Any]:
     """The certificate of a ledger's events, ready for JSON.
 
-    Keys: `epsilon` [lower, estimate, upper] or None, `cross_checks` {"pld", "opacus_prv"} (None where one cannot be had),
-    `tolerance` {"eps_error", "delta_error"}, `within_budget` (upper <= target; any accounting failure is not within budget)
+    Keys: `epsilon` [lower, estimate, upper] or None, `cross_checks` {"pld", "opacus_prv"} (each may be None),
+    `tolerance` {"eps_error", "delta_error"}, `within_budget` (upper <= target; an accounting failure is outside)
     and `error` (the failure in one sentence, or None). Raises BadInput for a malformed ledger only.
     """
     kinds = composition(events)
@@ -60,8 +61,8 @@ def disagreement(pld: float | None, values: Sequence[float], eps_error: float) -
 def pld_epsilon(kinds: Composition, delta: float, target: float) -> float | None:
     """Epsilon of a composition by privacy loss distributions (dp-accounting; Doroshenko et al. 2207.04380), or None.
 
-    Add/remove neighbours, the larger direction. The error grows like interval^2 * T: two tolerances over sqrt(T) keeps it
-    ten or more times below the tolerance at a second or so.
+    Add/remove neighbours, the larger direction. The error grows like interval^2 * T: two tolerances over sqrt(T) keeps
+    it ten or more times below the tolerance at a second or so.
     """
     check_numbers(kinds, delta, target)
     if not kinds:
@@ -107,8 +108,8 @@ def opacus_epsilon(kinds: Composition, delta: float, target: float) -> float | N
 def matched(privacies: Sequence[dict[str, Any] | None]) -> str | None:
     """None when the rows with these `privacy` sections may be ranked together, else one sentence saying why not.
 
-    Same N, q, planned steps, delta, neighbours, sampling and target in all; in each all planned steps run, one target met:
-    `target * (1 - .025) <= estimate` and `upper <= target`. Rows are counted from 1.
+    Same N, q, planned steps, delta, neighbours, sampling and target in all; in each all planned steps run, one target
+    met: `target * (1 - .025) <= estimate` and `upper <= target`. Rows are counted from 1.
     """
     for row, privacy in enumerate(privacies, 1):
         try:

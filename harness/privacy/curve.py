@@ -22,8 +22,8 @@ WORK = 2e7  # cells times points: a few seconds
 def epsilon_curve(sigma: float, sampling_probability: float, steps: int, delta: float, target: float) -> list[float]:
     """Upper epsilon after 0, 1, ..., `steps` steps (length steps + 1); nondecreasing; the last is `epsilon`'s upper.
 
-    Computed at no more than 200 step counts, `steps` among them, and elsewhere filled with the next larger one, so that no
-    value is below the truth. Cached on disk. Raises CannotRun as `epsilon` does.
+    Computed at no more than 200 step counts, `steps` among them, and elsewhere filled with the next larger one, so that
+    no value is below the truth. Cached on disk. Raises CannotRun as `epsilon` does.
     """
     kind = (float(sampling_probability), float(sigma), steps)
     delta, target = float(delta), float(target)

@@ -105,8 +105,8 @@ class Ledger:
     def from_events(cls, events: Any) -> "Ledger":
         """The ledger that a record holds; adjacent identical events merge.
 
-        Raises BadInput when the ranges are not contiguous from 0, a number is not finite and positive, q is not in (0, 1],
-        a key is missing or unknown, or the merged noise multiplier is not that of its releases.
+        Raises BadInput when the ranges are not contiguous from 0, a number is not finite and positive, q is not in
+        (0, 1], a key is missing or unknown, or the merged noise multiplier is not that of its releases.
         """
         if not isinstance(events, list):
             raise BadInput(f"The ledger must be a list of events, not {type(events).__name__}.")

@@ -27,11 +27,11 @@ KEYS = (
 
 
 def verify_record(record: dict[str, Any], curve_steps: int | None = None) -> list[str]:
-    """What is wrong with a record's `privacy` section, one sentence each; empty when all is right or nothing is claimed.
+    """What is wrong with a record's `privacy` section, one sentence each; empty when all is right (or null).
 
-    The ledger is the truth: epsilon is recomputed from it with prv-accountant and with PLD, and every declared quantity is
-    compared with it. `curve_steps`: the number of steps the run's curve file holds, where there is one. Never raises for
-    content of the record.
+    The ledger is the truth: epsilon is recomputed from it with prv-accountant and with PLD, and every declared quantity
+    is compared with it. `curve_steps`: the number of steps the run's curve file holds, where there is one. Never raises
+    for what the record contains.
     """
     if not isinstance(record, dict) or "privacy" not in record:
         return ["The record has no privacy section."]
@@ -95,8 +95,9 @@ def _declared(privacy: dict[str, Any]) -> Iterator[str]:
         yield f"delta {privacy['delta']:g} is not under 1 / num_examples = {1 / examples:g}, so it promises nothing."
     rule = dict(zip(("eps_error", "delta_error"), tolerance(privacy["target"], privacy["delta"]), strict=True))
     for name, value in rule.items():
-        if not math.isclose(privacy["tolerance"][name], value, rel_tol=1e-6):
-            yield f"tolerance {name} is {privacy['tolerance'][name]:g}, but the rule for this target and delta gives {value:g}."
+        declared = privacy["tolerance"][name]
+        if not math.isclose(declared, value, rel_tol=1e-6):
+            yield f"tolerance {name} is {declared:g}, but the rule for this target and delta gives {value:g}."
 
 
 def _steps(privacy: dict[str, Any], curve_steps: int | None) -> Iterator[str]:
@@ -117,8 +118,9 @@ def _events(privacy: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[s
         for key in ("sampling_probability", "noise_multiplier"):
             if not math.isclose(event[key], privacy[key], rel_tol=REL):
                 yield f"{where} have {key} {event[key]!r}, but the record declares {privacy[key]!r}."
-        if len(event["releases"]) != privacy["releases_per_step"]:
-            yield f"{where} make {len(event['releases'])} releases each, but releases_per_step is {privacy['releases_per_step']}."
+        made, declared = len(event["releases"]), privacy["releases_per_step"]
+        if made != declared:
+            yield f"{where} make {made} releases each, but releases_per_step is {declared}."
 
 
 def _epsilon(privacy: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[str]:

@@ -1,0 +1,263 @@
+"""Every registered method, without being asked: what holds for all of them."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from dpft.harness import loop, registry, run, spec
+from dpft.harness.engine import engine_class
+from dpft.harness.engine.base import PlainEngine, zero_sums
+from dpft.harness.mechanism import GaussianMechanism, stream
+from dpft.harness.plan import plan
+from dpft.harness.privacy import Ledger
+from dpft.harness.run_settings import Settings
+
+METHODS = sorted(registry.methods())
+PRIVATE = [name for name in METHODS if registry.methods()[name].private]
+LEARNING = [name for name in PRIVATE if registry.methods()[name].query == "gradient"]
+SIZE = dict(task="sst2", batch_size=60, steps=4, eval_every=2, epsilon=3.0, max_length=32)
+
+
+def a_spec(method, tiny_bert, **more):
+    return spec.resolve({"method": method, "model": str(tiny_bert), **SIZE, **more})
+
+
+@pytest.fixture
+def settings(mirror):
+    return Settings(data_dir=mirror)
+
+
+@pytest.fixture
+def setup_of(tiny_bert, settings):
+    """method name -> a fresh Setup, as `execute` makes it."""
+    made = []
+
+    def make(method, checkpoint_path=None, **more):
+        one = a_spec(method, tiny_bert, **more)
+        made.append(run.build(one, settings, plan(one, settings.data_dir), checkpoint_path))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.engine.close()
+
+
+def quiet(step, row):
+    pass
+
+
+def weights(setup):
+    return {name: p.detach().clone() for name, p in setup.prepared.model.named_parameters()}
+
+
+def trained(setup):
+    state = loop.State()
+    loop.train(setup, state, quiet)
+    return state
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_is_recorded_spends_its_budget_and_trains_what_it_says(method, tiny_bert, settings, setup_of):
+    one = a_spec(method, tiny_bert)
+    record, curve = run.execute(one, settings, quiet)
+    assert record["status"] == "done", record["error"]
+    assert [row["step"] for row in curve] == [1, 2, 3, 4]
+    assert [row["metric"] is not None for row in curve] == [False, True, False, True]
+    assert record["cost"]["peak_bytes"]["parameters"] > 0
+    if one.epsilon is not None:
+        privacy = record["privacy"]
+        assert privacy["steps_run"] == privacy["steps_planned"] == 4
+        assert privacy["ledger"][-1]["step_to"] == 4
+        assert 0.975 * 3 <= privacy["epsilon"][1] <= privacy["epsilon"][2] <= 3
+        assert privacy["sampling_probability"] == 60 / 600
+        assert curve[-1]["epsilon"] == pytest.approx(privacy["epsilon"][2], abs=1e-9)
+        assert [row["epsilon"] for row in curve] == sorted(row["epsilon"] for row in curve)
+    setup = setup_of(method)
+    before = weights(setup)
+    trained(setup)
+    for name, value in weights(setup).items():
+        if name in setup.parameters:
+            assert not torch.equal(value, before[name]), f"{name} should train"
+        else:
+            assert torch.equal(value, before[name]), f"{name} should be frozen"
+    assert set(setup.prepared.model.head_parameters) <= set(setup.parameters), "the head must train"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_gives_the_same_curve_bit_for_bit(method, setup_of):
+    first, second = trained(setup_of(method)), trained(setup_of(method))
+    assert first.curve == second.curve and first.final == second.final
+    other = trained(setup_of(method, seed=1))
+    assert other.curve != first.curve
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(method, setup_of, tmp_path):
+    whole_setup = setup_of(method)
+    whole = trained(whole_setup)
+    path = tmp_path / "run.ckpt"
+
+    def interrupt(step, row):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    cut = dataclasses.replace(setup_of(method, path), checkpoint_seconds=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(cut, loop.State(), interrupt)
+    resumed_setup = setup_of(method, path)
+    seen = []
+    state = loop.State()
+    loop.train(resumed_setup, state, lambda step, row: seen.append(step))
+    assert seen == [3, 4], "steps 1 and 2 must come from the checkpoint"
+    assert state.curve == whole.curve and state.final == whole.final
+    assert state.ledger.events == whole.ledger.events
+    for name, value in weights(resumed_setup).items():
+        assert torch.equal(value, weights(whole_setup)[name])
+
+
+def test_a_damaged_or_foreign_checkpoint_is_not_used(setup_of, tmp_path):
+    path = tmp_path / "run.ckpt"
+    path.write_bytes(b"not a checkpoint")
+    assert len(trained(setup_of("last-layer", path)).step_seconds) == 4
+    cut = dataclasses.replace(setup_of("last-layer", path, seed=5), checkpoint_seconds=0.0)
+    trained(cut)
+    assert path.exists()
+    seen = []
+    loop.train(setup_of("last-layer", path), loop.State(), lambda step, row: seen.append(step))
+    assert seen == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_engines_agree_and_microbatches_do_not_matter(method, setup_of):
+    setup = setup_of(method)
+    encodings = {n: e for n, p in setup.parameters.items() if (e := setup.method.encoding(n, p, 0)) is not None}
+    examples = setup.prepared.train[:12]
+    sums, norms = {}, {}
+    for name, groups in {
+        "factored": [examples],
+        "pieces": [examples[:1], examples[1:7], examples[7:]],
+        "reference": [examples],
+        "opacus": [examples],
+    }.items():
+        engine = engine_class("factored" if name == "pieces" else name)(
+            setup.prepared.model, setup.task.loss, setup.parameters, setup.clock
+        )
+        total, found = zero_sums(setup.parameters, encodings), []
+        for group in groups:
+            found.append(engine.accumulate(setup.prepared.collate(group), total, setup.spec.clip_norm, encodings)[1])
+        engine.close()
+        sums[name], norms[name] = torch.cat([t.flatten().double() for t in total.values()]), torch.cat(found).double()
+    for name in ("pieces", "reference", "opacus"):
+        assert torch.allclose(norms["factored"], norms[name], rtol=1e-5)
+        assert (sums["factored"] - sums[name]).norm() <= 1e-5 * sums[name].norm()
+    assert sums["factored"].norm() <= setup.spec.clip_norm * len(examples) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_zero_noise_and_infinite_clip_is_the_non_private_optimizer(method, setup_of):
+    private, plain = setup_of(method, weight_decay=0.0), setup_of(method, weight_decay=0.0)
+    silent = GaussianMechanism(0.0, 1.0, 60, stream("cpu", 0))
+    unclipped = dataclasses.replace(private.spec, clip_norm=math.inf)
+    private = dataclasses.replace(private, mechanism=silent, spec=unclipped, epsilon_curve=None)  # zero noise has no epsilon
+    engine = PlainEngine(plain.prepared.model, plain.task.loss, plain.parameters, plain.clock)
+    plain = dataclasses.replace(plain, mechanism=silent, engine=engine, epsilon_curve=None)
+    for one in (private, plain):  # plain SGD: Adam would turn rounding of a zero gradient into a full step
+        one.method.optimizer = lambda parameters, spec: torch.optim.SGD(parameters, lr=0.5)
+        trained(one)
+    for name in private.parameters:
+        a, b = private.parameters[name], plain.parameters[name]
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-5, name
+
+
+@pytest.mark.parametrize("method", PRIVATE)
+def test_an_empty_batch_still_adds_noise_steps_and_is_charged(method, setup_of):
+    setup = setup_of(method, steps=1, eval_every=1)
+    setup.sampler.sample = lambda: []
+    before = weights(setup)
+    state = trained(setup)
+    assert state.ledger.steps == 1
+    assert any(not torch.equal(p, before[n]) for n, p in setup.parameters.items())
+
+
+@pytest.mark.parametrize("method", PRIVATE)
+def test_noise_and_decode_happen_once_per_logical_step_whatever_the_microbatches(method, setup_of):
+    counts = []
+    for tokens in (16, 100_000):
+        setup = dataclasses.replace(setup_of(method), max_tokens=tokens)
+        calls = {"release": 0, "decode": 0}
+        for owner, name in ((setup.mechanism, "release"), (setup.method, "decode")):
+            original = getattr(owner, name)
+
+            def counted(*arguments, name=name, original=original):
+                calls[name] += 1
+                return original(*arguments)
+
+            setattr(owner, name, counted)
+        trained(setup)
+        counts.append(calls)
+    assert counts == [{"release": 4, "decode": 4}] * 2
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_the_update_is_divided_by_the_expected_batch_size(method, setup_of):
+    """Twice the same batch, in one run half of it empty rows of the sampler: the update must not be rescaled."""
+    setup = setup_of(method)
+    noisy = GaussianMechanism(0.0, 1.0, 60, stream("cpu", 0)).release(
+        {name: torch.ones_like(p) for name, p in setup.parameters.items()}
+    )
+    for name, update in setup.method.decode(noisy, 0).items():
+        assert update.shape == setup.parameters[name].shape
+    realised = []
+    setup.mechanism.release = lambda total, original=setup.mechanism.release: realised.append(original(total)) or realised[-1]
+    setup.sampler.sample = lambda: [0, 1, 2]
+    trained(setup)
+    assert {one.expected_batch_size for one in realised} == {60}
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "noise-only"])
+def test_a_nan_example_ends_the_run_before_anything_is_released(method, tiny_bert, settings, monkeypatch):
+    one = a_spec(method, tiny_bert)
+    task = registry.task("sst2")
+    original = task.loss
+
+    def poisoned(self, model, batch):
+        losses = original(self, model, batch)
+        return losses.where(batch["labels"] == 0, torch.tensor(float("nan")))
+
+    monkeypatch.setattr(task, "loss", poisoned)
+    record, curve = run.execute(one, settings, quiet)
+    assert record["status"] == "diverged" and "not finite" in record["error"]
+    assert curve == [] and record["result"] is None
+    if record["privacy"] is not None:
+        assert record["privacy"]["steps_run"] == 0 and record["privacy"]["ledger"] == []
+
+
+def test_methods_share_batches_and_not_noise(setup_of):
+    a, b = setup_of("dp-adam"), setup_of("dp-sgd")
+    assert [a.sampler.sample() for _ in range(3)] == [b.sampler.sample() for _ in range(3)]
+    zeros = {"x": torch.zeros(5)}
+    first = a.mechanism.release({k: v.clone() for k, v in zeros.items()})
+    assert not torch.equal(first.tensors["x"], b.mechanism.release(zeros).tensors["x"])
+
+
+def test_a_step_outside_the_plan_is_refused(setup_of):
+    setup = setup_of("dp-adam")
+    with pytest.raises(RuntimeError, match="outside the certified plan"):
+        loop._book(setup, Ledger(), 4)
+    tight = dataclasses.replace(setup, epsilon_curve=[0.0, 9.0, 9.0, 9.0, 9.0])
+    with pytest.raises(RuntimeError, match="outside the certified plan"):
+        loop._book(tight, Ledger(), 0)
+
+
+def test_ffa_lora_freezes_a_and_lora_trains_it(setup_of):
+    lora, ffa = setup_of("dp-lora"), setup_of("ffa-lora")
+    assert any("lora_A" in n for n in lora.parameters) and not any("lora_A" in n for n in ffa.parameters)
+    assert {n for n in lora.parameters if "lora_A" not in n} == set(ffa.parameters)
+
+
+def test_a_method_that_cannot_run_is_skipped_with_a_reason(tiny_bert, settings):
+    record, _ = run.execute(a_spec("dp-lora", tiny_bert, targets="nothing_here"), settings, quiet)
+    assert record["status"] == "error"
+    assert "nothing_here" in record["error"]

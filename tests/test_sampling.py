@@ -1,0 +1,72 @@
+"""Poisson sampling has the rate and the variance that are accounted; buckets lose and repeat nothing."""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from dpft.harness.errors import BadInput
+from dpft.harness.mechanism import GaussianMechanism, stream
+from dpft.harness.sampling import PoissonSampler, buckets
+
+
+def test_batch_sizes_are_binomial():
+    """Mean Nq and variance Nq(1-q): a shuffled or fixed-size sampler has variance 0."""
+    sampler = PoissonSampler(1000, 50, "t", 0)
+    sizes = torch.tensor([len(sampler.sample()) for _ in range(4000)], dtype=torch.float64)
+    assert abs(float(sizes.mean()) - 50) < 4 * (47.5 / 4000) ** 0.5
+    assert abs(float(sizes.var()) / 47.5 - 1) < 4 * (2 / 4000) ** 0.5
+
+
+def test_examples_are_included_independently():
+    sampler = PoissonSampler(20, 5, "t", 1)
+    included = torch.zeros(4000, 20, dtype=torch.float64)
+    for step in range(4000):
+        included[step, sampler.sample()] = 1
+    assert (included.mean(0) - 0.25).abs().max() < 4.5 * (0.1875 / 4000) ** 0.5
+    off_diagonal = torch.corrcoef(included.T) - torch.eye(20, dtype=torch.float64)
+    assert off_diagonal.abs().max() < 4.5 / 4000**0.5
+
+
+def test_stream_depends_on_task_and_seed_only_and_larger_batches_hold_smaller_ones():
+    first, second = PoissonSampler(500, 20, "t", 3), PoissonSampler(500, 60, "t", 3)
+    for _ in range(5):
+        assert set(first.sample()) <= set(second.sample())
+    assert PoissonSampler(500, 20, "t", 4).sample() != PoissonSampler(500, 20, "t", 3).sample()
+
+
+def test_batch_larger_than_the_data():
+    with pytest.raises(BadInput, match="larger than the 10 training examples"):
+        PoissonSampler(10, 11, "t", 0)
+
+
+@hypothesis.given(st.lists(st.integers(1, 40), min_size=0, max_size=60), st.integers(1, 200))
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_buckets_partition_and_respect_the_token_limit(lengths, max_tokens):
+    found = list(buckets(range(len(lengths)), lengths, max_tokens))
+    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+    for batch in found:
+        assert batch and (len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= max_tokens)
+
+
+def test_noise_has_the_declared_variance_and_is_drawn_afresh():
+    mechanism = GaussianMechanism(1.5, 0.2, 10, stream("cpu", "noise", 0))
+    first = mechanism.release({"a": torch.zeros(1_500_000), "b": torch.zeros(10, 7)})
+    second = mechanism.release({"a": torch.zeros(1_500_000), "b": torch.zeros(10, 7)})
+    a, b = first.tensors["a"].double(), second.tensors["a"].double()
+    assert abs(float(a.var()) / 0.09 - 1) < 5 * (2 / 1.5e6) ** 0.5
+    assert abs(float(a.mean())) < 5 * 0.3 / 1.5e6**0.5
+    assert abs(float((a * b).mean()) / 0.09) < 5 / 1.5e6**0.5
+    assert first.mean_noise_std == pytest.approx(0.03)
+    assert torch.equal(first.mean()["b"], first.tensors["b"] / 10)
+
+
+def test_noise_does_not_depend_on_threads():
+    threads = torch.get_num_threads()
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        mechanism = GaussianMechanism(1.0, 1.0, 1, stream("cpu", "noise", 0))
+        found.append(mechanism.release({"a": torch.zeros(300_000)}).tensors["a"])
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
