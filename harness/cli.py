@@ -138,7 +138,7 @@ def _runs(suite: str | None, overrides: dict[str, Any]):
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto takes a GPU where there is one."
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Padded tokens per microbatch."
+    "--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Padded tokens per microbatch."
 )
 @click.option("--shard", default="1/1", metavar="I/N", help="Make every N-th run, from the I-th.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds per run.")

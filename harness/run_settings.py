@@ -15,7 +15,7 @@ class Settings:
     data_dir: Path | None = None
     engine: str = "factored"
     device: str = "cpu"
-    max_tokens: int = 2048
+    max_tokens: int = 1024
     timeout: float | None = None
     checkpoint_seconds: float = 300.0
 

@@ -232,6 +232,9 @@ def build_accountant(kinds: Composition, delta: float, target: float, coarser: f
     """prv-accountant for a composition, its grid (Theorem 5.5 of 2106.02848) estimated before anything is allocated."""
     from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 
+    from dpft.harness.privacy.exact_mean import install
+
+    install()
     eps_error, delta_error = tolerance(target, delta)
     eps_error *= coarser
     mechanisms = [PoissonSubsampledGaussianMechanism(sampling_probability=q, noise_multiplier=s) for q, s, _ in kinds]
