@@ -14,12 +14,17 @@ SCHEMA = 1
 
 
 def save(path: Path, run_id: str, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-    """Write tensors and JSON state of run `run_id`."""
+    """Write tensors and JSON state of run `run_id`. Raises OSError when the disk is full or the folder gone."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     metadata = {"schema": str(SCHEMA), "run_id": run_id, "state": json.dumps(state, allow_nan=False)}
+    plain = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
     with atomic(path) as temporary:
-        save_file({name: t.detach().contiguous().clone() for name, t in tensors.items()}, temporary, metadata)
+        try:
+            save_file(plain, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {temporary}: {error}") from error
 
 
 def load(path: Path, run_id: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,8 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
         state.curve.append(row)
         observe(state.step, row)
         if setup.checkpoint_path is not None and time.monotonic() - saved > setup.checkpoint_seconds:
-            _save(setup, state, optimizer, names)
+            with suppress(OSError):  # a run is worth more than its checkpoint
+                _save(setup, state, optimizer, names)
             saved = time.monotonic()
     state.metrics = evaluate(setup, state, None)
     state.final = state.metrics[setup.task.metric]

@@ -10,9 +10,6 @@ from dpft.harness.errors import CannotRun
 from dpft.harness.privacy import calibrate, epsilon_curve
 from dpft.harness.spec import RunSpec
 
-ADJACENCY = "zero-out, public N"
-SAMPLING = "poisson"
-
 
 @dataclass(frozen=True)
 class PrivacyPlan:

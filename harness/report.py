@@ -84,7 +84,8 @@ def _table(rows: list[Row], store: Store) -> str:
 
     spec, result = rows[0].spec, rows[0].records[0]["result"]
     private = [row for row in rows if row.private]
-    reason = matched([r["privacy"] for row in private for r in row.records]) if private else None
+    named = [(_name(row, rows), r["privacy"]) for row in private for r in row.records]
+    reason = matched([privacy for _, privacy in named], [name for name, _ in named]) if private else None
     rows = sorted(
         rows, key=lambda row: (row.ranked, row.final if result["higher_is_better"] else -row.final), reverse=True
     )
@@ -117,12 +118,12 @@ def _target(rows: list[Row], result: dict[str, Any]) -> float | None:
 def _cells(row: Row, rows: list[Row], store: Store, target: float | None, result: dict[str, Any]) -> dict[str, str]:
     records, privacy = row.records, row.records[0]["privacy"]
     cost = records[0]["cost"]
-    uppers = [r["privacy"]["epsilon"][2] for r in records if r["privacy"]]
+    uppers = [r["privacy"]["epsilon"][2] for r in records if r["privacy"] and r["privacy"]["epsilon"]]
     steps, spent = _steps(row, store, target, result)
     return {
         "method": _name(row, rows),
         "trainable": f"{cost['trainable_parameters']:,}",
-        "ε [certified upper]": f"{max(uppers):.3f}" if uppers else "∞",
+        "ε [certified upper]": f"{max(uppers):.3f}" if uppers else "∞" if privacy is None else "not certified",
         "σ": f"{privacy['noise_multiplier']:.3f}" if privacy else "0",
         f"final {result['metric']}": _spread([r["result"]["final"] for r in records]),
         "steps to threshold": steps,

@@ -13,10 +13,10 @@ import torch
 from dpft.harness import loop, provenance, registry
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import PlainEngine, ZeroEngine
-from dpft.harness.errors import CannotRun, Diverged
+from dpft.harness.errors import BadInput, CannotRun, Diverged
 from dpft.harness.mechanism import GaussianMechanism, stream
-from dpft.harness.plan import ADJACENCY, SAMPLING, PrivacyPlan, plan
-from dpft.harness.privacy import certify
+from dpft.harness.plan import PrivacyPlan, plan
+from dpft.harness.privacy import ADJACENCY, SAMPLING, certify
 from dpft.harness.probes import Clock
 from dpft.harness.run_settings import Settings
 from dpft.harness.sampling import PoissonSampler
@@ -73,7 +73,7 @@ def classify(error: Exception) -> tuple[str, str]:
     text = " ".join(str(error).split())
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return "oom", "Out of memory; lower --max-tokens or the trainable parameters."
-    if isinstance(error, CannotRun):
+    if isinstance(error, BadInput):
         return "error", text
     where = error.__traceback__
     while where is not None and where.tb_next is not None:

@@ -13,12 +13,11 @@ from typing import Any
 
 from dpft.harness import registry
 from dpft.harness.errors import BadInput, unknown
+from dpft.tasks.base import HEADS
 
-SCHEMA = 1
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "linear")
 PRECISIONS = ("fp32", "bf16")
-HEADS = ("mean", "native", "mlm")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # `dpft list tasks` must not pay for torch
     import torch
     from torch import nn
 
+HEADS = ("mean", "native", "mlm")
 Example = dict[str, Any]  # one raw row: named columns
 
 

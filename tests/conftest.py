@@ -7,8 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on a network
 import polars
 import pytest
 
-WORDS = "the film is was a not very good great fine bad dull awful plot cast and but so it story ending".split()
-GOOD, BAD = ("good", "great", "fine"), ("bad", "dull", "awful")
+NEUTRAL = ["the", "film", "is", "was", "a", "not", "very", "plot", "cast", "and", "but", "so", "it", "story", "ending"]
+GOOD, BAD = ["good", "great", "fine"], ["bad", "dull", "awful"]
 
 
 def sentences(count: int, seed: int) -> list[dict]:
@@ -16,11 +16,10 @@ def sentences(count: int, seed: int) -> list[dict]:
     import random
 
     rng = random.Random(seed)
-    neutral = [w for w in WORDS if w not in GOOD + BAD]
     rows = []
     for index in range(count):
         label = rng.randrange(2)
-        words = rng.choices(neutral, k=rng.randrange(1, 11)) + [rng.choice(GOOD if label else BAD)]
+        words = rng.choices(NEUTRAL, k=rng.randrange(1, 11)) + [rng.choice(GOOD if label else BAD)]
         rng.shuffle(words)
         rows.append({"sentence": " ".join(words), "label": label, "idx": index})
     return rows
@@ -40,7 +39,7 @@ def mirror(tmp_path_factory):
 def tokenizer(folder):
     from transformers import BertTokenizerFast
 
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "terrible", ".", *WORDS]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "terrible", ".", *NEUTRAL, *GOOD, *BAD]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     return len(vocabulary)

@@ -160,7 +160,9 @@ def test_zero_noise_and_infinite_clip_is_the_non_private_optimizer(method, setup
     private, plain = setup_of(method, weight_decay=0.0), setup_of(method, weight_decay=0.0)
     silent = GaussianMechanism(0.0, 1.0, 60, stream("cpu", 0))
     unclipped = dataclasses.replace(private.spec, clip_norm=math.inf)
-    private = dataclasses.replace(private, mechanism=silent, spec=unclipped, epsilon_curve=None)  # zero noise has no epsilon
+    private = dataclasses.replace(
+        private, mechanism=silent, spec=unclipped, epsilon_curve=None
+    )  # zero noise has no epsilon
     engine = PlainEngine(plain.prepared.model, plain.task.loss, plain.parameters, plain.clock)
     plain = dataclasses.replace(plain, mechanism=silent, engine=engine, epsilon_curve=None)
     for one in (private, plain):  # plain SGD: Adam would turn rounding of a zero gradient into a full step
@@ -190,7 +192,7 @@ def test_noise_and_decode_happen_once_per_logical_step_whatever_the_microbatches
         for owner, name in ((setup.mechanism, "release"), (setup.method, "decode")):
             original = getattr(owner, name)
 
-            def counted(*arguments, name=name, original=original):
+            def counted(*arguments, calls=calls, name=name, original=original):
                 calls[name] += 1
                 return original(*arguments)
 
@@ -210,7 +212,9 @@ def test_the_update_is_divided_by_the_expected_batch_size(method, setup_of):
     for name, update in setup.method.decode(noisy, 0).items():
         assert update.shape == setup.parameters[name].shape
     realised = []
-    setup.mechanism.release = lambda total, original=setup.mechanism.release: realised.append(original(total)) or realised[-1]
+    setup.mechanism.release = lambda total, original=setup.mechanism.release: (
+        realised.append(original(total)) or realised[-1]
+    )
     setup.sampler.sample = lambda: [0, 1, 2]
     trained(setup)
     assert {one.expected_batch_size for one in realised} == {60}

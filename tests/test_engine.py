@@ -17,7 +17,9 @@ CONFIGS = {
     "bert": hf.BertConfig(**SMALL, max_position_embeddings=20),
     "roberta": hf.RobertaConfig(**SMALL, max_position_embeddings=24, pad_token_id=1),
     "electra": hf.ElectraConfig(**SMALL, embedding_size=12, max_position_embeddings=20),
-    "distilbert": hf.DistilBertConfig(vocab_size=50, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=20),
+    "distilbert": hf.DistilBertConfig(
+        vocab_size=50, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=20
+    ),
     "vit": hf.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
     ),
@@ -46,7 +48,9 @@ class Classifier(nn.Module):
             inputs["attention_mask"] = attention_mask
         hidden = self.encoder(**inputs).last_hidden_state
         mask = torch.ones(hidden.shape[:2]) if attention_mask is None else attention_mask
-        return self.head((hidden * mask[..., None].to(hidden.dtype)).sum(1) / mask.sum(1, keepdim=True).to(hidden.dtype))
+        return self.head(
+            (hidden * mask[..., None].to(hidden.dtype)).sum(1) / mask.sum(1, keepdim=True).to(hidden.dtype)
+        )
 
 
 def loss(model, batch):
@@ -112,7 +116,9 @@ def test_factored_equals_per_example_autograd(kind):
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_opacus_engine_equals_per_example_autograd(kind):
     model, batch = model_for(kind), batch_for(kind)
-    if kind == "roberta":  # Opacus gives the padding row of an embedding a gradient, autograd gives none: no padding here
+    if (
+        kind == "roberta"
+    ):  # Opacus gives the padding row of an embedding a gradient, autograd gives none: no padding here
         batch["input_ids"][batch["input_ids"] == 1] = 7
         batch["attention_mask"][:] = 1
     expected, *_ = clipped("reference", model, batch)

@@ -102,7 +102,9 @@ def tied_cross_term(name: str, first: Piece, second: Piece) -> torch.Tensor:
     if isinstance(second, EmbeddingPiece):
         first, second = second, first
     if not isinstance(first, EmbeddingPiece) or isinstance(second, EmbeddingPiece):
-        raise CannotRun(f"The parameter {name} is shared by layers of kinds that have no joint rule; use --engine reference.")
+        raise CannotRun(
+            f"The parameter {name} is shared by layers of kinds that have no joint rule; use --engine reference."
+        )
     if isinstance(second, KeptPiece):
         rows = second.gradients.gather(1, first.tokens[:, :, None].expand(-1, -1, second.gradients.shape[2]))
         return (rows * first.gradients).sum((1, 2))

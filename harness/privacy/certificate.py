@@ -105,24 +105,25 @@ def opacus_epsilon(kinds: Composition, delta: float, target: float) -> float | N
     return max(0.0, value) if math.isfinite(value) else None
 
 
-def matched(privacies: Sequence[dict[str, Any] | None]) -> str | None:
+def matched(privacies: Sequence[dict[str, Any] | None], names: Sequence[str] | None = None) -> str | None:
     """None when the rows with these `privacy` sections may be ranked together, else one sentence saying why not.
 
     Same N, q, planned steps, delta, neighbours, sampling and target in all; in each all planned steps run, one target
-    met: `target * (1 - .025) <= estimate` and `upper <= target`. Rows are counted from 1.
+    met: `target * (1 - .025) <= estimate` and `upper <= target`. names: what the rows are called, default "Row 1", ...
     """
-    for row, privacy in enumerate(privacies, 1):
+    names = names or [f"Row {row}" for row in range(1, len(privacies) + 1)]
+    for name, privacy in zip(names, privacies, strict=True):
         try:
             reason = "is not private" if privacy is None else _unmet(privacy)
         except (KeyError, TypeError, ValueError, IndexError) as problem:
             reason = f"has an incomplete privacy section ({type(problem).__name__}: {problem})"
         if reason:
-            return f"Row {row} {reason}."
+            return f"{name} {reason}."
     for key in SAME:
-        for row, privacy in enumerate(privacies[1:], 2):
+        for name, privacy in zip(names, privacies, strict=True):
             first, other = privacies[0][key], privacy[key]
             if not _equal(first, other):
-                return f"Rows 1 and {row} differ in {key}: {first!r} against {other!r}."
+                return f"{names[0]} and {name} differ in {key}: {first!r} against {other!r}."
     return None
 
 
@@ -133,6 +134,8 @@ def _unmet(privacy: dict[str, Any]) -> str | None:
         return f"lacks {', '.join(missing)} in its privacy section"
     if privacy["epsilon"] is None:
         return "has no certified epsilon"
+    if privacy.get("error"):
+        return f"is not certified: {str(privacy['error']).rstrip('.')}"
     if privacy["steps_run"] != privacy["steps_planned"]:
         return f"ran {privacy['steps_run']} of its {privacy['steps_planned']} planned steps"
     lower, estimate, upper = map(float, privacy["epsilon"])

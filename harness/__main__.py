@@ -1,0 +1,5 @@
+"""`python -m dpft.harness`: the `dpft` command."""
+
+from dpft.harness.cli import main
+
+main()

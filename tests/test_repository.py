@@ -1,0 +1,110 @@
+"""The repository keeps its own rules: import direction, the privacy boundary, the README's example and commands."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [p for room in ("harness", "methods", "tasks") for p in (ROOT / room).rglob("*.py")]
+
+
+def imports(path):
+    """Modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_dependencies_point_one_way():
+    for path in SOURCES:
+        found = {name for name in imports(path) if name.startswith("dpft.")}
+        if room(path).startswith("methods/"):
+            assert not [n for n in found if n.startswith("dpft.tasks")], path
+        if room(path).startswith("tasks/"):
+            assert not [n for n in found if n.startswith("dpft.methods")], path
+            assert {n for n in found if n.startswith("dpft.harness")} <= {
+                n for n in found if n.startswith(("dpft.harness.errors", "dpft.harness.privacy.cache"))
+            }, path
+        if room(path) in (
+            "harness/report.py",
+            "harness/store.py",
+            "harness/thresholds.py",
+            "harness/spec.py",
+            "harness/plan.py",
+        ):
+            assert not [n for n in found if "engine" in n or n.startswith("dpft.harness.loop")], path
+        if room(path).startswith("harness/privacy/"):
+            assert "torch" not in {n.split(".")[0] for n in imports(path)}, path
+
+
+def test_nothing_imports_the_folders_by_their_bare_names():
+    for path in [*SOURCES, *(ROOT / "tests").glob("*.py")]:
+        assert not {n.split(".")[0] for n in imports(path)} & {"harness", "methods", "tasks"}, path
+
+
+def calls(path):
+    """Names of all functions and methods that a file calls."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+def test_only_the_loop_releases_and_books():
+    """The privacy boundary: nobody else asks the mechanism for noise, makes a NoisySum or writes the ledger."""
+    for path in SOURCES:
+        found, name = set(calls(path)), room(path)
+        assert ("release" in found) == (name == "harness/loop.py"), path
+        assert ("NoisySum" in found) == (name == "harness/mechanism.py"), path
+        if "append" in found and "ledger" in path.read_text().lower() and not name.startswith("harness/privacy"):
+            assert name in ("harness/loop.py", "harness/report.py"), path
+        if name.startswith("methods/"):
+            assert not found & {"accumulate", "sample", "GaussianMechanism", "stream", "backward", "grad"}, path
+
+
+def test_files_stay_small():
+    for path in SOURCES:
+        lines = len(path.read_text().splitlines())
+        assert lines <= (150 if room(path).startswith("methods/") else 300), f"{path} has {lines} lines"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readme_opens_with_the_two_commands_and_ci_calls_the_second():
+    first, second = blocks("sh")[:2]
+    assert first.strip().endswith("dpft run demo") and len(first.strip().splitlines()) == 1
+    assert second.strip() in (ROOT / ".ci/run").read_text() and len(second.strip().splitlines()) == 1
+
+
+def test_the_readme_example_method_runs(tmp_path, tiny_bert, mirror, monkeypatch, capsys):
+    from dpft.harness import cli, registry
+    from dpft.harness.store import Store
+
+    (example,) = (block for block in blocks("python") if "(Method)" in block)
+    assert len(example.splitlines()) <= 20
+    path = tmp_path / "sign.py"
+    path.write_text(example)
+    name = re.search(r'name = "(.+)"', example)[1]
+    arguments = f"--plugin {path} run --task sst2 --method {name},dp-sgd --epsilon 3 --steps 4 --batch-size 60".split()
+    arguments += ["--model", str(tiny_bert), "--data-dir", str(mirror), "--results", str(tmp_path / "runs")]
+    monkeypatch.setattr("sys.argv", ["dpft", *arguments, "--set", "max_length=32"])
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        registry._PLUGINS.clear()
+        registry.methods.cache_clear()
+    assert not stop.value.code, capsys.readouterr().err
+    records = Store(tmp_path / "runs").records()
+    assert {r["spec"]["method"] for r in records} == {name, "dp-sgd"} and all(r["status"] == "done" for r in records)
+    assert records[0]["privacy"]["ledger"] == records[1]["privacy"]["ledger"]
