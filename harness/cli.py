@@ -212,13 +212,14 @@ def plan(suite, overrides, data_dir, results, as_json):
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("results/runs"))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Markdown file with markers; default: print.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when --output is not up to date.")
-def report(folder, output, check):
+@click.option("--curves", is_flag=True, help="Also the metric by step.")
+def report(folder, output, check, curves):
     """Print the tables of the runs in FOLDER, or put them between the markers of a markdown file."""
     from dpft.harness import report as reporting
     from dpft.harness.store import Store
 
     store = Store(folder)
-    text = reporting.markdown(store.records(), store)
+    text = reporting.markdown(store.records(), store, curves)
     if output is None:
         if check:
             raise BadInput("--check needs a file to compare with; give it with -o.")

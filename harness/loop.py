@@ -86,10 +86,7 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
         row = _measured_step(setup, state, optimizer)
         state.step += 1
         if state.step % spec.eval_every == 0 or state.step == spec.steps:
-            subset = (
-                None if spec.eval_examples is None else range(min(spec.eval_examples, len(setup.prepared.validation)))
-            )
-            row["metric"] = evaluate(setup, state, subset)[setup.task.metric]
+            row["metric"] = evaluate(setup, state, spec.eval_examples)[setup.task.metric]
         state.curve.append(row)
         observe(state.step, row)
         if setup.checkpoint_path is not None and time.monotonic() - saved > setup.checkpoint_seconds:
@@ -208,13 +205,15 @@ def schedule_factor(spec: RunSpec, step: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(setup: Setup, state: State, subset: range | None) -> dict[str, float]:
-    """The task's metrics on the validation split (or its first examples)."""
+def evaluate(setup: Setup, state: State, examples: int | None) -> dict[str, float]:
+    """The task's metrics on the validation split, or on `examples` of it, evenly spaced: splits may be sorted."""
     start = time.perf_counter()
     model, prepared = setup.prepared.model, setup.prepared
     metric = setup.task.make_metric()
     model.eval()
-    indices = range(len(prepared.validation)) if subset is None else subset
+    size = len(prepared.validation)
+    count = size if examples is None else min(examples, size)
+    indices = [i * size // count for i in range(count)]
     found = []
     for micro in buckets(indices, prepared.validation_lengths, setup.max_tokens * 2):
         batch = to_device(prepared.collate([prepared.validation[i] for i in micro]), setup.device)

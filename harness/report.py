@@ -47,12 +47,19 @@ class Row:
         return statistics.mean(r["result"]["final"] for r in self.records)
 
 
-def markdown(records: list[dict[str, Any]], store: Store) -> str:
-    """All tables of `records`, one per (task, model, head, epsilon), then what is not in a table and why."""
+def markdown(records: list[dict[str, Any]], store: Store, curves: bool = False) -> str:
+    """All tables of `records`, one per (task, model, head, epsilon), then what is not in a table and why.
+
+    curves: under each table another one with the metric at the evaluations.
+    """
     if not records:
         return "There are no runs yet; make some with `dpft run`."
     done = [r for r in records if r["status"] == "done"]
-    parts = [_table(rows, store) for rows in _groups(done)]
+    parts = []
+    for rows in map(_ordered, _groups(done)):
+        parts.append(_table(rows, store))
+        if curves:
+            parts.append(_curves(rows, store))
     failed = [r for r in records if r["status"] != "done"]
     if failed:
         lines = [
@@ -79,6 +86,12 @@ def _groups(records: list[dict[str, Any]]) -> list[list[Row]]:
     return groups
 
 
+def _ordered(rows: list[Row]) -> list[Row]:
+    """Best first, controls last."""
+    sign = 1 if rows[0].records[0]["result"]["higher_is_better"] else -1
+    return sorted(rows, key=lambda row: (row.ranked, sign * row.final), reverse=True)
+
+
 def _table(rows: list[Row], store: Store) -> str:
     from tabulate import tabulate
 
@@ -86,9 +99,6 @@ def _table(rows: list[Row], store: Store) -> str:
     private = [row for row in rows if row.private]
     named = [(_name(row, rows), r["privacy"]) for row in private for r in row.records]
     reason = matched([privacy for _, privacy in named], [name for name, _ in named]) if private else None
-    rows = sorted(
-        rows, key=lambda row: (row.ranked, row.final if result["higher_is_better"] else -row.final), reverse=True
-    )
     target = _target(rows, result)
     place, cells = 0, []
     for row in rows:
@@ -97,13 +107,35 @@ def _table(rows: list[Row], store: Store) -> str:
     seeds = sorted({r["spec"]["seed"] for row in rows for r in row.records})
     head = f"### {spec['task']} (v{spec['task_version']}), {spec['model']}, head `{spec['head']}`"
     head += "" if not private else f", ε ≤ {private[0].spec['epsilon']:g}"
-    lines = [head, "", tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True, stralign="right"), ""]
+    parts = [head, tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True, stralign="right")]
     if private:
-        lines.append(_budget(private[0].records[0]["privacy"]))
+        parts.append(_budget(private[0].records[0]["privacy"]))
     if reason is not None:
-        lines.append(f"**Not ranked**: {reason}")
-    lines.append(_notes(result, target, len(seeds)))
-    return "\n".join(lines)
+        parts.append(f"**Not ranked**: {reason}")
+    parts.append(_notes(result, target, len(seeds)))
+    return "\n\n".join(parts)
+
+
+def _curves(rows: list[Row], store: Store) -> str:
+    """The metric at the evaluations (at most 12 of them), mean over seeds, a column per row of the table above."""
+    from tabulate import tabulate
+
+    columns: dict[str, dict[int, str]] = {}
+    for row in rows:
+        found = defaultdict(list)
+        for record in row.records:
+            curve = store.curve(record["run_id"])
+            for point in curve.filter(curve["metric"].is_not_null()).iter_rows(named=True):
+                found[point["step"]].append(point["metric"])
+        columns[_name(row, rows)] = {step: f"{statistics.mean(values):.4f}" for step, values in found.items()}
+    steps = sorted({step for column in columns.values() for step in column})
+    steps = sorted({steps[(i + 1) * len(steps) // min(12, len(steps)) - 1] for i in range(min(12, len(steps)))})
+    cells = [{"step": step, **{name: column.get(step, "") for name, column in columns.items()}} for step in steps]
+    examples = rows[0].spec["eval_examples"]
+    where = "the whole validation split" if examples is None else f"{examples} validation examples"
+    metric = rows[0].records[0]["result"]["metric"]
+    table = tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True, stralign="right")
+    return f"Curve: {metric} on {where}, by step.\n\n{table}"
 
 
 def _target(rows: list[Row], result: dict[str, Any]) -> float | None:

@@ -226,7 +226,7 @@ def test_kill_at_any_moment_then_run_again_gives_the_same_records(small, tmp_pat
 
 @pytest.mark.slow
 def test_interrupt_is_exit_code_130_without_a_traceback(small):
-    command = [sys.executable, "-m", "dpft.harness", "run", *small, "--method", "dp-adam", "--steps", "100000"]
+    command = [sys.executable, "-m", "dpft.harness", "run", *small, "--method", "dp-adam", "--steps", "2000"]
     process = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if "step 2/" in line:
