@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2  # raise it when the accounting itself changes: old values are then computed again
 
 
 def cache_dir() -> Path:

@@ -37,5 +37,6 @@ def _points(low: float, high: float, q: float) -> list[float]:
     found = {sign * p for p in powers for sign in (-1, 1)}
     if 0 < q < 1:
         start = math.log1p(-q)
-        found |= {start} | {start * (1 - fraction) for fraction in (1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.6)}
+        # never at the start itself, where the library's formula takes the logarithm of zero
+        found |= {start * (1 - fraction) for fraction in (1e-9, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.6)}
     return [low, *sorted(p for p in found if low < p < high), high]
