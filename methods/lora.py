@@ -29,7 +29,7 @@ class DPLoRA(Method):
     name = "dp-lora"
     summary = "low-rank adapters and head (PEFT)"
     reference = "arXiv:2110.06500"
-    defaults: ClassVar = {"optimizer": "adam", "lr": 3e-3, "clip_norm": 0.1}
+    defaults: ClassVar = {"optimizer": "adam", "lr": 1e-3, "clip_norm": 0.1}
     options: ClassVar = {"rank": 8, "alpha": 16, "targets": "attention"}
 
     def skip(self, model: nn.Module) -> str | None:
