@@ -41,20 +41,25 @@ def load(path: Path, run_id: str) -> tuple[dict[str, torch.Tensor], dict[str, An
         return None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
-    """The optimizer's state as `<key>|<parameter>` -> tensor; names in the order of its parameters."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """The optimizer's state as `<key>|<parameter>` -> tensor."""
     return {
         f"{key}|{name}": value
-        for name, p in zip(names, parameters, strict=True)
+        for name, p in parameters.items()
         for key, value in optimizer.state[p].items()
         if isinstance(value, torch.Tensor)
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, torch.Tensor]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]
+) -> None:
     """Put back what `optimizer_tensors` returned."""
-    parameters = dict(zip(names, [p for group in optimizer.param_groups for p in group["params"]], strict=True))
+    fused = any(group.get("fused") for group in optimizer.param_groups)
     for joined, value in tensors.items():
         key, name = joined.split("|", 1)
-        optimizer.state[parameters[name]][key] = value.to(parameters[name].device) if key != "step" else value
+        p = parameters[name]
+        # torch keeps the step count on the CPU, but beside the parameter in fused optimizers
+        optimizer.state[p][key] = value if key == "step" and not fused else value.to(p.device)

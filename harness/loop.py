@@ -74,10 +74,10 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
 
     Raises Diverged for a non-finite loss, gradient or update; OutOfTime after the deadline.
     """
-    spec, names = setup.spec, list(setup.parameters)
-    optimizer = setup.method.optimizer(list(setup.parameters.values()), spec)
+    spec = setup.spec
+    optimizer = setup.method.optimizer(setup.parameters, set(setup.prepared.model.head_parameters), spec)
     if setup.checkpoint_path is not None:
-        _restore(setup, state, optimizer, names)
+        _restore(setup, state, optimizer)
     saved = time.monotonic()
     setup.prepared.model.train()
     while state.step < spec.steps:
@@ -91,7 +91,7 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
         observe(state.step, row)
         if setup.checkpoint_path is not None and time.monotonic() - saved > setup.checkpoint_seconds:
             with suppress(OSError):  # a run is worth more than its checkpoint
-                _save(setup, state, optimizer, names)
+                _save(setup, state, optimizer)
             saved = time.monotonic()
     state.metrics = evaluate(setup, state, None)
     state.final = state.metrics[setup.task.metric]
@@ -145,7 +145,7 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
         "epsilon": setup.epsilon_curve[step + 1] if setup.epsilon_curve is not None else None,
         "loss": float(losses.mean()) if len(losses) and setup.method.query != "none" else None,
         "metric": None,
-        "lr": optimizer.param_groups[0]["lr"],
+        "lr": spec.lr * schedule_factor(spec, step),
         "clipped_fraction": float((norms > spec.clip_norm).double().mean())
         if setup.engine.needs_per_example and len(norms)
         else None,
@@ -190,7 +190,7 @@ def _apply(setup: Setup, optimizer, update: Sums, step: int) -> None:
     for name, p in setup.parameters.items():
         p.grad = update[name].to(p.dtype)
     for group in optimizer.param_groups:
-        group["lr"] = setup.spec.lr * schedule_factor(setup.spec, step)
+        group["lr"] = setup.spec.lr * group.get("lr_factor", 1.0) * schedule_factor(setup.spec, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -236,9 +236,9 @@ def median_step_seconds(state: State) -> float | None:
     return statistics.median(timed) if timed else None
 
 
-def _save(setup: Setup, state: State, optimizer, names: list[str]) -> None:
+def _save(setup: Setup, state: State, optimizer) -> None:
     tensors = {f"parameter|{name}": p for name, p in setup.parameters.items()}
-    tensors |= {f"optimizer|{k}": t for k, t in checkpoint.optimizer_tensors(optimizer, names).items()}
+    tensors |= {f"optimizer|{k}": t for k, t in checkpoint.optimizer_tensors(optimizer, setup.parameters).items()}
     tensors |= {f"method|{k}": t for k, t in setup.method.state_dict().items()}
     tensors["sampler"] = setup.sampler.generator.get_state()
     tensors["noise"] = setup.mechanism.generator.get_state()
@@ -246,7 +246,7 @@ def _save(setup: Setup, state: State, optimizer, names: list[str]) -> None:
     checkpoint.save(setup.checkpoint_path, setup.spec.run_id, tensors, {**plain, "ledger": state.ledger.events})
 
 
-def _restore(setup: Setup, state: State, optimizer, names: list[str]) -> None:
+def _restore(setup: Setup, state: State, optimizer) -> None:
     found = checkpoint.load(setup.checkpoint_path, setup.spec.run_id)
     if found is None:
         return
@@ -259,7 +259,7 @@ def _restore(setup: Setup, state: State, optimizer, names: list[str]) -> None:
     with torch.no_grad():
         for name, p in setup.parameters.items():
             p.copy_(groups["parameter"][name])
-    checkpoint.restore_optimizer(optimizer, names, groups["optimizer"])
+    checkpoint.restore_optimizer(optimizer, setup.parameters, groups["optimizer"])
     setup.method.load_state_dict(groups["method"])
     setup.sampler.generator.set_state(tensors["sampler"])
     setup.mechanism.generator.set_state(tensors["noise"])

@@ -30,7 +30,7 @@ class RunSpec:
     epsilon, clip_norm: null for methods that are not private; delta null: 1/(2N) of the task's training set.
     batch_size: expected batch size B of Poisson sampling; the sampling probability is B/N.
     eval_examples: validation examples used for the curve (the final value always uses all); null: all.
-    options: settings of the method itself (LoRA rank, ...), complete with their defaults.
+    options: settings of the method itself (LoRA rank, ...) where they differ from its defaults.
     """
 
     task: str
@@ -129,7 +129,7 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
         **{k: _typed(k, v) for k, v in merged.items()},
         task_version=task.version,
         method_version=method.version,
-        options=options,
+        options={key: value for key, value in options.items() if value != method.options[key]},
     )
     _validate(spec)
     return spec

@@ -52,14 +52,22 @@ class Method:
         """Post-processing: the update direction of each parameter, in the parameter's shape. Default: noisy mean."""
         return noisy.mean()
 
-    def optimizer(self, parameters: list[nn.Parameter], spec: RunSpec) -> torch.optim.Optimizer:
-        """The optimizer that applies the updates. Default: the one the run asks for."""
+    def optimizer(self, parameters: dict[str, nn.Parameter], head: set[str], spec: RunSpec) -> torch.optim.Optimizer:
+        """The optimizer that applies the updates to `parameters`; `head` names those of the task's head.
+
+        Default: the one the run asks for, the head at `head_lr_factor` times the learning rate: a head that starts at zero
+        needs steps that would tear a pretrained body apart. A group's `lr_factor` multiplies the schedule.
+        """
         import torch
 
+        factor = self.settings.get("head_lr_factor", 1.0)
+        body = {"params": [p for name, p in parameters.items() if name not in head], "lr_factor": 1.0}
+        top = {"params": [p for name, p in parameters.items() if name in head], "lr_factor": factor}
+        groups = [group for group in (body, top) if group["params"]]
         if spec.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+            return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.optimizer]
-        return kind(parameters, lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
+        return kind(groups, lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Tensors the method carries from step to step, for checkpoints."""

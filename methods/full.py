@@ -12,6 +12,7 @@ class DPSGD(Method):
     summary = "full fine-tuning, clipped and noised gradients, SGD"
     reference = "arXiv:1607.00133"
     defaults: ClassVar = {"optimizer": "sgd", "lr": 0.5, "clip_norm": 0.1, "momentum": 0.0}
+    options: ClassVar = {"head_lr_factor": 1.0}
 
 
 class DPAdam(Method):
@@ -20,7 +21,8 @@ class DPAdam(Method):
     name = "dp-adam"
     summary = "full fine-tuning, clipped and noised gradients, Adam"
     reference = "arXiv:2110.05679"
-    defaults: ClassVar = {"optimizer": "adam", "lr": 5e-4, "clip_norm": 0.1}
+    defaults: ClassVar = {"optimizer": "adam", "lr": 1e-4, "clip_norm": 0.1}
+    options: ClassVar = {"head_lr_factor": 100.0}
 
 
 class NonPrivate(Method):
@@ -31,6 +33,7 @@ class NonPrivate(Method):
     private = False
     control = True
     defaults: ClassVar = {"optimizer": "adamw", "lr": 1e-4}
+    options: ClassVar = {"head_lr_factor": 1.0}
 
 
 class NoiseOnly(Method):
@@ -41,3 +44,4 @@ class NoiseOnly(Method):
     control = True
     query = "none"
     defaults: ClassVar = DPAdam.defaults
+    options: ClassVar = DPAdam.options

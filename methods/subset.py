@@ -17,7 +17,8 @@ class DPBiTFiT(Method):
     name = "dp-bitfit"
     summary = "biases and head"
     reference = "arXiv:2210.00036"
-    defaults: ClassVar = {"optimizer": "adam", "lr": 5e-3, "clip_norm": 0.1}
+    defaults: ClassVar = {"optimizer": "adam", "lr": 1e-3, "clip_norm": 0.1}
+    options: ClassVar = {"head_lr_factor": 10.0}
 
     def skip(self, model: nn.Module) -> str | None:
         head = set(model.head_parameters)

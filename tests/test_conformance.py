@@ -166,7 +166,7 @@ def test_zero_noise_and_infinite_clip_is_the_non_private_optimizer(method, setup
     engine = PlainEngine(plain.prepared.model, plain.task.loss, plain.parameters, plain.clock)
     plain = dataclasses.replace(plain, mechanism=silent, engine=engine, epsilon_curve=None)
     for one in (private, plain):  # plain SGD: Adam would turn rounding of a zero gradient into a full step
-        one.method.optimizer = lambda parameters, spec: torch.optim.SGD(parameters, lr=0.5)
+        one.method.optimizer = lambda parameters, head, spec: torch.optim.SGD(parameters.values(), lr=0.5)
         trained(one)
     for name in private.parameters:
         a, b = private.parameters[name], plain.parameters[name]
@@ -265,3 +265,22 @@ def test_a_method_that_cannot_run_is_skipped_with_a_reason(tiny_bert, settings):
     record, _ = run.execute(a_spec("dp-lora", tiny_bert, targets="nothing_here"), settings, quiet)
     assert record["status"] == "error"
     assert "nothing_here" in record["error"]
+
+
+@pytest.mark.parametrize("head", ["native", "mlm"])
+@pytest.mark.parametrize("method", ["dp-adam", "dp-lora", "last-layer"])
+def test_every_head_trains_and_the_engines_agree_on_it(method, head, tiny_bert, settings, setup_of):
+    """`mlm` ties its output layer to the embeddings: both gradients must be in one norm."""
+    record, _ = run.execute(a_spec(method, tiny_bert, head=head), settings, quiet)
+    assert record["status"] == "done", record["error"]
+    setup = setup_of(method, head=head)
+    batch = setup.prepared.collate(setup.prepared.train[:8])
+    found = {}
+    for name in ("factored", "reference"):
+        engine = engine_class(name)(setup.prepared.model, setup.task.loss, setup.parameters, setup.clock)
+        total = zero_sums(setup.parameters, {})
+        _, norms = engine.accumulate(batch, total, 0.1, {})
+        engine.close()
+        found[name] = torch.cat([t.flatten().double() for t in total.values()]), norms.double()
+    assert torch.allclose(found["factored"][1], found["reference"][1], rtol=1e-5)
+    assert (found["factored"][0] - found["reference"][0]).norm() <= 1e-5 * found["reference"][0].norm()
