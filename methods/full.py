@@ -11,7 +11,7 @@ class DPSGD(Method):
     name = "dp-sgd"
     summary = "full fine-tuning, clipped and noised gradients, SGD"
     reference = "arXiv:1607.00133"
-    defaults: ClassVar = {"optimizer": "sgd", "lr": 0.5, "clip_norm": 0.1, "momentum": 0.0}
+    defaults: ClassVar = {"optimizer": "sgd", "lr": 0.02, "clip_norm": 2.0, "momentum": 0.0}
     options: ClassVar = {"head_lr_factor": 1.0}
 
 
@@ -21,7 +21,7 @@ class DPAdam(Method):
     name = "dp-adam"
     summary = "full fine-tuning, clipped and noised gradients, Adam"
     reference = "arXiv:2110.05679"
-    defaults: ClassVar = {"optimizer": "adam", "lr": 1e-4, "clip_norm": 0.1}
+    defaults: ClassVar = {"optimizer": "adam", "lr": 1e-4, "clip_norm": 2.0}
     options: ClassVar = {"head_lr_factor": 100.0}
 
 

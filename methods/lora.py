@@ -29,7 +29,7 @@ class DPLoRA(Method):
     name = "dp-lora"
     summary = "low-rank adapters and head (PEFT)"
     reference = "arXiv:2110.06500"
-    defaults: ClassVar = {"optimizer": "adam", "lr": 3e-4, "clip_norm": 0.1}
+    defaults: ClassVar = {"optimizer": "adam", "lr": 3e-4, "clip_norm": 2.0}
     options: ClassVar = {"rank": 8, "alpha": 16, "targets": "attention", "head_lr_factor": 30.0}
 
     def skip(self, model: nn.Module) -> str | None:

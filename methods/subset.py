@@ -17,7 +17,7 @@ class DPBiTFiT(Method):
     name = "dp-bitfit"
     summary = "biases and head"
     reference = "arXiv:2210.00036"
-    defaults: ClassVar = {"optimizer": "adam", "lr": 1e-3, "clip_norm": 0.1}
+    defaults: ClassVar = {"optimizer": "adam", "lr": 1e-3, "clip_norm": 2.0}
     options: ClassVar = {"head_lr_factor": 10.0}
 
     def skip(self, model: nn.Module) -> str | None:
@@ -38,7 +38,7 @@ class LastLayer(Method):
     name = "last-layer"
     summary = "head only, on frozen features"
     reference = "arXiv:2205.02973"
-    defaults: ClassVar = {"optimizer": "adam", "lr": 3e-2, "clip_norm": 1.0}
+    defaults: ClassVar = {"optimizer": "adam", "lr": 3e-2, "clip_norm": 2.0}
 
     def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
         freeze_all_but(model, set(model.head_parameters))
