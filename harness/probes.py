@@ -39,9 +39,9 @@ class Clock:
 
 
 def cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float | None:
-    """Cosine of two gradients concatenated over their names; None when one is zero."""
+    """Cosine of two gradients concatenated over the names of `a`; None when one is zero."""
     dot = sum(float(torch.sum(a[name] * b[name], dtype=torch.float64)) for name in a)
-    norms = norm(a) * norm(b)
+    norms = norm(a) * norm({name: b[name] for name in a})
     return dot / norms if norms > 0 else None
 
 

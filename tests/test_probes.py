@@ -1,0 +1,77 @@
+"""Probes and thresholds against answers known by hand."""
+
+import pytest
+import torch
+
+from dpft.harness.probes import Clock, LiveBytes, alignment, cosine
+from dpft.harness.thresholds import crossing, relative_target, smoothed
+
+MIB = 2**20
+
+
+def test_alignment_overall_and_per_parameter():
+    clean = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([[3.0]])}
+    noisy = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([[3.0]])}
+    update = {"a": torch.tensor([0.0, 2.0]), "b": torch.tensor([[-1.0]])}
+    found = alignment(clean, noisy, update)
+    assert found["noisy"] == pytest.approx(10 / (10 * 11) ** 0.5)
+    assert found["decoded"] == pytest.approx(-3 / (10 * 5) ** 0.5)
+    assert found["snr"] == pytest.approx(10**0.5)
+    assert found["by_parameter"]["a"] == {"noisy": pytest.approx(0.5**0.5), "decoded": 0.0}
+    assert found["by_parameter"]["b"] == {"noisy": pytest.approx(1.0), "decoded": pytest.approx(-1.0)}
+
+
+def test_the_cosine_of_nothing_is_none():
+    assert cosine({"a": torch.zeros(3)}, {"a": torch.ones(3)}) is None
+    assert alignment({"a": torch.ones(2)}, {"a": torch.ones(2)}, {"a": torch.ones(2)})["snr"] is None
+
+
+def test_live_bytes_of_each_phase_at_the_peak():
+    clock = Clock(torch.device("cpu"))
+    weight = torch.zeros(MIB // 4)
+    with LiveBytes(clock) as live:
+        live.label("parameters", [weight])
+        with clock("forward"):
+            kept = weight + 1  # 1 MiB that stays
+            for _ in range(3):
+                weight + 2  # 1 MiB that goes each time
+        with clock("clip"):
+            more = torch.zeros(2 * MIB // 4)
+            view = more[:7]
+        with clock("optimizer"):
+            del kept
+    assert live.peak == {"parameters": MIB, "activations": MIB, "per_example": 2 * MIB}
+    assert live.live["activations"] == 0 and len(view) == 7
+
+
+def test_clock_adds_up_and_starts_again():
+    clock = Clock(torch.device("cpu"))
+    for _ in range(2):
+        with clock("forward"):
+            pass
+    assert set(clock.take()) == {"forward"} and clock.take() == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "threshold", "expected"),
+    [
+        ([0.5, 0.6, 0.9, 0.9, 0.9], 0.8, 40),  # smoothed .5 .55 .67 .8 .9: reached at the fourth, and held
+        ([0.9, 0.1, 0.1, 0.1], 0.8, None),  # one lucky evaluation
+        ([0.5, 0.5, 0.5, 0.5, 0.99], 0.66, None),  # reached, but only at the last evaluation: censored
+        ([0.9, 0.9], 0.8, 10),
+        ([], 0.8, None),
+    ],
+)
+def test_crossing(values, threshold, expected):
+    found = crossing([10 * (i + 1) for i in range(len(values))], values, threshold)
+    assert found.step == expected and found.censored == (expected is None)
+
+
+def test_crossing_when_lower_is_better():
+    assert crossing([1, 2, 3], [5.0, 1.0, 1.0], 3.0, higher_is_better=False).step == 2
+
+
+def test_targets_and_smoothing():
+    assert smoothed([1.0, 2.0, 3.0, 4.0]) == [1.0, 1.5, 2.0, 3.0]
+    assert relative_target(0.9, 0.9) == pytest.approx(0.81)
+    assert relative_target(0.9, 0.9, chance=0.5) == pytest.approx(0.86)
