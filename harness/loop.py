@@ -32,13 +32,18 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Setup:
-    """What one run trains with. epsilon_curve: epsilon [upper] after 0..steps steps; None when not private."""
+    """What one run trains with.
+
+    parameters: what trains, by name; head: names of the task head's parameters, trained or not; epsilon_curve:
+    epsilon [upper] after 0..steps steps, None when not private.
+    """
 
     spec: RunSpec
     task: Task
     method: Method
     prepared: Prepared
     parameters: dict[str, torch.nn.Parameter]
+    head: frozenset[str]
     engine: Engine
     clock: probes.Clock
     sampler: PoissonSampler
@@ -75,13 +80,14 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     Raises Diverged for a non-finite loss, gradient or update; OutOfTime after the deadline.
     """
     spec = setup.spec
-    optimizer = setup.method.optimizer(setup.parameters, set(setup.prepared.model.head_parameters), spec)
+    optimizer = setup.method.optimizer(setup.parameters, setup.head, spec)
     if setup.checkpoint_path is not None:
         _restore(setup, state, optimizer)
     saved = time.monotonic()
     setup.prepared.model.train()
     while state.step < spec.steps:
         if setup.deadline is not None and time.monotonic() > setup.deadline:
+            _keep(setup, state, optimizer)
             raise OutOfTime(f"The run passed its time limit at step {state.step} of {spec.steps}.")
         row = _measured_step(setup, state, optimizer)
         state.step += 1
@@ -89,9 +95,8 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
             row["metric"] = evaluate(setup, state, spec.eval_examples)[setup.task.metric]
         state.curve.append(row)
         observe(state.step, row)
-        if setup.checkpoint_path is not None and time.monotonic() - saved > setup.checkpoint_seconds:
-            with suppress(OSError):  # a run is worth more than its checkpoint
-                _save(setup, state, optimizer)
+        if time.monotonic() - saved > setup.checkpoint_seconds:
+            _keep(setup, state, optimizer)
             saved = time.monotonic()
     state.metrics = evaluate(setup, state, None)
     state.final = state.metrics[setup.task.metric]
@@ -234,6 +239,13 @@ def median_step_seconds(state: State) -> float | None:
     """Median over the steps after the first, measured ones; evaluation and sampling are outside."""
     timed = [sum(phases.values()) for phases in state.step_seconds[MEMORY_STEPS:]]
     return statistics.median(timed) if timed else None
+
+
+def _keep(setup: Setup, state: State, optimizer) -> None:
+    """Write a checkpoint where one is wanted; a run is worth more than its checkpoint, so a full disk is no failure."""
+    if setup.checkpoint_path is not None:
+        with suppress(OSError):
+            _save(setup, state, optimizer)
 
 
 def _save(setup: Setup, state: State, optimizer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -99,7 +100,9 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
     reason = method.skip(prepared.model)
     if reason is not None:
         raise Skipped(reason)
+    head = frozenset(prepared.model.head_parameters)
     model = method.prepare(prepared.model, stream("cpu", "method", spec.task, spec.method, spec.seed)).to(device)
+    prepared = dataclasses.replace(prepared, model=model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise CannotRun(f"{spec.method} leaves nothing trainable in {spec.model}; mend its `prepare`.")
@@ -111,6 +114,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
         method=method,
         prepared=prepared,
         parameters=parameters,
+        head=head,
         engine=engine,
         clock=clock,
         sampler=PoissonSampler(len(prepared.train), spec.batch_size, spec.task, spec.seed),

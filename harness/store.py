@@ -79,7 +79,8 @@ class Store:
                 pyarrow.parquet.write_table(table, path)
         with atomic(self.record_path(run_id)) as path:
             path.write_text(json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
-        self.checkpoint_path(run_id).unlink(missing_ok=True)
+        if record["status"] != "timeout":  # --retry-failed goes on where the time was up
+            self.checkpoint_path(run_id).unlink(missing_ok=True)
 
     @contextmanager
     def claim(self, run_id: str, wait: bool = False) -> Iterator[bool]:

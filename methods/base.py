@@ -41,7 +41,10 @@ class Method:
         return None
 
     def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
-        """Wrap or freeze `model`: what requires grad afterwards trains. May use public information only."""
+        """Wrap or freeze `model`: what requires grad afterwards trains. May use public information only.
+
+        The head's parameters (`model.head_parameters`) keep their names.
+        """
         return model
 
     def encoding(self, name: str, parameter: nn.Parameter, step: int) -> Encoding | None:
@@ -52,7 +55,9 @@ class Method:
         """Post-processing: the update direction of each parameter, in the parameter's shape. Default: noisy mean."""
         return noisy.mean()
 
-    def optimizer(self, parameters: dict[str, nn.Parameter], head: set[str], spec: RunSpec) -> torch.optim.Optimizer:
+    def optimizer(
+        self, parameters: dict[str, nn.Parameter], head: frozenset[str], spec: RunSpec
+    ) -> torch.optim.Optimizer:
         """The optimizer that applies the updates to `parameters`; `head` names those of the task's head.
 
         Default: the one the run asks for, the head at `head_lr_factor` times the learning rate: a head that starts at zero

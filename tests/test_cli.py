@@ -187,6 +187,9 @@ def test_timeout_is_a_status(dpft, small):
     code, _, err = dpft("run", *small, "--method", "last-layer", "--timeout", "0.001")
     assert code == 2 and "time limit" in err
     assert Store(small.results).records()[0]["status"] == "timeout"
+    assert list(small.results.glob("*.ckpt")), "the next try goes on where the time was up"
+    assert dpft("run", *small, "--method", "last-layer", "--quiet")[0] == 0
+    assert not list(small.results.glob("*.ckpt"))
 
 
 def test_shards_cover_the_suite_once(dpft, small):

@@ -82,7 +82,7 @@ def test_a_run_is_recorded_spends_its_budget_and_trains_what_it_says(method, tin
             assert not torch.equal(value, before[name]), f"{name} should train"
         else:
             assert torch.equal(value, before[name]), f"{name} should be frozen"
-    assert set(setup.prepared.model.head_parameters) <= set(setup.parameters), "the head must train"
+    assert setup.head <= set(setup.parameters), "the head must train"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -284,3 +284,22 @@ def test_every_head_trains_and_the_engines_agree_on_it(method, head, tiny_bert, 
         found[name] = torch.cat([t.flatten().double() for t in total.values()]), norms.double()
     assert torch.allclose(found["factored"][1], found["reference"][1], rtol=1e-5)
     assert (found["factored"][0] - found["reference"][0]).norm() <= 1e-5 * found["reference"][0].norm()
+
+
+def test_a_model_that_prepare_wraps_is_the_one_that_is_evaluated(setup_of, monkeypatch):
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.encoder, self.head, self.calls = inner.encoder, inner.head, 0
+
+        def forward(self, attention_mask, **inputs):
+            self.calls += 1
+            hidden = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state
+            return self.head(hidden[:, 0])
+
+    method = registry.method("dp-adam")
+    monkeypatch.setattr(method, "prepare", lambda self, model, generator: Wrapped(model))
+    setup = setup_of("dp-adam")
+    before = setup.prepared.model.calls
+    loop.evaluate(setup, loop.State(), 10)
+    assert setup.prepared.model.calls > before
