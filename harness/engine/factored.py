@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from dpft.harness.engine.base import Engine, clip_factors, unused
-from dpft.harness.engine.encoding import IDENTITY
-from dpft.harness.engine.rules import Use, pieces_of, supported, tied_cross_term
+from dpft.harness.engine.rules import RULES, Use, pieces_of, supported, tied_cross_term
 
 
 class FactoredEngine(Engine):
@@ -33,9 +32,16 @@ class FactoredEngine(Engine):
         device = next(iter(parameters.values())).device
         # Requires grad but belongs to no layer: it makes autograd reach every tap and stop at the lowest one.
         self._anchor = torch.zeros(0, device=device, requires_grad=True)
-        for path, module in model.named_modules():
-            owned = {local: names[id(p)] for local, p in module.named_parameters(recurse=False) if id(p) in names}
-            if owned:
+        layers = [
+            (
+                path,
+                module,
+                {local: names[id(p)] for local, p in module.named_parameters(recurse=False) if id(p) in names},
+            )
+            for path, module in model.named_modules()
+        ]
+        for path, module, owned in layers:
+            if owned and not _only_holds(path, module, owned, layers):
                 supported(path, module)
                 self._handles.append(module.register_forward_hook(self._tap(path, owned)))
 
@@ -101,6 +107,22 @@ class FactoredEngine(Engine):
         return torch.stack(squares).sum(0).clamp_min(0).sqrt()
 
 
+def _only_holds(path: str, module: nn.Module, owned: dict[str, str], layers: list) -> bool:
+    """Whether a module without a rule merely holds parameters of Linear layers inside it.
+
+    The masked-language-model heads of transformers do: `predictions.bias` is `predictions.decoder.bias`.
+    """
+    if type(module) in RULES:
+        return False
+    inside = {
+        name
+        for other, layer, theirs in layers
+        if other.startswith(f"{path}.") and isinstance(layer, nn.Linear)
+        for name in theirs.values()
+    }
+    return inside.issuperset(owned.values())
+
+
 class _Tap(torch.autograd.Function):
     """Identity that hands its output gradient to `use`."""
 
@@ -113,6 +135,3 @@ class _Tap(torch.autograd.Function):
     def backward(ctx, gradient):
         ctx.use.output_gradient = gradient
         return (gradient if ctx.needs_input_grad[0] else None), None, None
-
-
-__all__ = ["FactoredEngine", "IDENTITY"]
