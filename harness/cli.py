@@ -26,7 +26,8 @@ def main() -> None:
         click.echo(f"dpft: {error}", err=True)
         sys.exit(2)
     except OSError as error:
-        click.echo(f"dpft: {error.filename or 'A file'}: {error.strerror or error}; finished runs are kept.", err=True)
+        place = f" ({error.filename})" if error.filename else ""
+        click.echo(f"dpft: {error.strerror or error}{place}; finished runs are kept, mend it and run again.", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         click.echo("dpft: interrupted; finished runs are kept, the same command continues.", err=True)
