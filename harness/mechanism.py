@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 from dataclasses import dataclass
 
 import torch
@@ -68,8 +67,3 @@ def stream(device: str | torch.device, *key: object) -> torch.Generator:
     """A generator seeded by SHA-256 of `key`: streams of different keys are independent, on every platform."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def secret_stream(device: str | torch.device) -> torch.Generator:
-    """A generator seeded by the operating system's entropy; the seed is never recorded."""
-    return torch.Generator(device=device).manual_seed(secrets.randbits(63))
