@@ -164,8 +164,6 @@ def _accumulate(setup: Setup, indices: list[int], total: Sums, encodings) -> tup
     """The clipped sum of one logical batch, over microbatches of like length. Raises Diverged before any release."""
     losses, norms = [], []
     clip_norm = setup.spec.clip_norm if setup.spec.clip_norm is not None else math.inf
-    if setup.method.query == "none":
-        indices = []
     for micro in buckets(indices, setup.prepared.train_lengths, setup.max_tokens):
         batch = to_device(setup.prepared.collate([setup.prepared.train[i] for i in micro]), setup.device)
         loss, norm = setup.engine.accumulate(batch, total, clip_norm, encodings)

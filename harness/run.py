@@ -41,12 +41,6 @@ def execute(
             setup = build(spec, settings, privacy_plan, checkpoint_path)
             stack.callback(setup.engine.close)
             loop.train(setup, state, observe)
-    except Skipped as reason:
-        status, error = "skipped", str(reason)
-    except Diverged as reason:
-        status, error = "diverged", str(reason)
-    except loop.OutOfTime as reason:
-        status, error = "timeout", str(reason)
     except Exception as reason:
         status, error = classify(reason)
     seconds = time.perf_counter() - begin
@@ -69,13 +63,17 @@ class Skipped(Exception):
     """The method says it cannot run on this model; the message is its reason."""
 
 
+STATUS_OF = {Skipped: "skipped", Diverged: "diverged", loop.OutOfTime: "timeout", BadInput: "error"}
+
+
 def classify(error: Exception) -> tuple[str, str]:
     """(status, one sentence) of an exception that ended a run."""
     text = " ".join(str(error).split())
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return "oom", "Out of memory; lower --max-tokens or the trainable parameters."
-    if isinstance(error, BadInput):
-        return "error", text
+    for kind, status in STATUS_OF.items():
+        if isinstance(error, kind):
+            return status, text
     where = error.__traceback__
     while where is not None and where.tb_next is not None:
         where = where.tb_next
