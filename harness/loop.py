@@ -138,13 +138,16 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
         _book(setup, state.ledger, step)
     with clock("noise"):
         noisy = setup.mechanism.release(total)
+    before = probes.alignment(clean, noisy.tensors) if probe else {}  # decode may work in place
+    snr = probes.signal_to_noise(clean, noisy.tensors) if probe else None
     with clock("decode"):
         update = setup.method.decode(noisy, step)
-    aligned = probes.alignment(clean, noisy.tensors, update) if probe else {}
+    after = probes.alignment(clean, update) if probe else {}
     with clock("optimizer"):
         _apply(setup, optimizer, update, step)
     if probe:
-        state.alignment_by_parameter.append({"step": step + 1, **aligned["by_parameter"]})
+        pairs = {n: {"noisy": c, "decoded": after["by_parameter"][n]} for n, c in before["by_parameter"].items()}
+        state.alignment_by_parameter.append({"step": step + 1, **pairs})
     return {
         "step": step + 1,
         "epsilon": setup.epsilon_curve[step + 1] if setup.epsilon_curve is not None else None,
@@ -154,9 +157,9 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
         "clipped_fraction": float((norms > spec.clip_norm).double().mean())
         if setup.engine.needs_per_example and len(norms)
         else None,
-        "alignment_noisy": aligned.get("noisy"),
-        "alignment_decoded": aligned.get("decoded"),
-        "snr": aligned.get("snr"),
+        "alignment_noisy": before.get("overall"),
+        "alignment_decoded": after.get("overall"),
+        "snr": snr,
     }
 
 
@@ -188,7 +191,7 @@ def _book(setup: Setup, ledger: Ledger, step: int) -> None:
 
 def _apply(setup: Setup, optimizer, update: Sums, step: int) -> None:
     """Hand the update to the optimizer at this step's learning rate."""
-    if not all(torch.isfinite(t).all() for t in update.values()):
+    if not torch.isfinite(torch.stack([t.sum() for t in update.values()])).all():  # a sum hides no nan and no inf
         raise Diverged("An update is not finite; lower lr or the clip norm.")
     for name, p in setup.parameters.items():
         p.grad = update[name].to(p.dtype)
@@ -251,7 +254,7 @@ def _save(setup: Setup, state: State, optimizer) -> None:
     tensors |= {f"optimizer|{k}": t for k, t in checkpoint.optimizer_tensors(optimizer, setup.parameters).items()}
     tensors |= {f"method|{k}": t for k, t in setup.method.state_dict().items()}
     tensors["sampler"] = setup.sampler.generator.get_state()
-    tensors["noise"] = setup.mechanism.generator.get_state()
+    tensors["noise"] = setup.mechanism.state()
     plain = {key: value for key, value in vars(state).items() if key != "ledger"}
     checkpoint.save(setup.checkpoint_path, setup.spec.run_id, tensors, {**plain, "ledger": state.ledger.events})
 
@@ -272,6 +275,6 @@ def _restore(setup: Setup, state: State, optimizer) -> None:
     checkpoint.restore_optimizer(optimizer, setup.parameters, groups["optimizer"])
     setup.method.load_state_dict(groups["method"])
     setup.sampler.generator.set_state(tensors["sampler"])
-    setup.mechanism.generator.set_state(tensors["noise"])
+    setup.mechanism.set_state(tensors["noise"])
     for key, value in plain.items():
         setattr(state, key, Ledger.from_events(value) if key == "ledger" else value)

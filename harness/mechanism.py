@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 
-_BLOCK = 1 << 20  # noise is drawn block by block: no second buffer of the size of the model
+# Noise is drawn block by block, small enough for the cache (and for torch not to split it over threads again), each block
+# from the next of a fixed number of streams: the streams run side by side, and no schedule changes what is drawn.
+_BLOCK = 1 << 15
+_STREAMS = 4
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,17 @@ class NoisySum:
     noise_multiplier: float
     clip_norm: float
     expected_batch_size: int
+    _is_mean: list[bool] = field(default_factory=lambda: [False], repr=False, compare=False)
 
     def mean(self) -> dict[str, torch.Tensor]:
-        """The sum over the *expected* batch size; dividing by the realised one would not be post-processing."""
-        return {name: tensor / self.expected_batch_size for name, tensor in self.tensors.items()}
+        """The sum over the *expected* batch size; dividing by the realised one would not be post-processing.
+
+        Divides `tensors` themselves, once, and returns them: a second buffer of the size of the model is never made.
+        """
+        if not self._is_mean[0]:
+            torch._foreach_div_(list(self.tensors.values()), self.expected_batch_size)
+            self._is_mean[0] = True
+        return dict(self.tensors)
 
     @property
     def mean_noise_std(self) -> float:
@@ -36,8 +47,8 @@ class NoisySum:
 class GaussianMechanism:
     """Adds N(0, (noise_multiplier * clip_norm)^2) to every coordinate of a sum with L2 sensitivity clip_norm.
 
-    noise_multiplier 0 releases the sum as it is (non-private runs only). Noise is drawn in fp32 from this
-    mechanism's own generator, in the order of the names.
+    noise_multiplier 0 releases the sum as it is (non-private runs only). Noise is drawn in fp32 from streams of this
+    mechanism's own, seeded by `generator`, in the order of the names.
     """
 
     name = "gaussian"
@@ -46,21 +57,41 @@ class GaussianMechanism:
         self.noise_multiplier = noise_multiplier
         self.clip_norm = clip_norm
         self.expected_batch_size = expected_batch_size
-        self.generator = generator
+        device = generator.device
+        seeds = torch.randint(2**62, (_STREAMS if device.type == "cpu" else 1,), generator=generator, device=device)
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
+        self._workers = ThreadPoolExecutor(min(_STREAMS, torch.get_num_threads())) if device.type == "cpu" else None
 
     def release(self, clipped_sum: dict[str, torch.Tensor]) -> NoisySum:
         """The noisy sum. Works in place: `clipped_sum` holds no clean values afterwards."""
         std = self.noise_multiplier * self.clip_norm
         if std > 0:
-            for tensor in clipped_sum.values():
-                self._add_noise(tensor.view(-1), std)
+            blocks = [part for tensor in clipped_sum.values() for part in tensor.view(-1).split(_BLOCK)]
+            count = len(self._generators)
+            work = [(generator, blocks[i::count], std) for i, generator in enumerate(self._generators)]
+            for _ in map(_add_noise, work) if self._workers is None else self._workers.map(_add_noise, work):
+                pass
         return NoisySum(dict(clipped_sum), self.noise_multiplier, self.clip_norm, self.expected_batch_size)
 
-    def _add_noise(self, flat: torch.Tensor, std: float) -> None:
-        buffer = torch.empty(min(_BLOCK, flat.numel()), dtype=torch.float32, device=flat.device)
-        for start in range(0, flat.numel(), _BLOCK):
-            part = flat[start : start + _BLOCK]
-            part.add_(buffer[: part.numel()].normal_(generator=self.generator), alpha=std)
+    def state(self) -> torch.Tensor:
+        """Where the streams are, for a checkpoint: [streams, bytes]."""
+        return torch.stack([generator.get_state() for generator in self._generators])
+
+    def set_state(self, state: torch.Tensor) -> None:
+        for generator, row in zip(self._generators, state, strict=True):
+            generator.set_state(row.clone())
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._workers is not None:
+            self._workers.shutdown()
+
+
+def _add_noise(work: tuple[torch.Generator, list[torch.Tensor], float]) -> None:
+    generator, blocks, std = work
+    buffer = torch.empty(_BLOCK, dtype=torch.float32, device=generator.device)
+    for block in blocks:
+        block.add_(buffer[: block.numel()].normal_(generator=generator), alpha=std)
 
 
 def stream(device: str | torch.device, *key: object) -> torch.Generator:

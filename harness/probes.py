@@ -14,23 +14,32 @@ PHASES = ("forward", "backward", "clip", "noise", "decode", "optimizer")
 
 
 class Clock:
-    """Seconds by phase of one step at a time; phases do not nest. On CUDA it waits for the device at each border."""
+    """Seconds by phase of one step at a time; a phase inside another stops the outer one's time.
+
+    On CUDA it waits for the device at each border.
+    """
 
     def __init__(self, device: torch.device):
         self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         self.phase: str | None = None
         self.seconds: dict[str, float] = defaultdict(float)
+        self._since = 0.0
 
     @contextmanager
     def __call__(self, phase: str):
-        self._wait()
-        start, self.phase = time.perf_counter(), phase
+        outer = self.phase
+        self._enter(phase)
         try:
             yield
         finally:
-            self._wait()
-            self.phase = None
-            self.seconds[phase] += time.perf_counter() - start
+            self._enter(outer)
+
+    def _enter(self, phase: str | None) -> None:
+        self._wait()
+        now = time.perf_counter()
+        if self.phase is not None:
+            self.seconds[self.phase] += now - self._since
+        self.phase, self._since = phase, now
 
     def take(self) -> dict[str, float]:
         """The seconds since the last call, by phase."""
@@ -50,24 +59,22 @@ def norm(a: dict[str, torch.Tensor]) -> float:
     return sum(float(torch.sum(t.square(), dtype=torch.float64)) for t in a.values()) ** 0.5
 
 
-def alignment(clean: dict[str, torch.Tensor], noisy: dict[str, torch.Tensor], update: dict[str, torch.Tensor]) -> dict:
-    """Cosines of the clipped sum to the noisy one and to the decoded update, overall and per parameter.
+def alignment(clean: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict:
+    """Cosines of the clipped sum to `other` (the noisy sum or the decoded update), overall and per parameter.
 
-    snr: norm of the clipped sum over the norm of the noise. The update is compared where it has the sum's shape.
+    `overall` needs the same shapes for every parameter; a parameter of another shape has None.
     """
-    shared = {name: t for name, t in clean.items() if name in update and update[name].shape == t.shape}
-    decoded = cosine(shared, update) if len(shared) == len(clean) else None
-    noise = norm({name: noisy[name] - clean[name] for name in clean})
-    by_parameter = {
-        name: {"noisy": cosine({name: t}, noisy), "decoded": cosine({name: t}, update) if name in shared else None}
-        for name, t in clean.items()
-    }
+    comparable = {name: t for name, t in clean.items() if name in other and other[name].shape == t.shape}
     return {
-        "noisy": cosine(clean, noisy),
-        "decoded": decoded,
-        "snr": norm(clean) / noise if noise > 0 else None,
-        "by_parameter": by_parameter,
+        "overall": cosine(clean, other) if len(comparable) == len(clean) else None,
+        "by_parameter": {name: cosine({name: t}, other) if name in comparable else None for name, t in clean.items()},
     }
+
+
+def signal_to_noise(clean: dict[str, torch.Tensor], noisy: dict[str, torch.Tensor]) -> float | None:
+    """Norm of the clipped sum over the norm of the noise that was added; None without noise."""
+    noise = norm({name: noisy[name] - clean[name] for name in clean})
+    return norm(clean) / noise if noise > 0 else None
 
 
 class LiveBytes(TorchDispatchMode):

@@ -222,22 +222,23 @@ def _median(values: list[float | None], form: str) -> str:
     return form.format(statistics.median(known)) if known else "–"
 
 
-def write(text: str, path: Path, check: bool) -> bool:
-    """Put `text` between the markers of `path`; with `check` only compare. Returns whether the file was up to date.
+def write(text: str, path: Path, check: bool, markers: tuple[str, str] = (BEGIN, END)) -> bool:
+    """Put `text` between the `markers` of `path`; with `check` only compare. Returns whether the file was up to date.
 
     Raises BadInput when the file has no markers or cannot be read or written.
     """
+    opening, closing = markers
     try:
         old = path.read_text(encoding="utf-8")
     except OSError as error:
         raise BadInput(
-            f"{path} cannot be read ({error.strerror}); make it with the lines {BEGIN} and {END}."
+            f"{path} cannot be read ({error.strerror}); make it with the lines {opening} and {closing}."
         ) from error
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = old.partition(opening)
+    _, end, after = rest.partition(closing)
     if not begin or not end:
-        raise BadInput(f"{path} lacks the lines {BEGIN} and {END}; add them where the tables belong.")
-    new = f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+        raise BadInput(f"{path} lacks the lines {opening} and {closing}; add them where the tables belong.")
+    new = f"{before}{opening}\n\n{text}\n\n{closing}{after}"
     if new != old and not check:
         with atomic(path) as temporary:
             temporary.write_text(new, encoding="utf-8")

@@ -14,6 +14,7 @@ import torch
 from dpft.harness import loop, provenance, registry
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import PlainEngine, ZeroEngine
+from dpft.harness.engine.clipping import Clipping
 from dpft.harness.errors import BadInput, CannotRun, Diverged
 from dpft.harness.mechanism import GaussianMechanism, stream
 from dpft.harness.plan import PrivacyPlan, plan
@@ -40,6 +41,7 @@ def execute(
         with contextlib.ExitStack() as stack:
             setup = build(spec, settings, privacy_plan, checkpoint_path)
             stack.callback(setup.engine.close)
+            stack.callback(setup.mechanism.close)
             loop.train(setup, state, observe)
     except Exception as reason:
         status, error = classify(reason)
@@ -105,7 +107,9 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
     if not parameters:
         raise CannotRun(f"{spec.method} leaves nothing trainable in {spec.model}; mend its `prepare`.")
     clock = Clock(device)
-    engine = _engine(spec, settings, method)(model, _loss(spec, task, device), parameters, clock)
+    engine = _engine(spec, settings, method)(
+        model, _loss(spec, task, device), parameters, clock, Clipping(spec.clipping, spec.clip_groups)
+    )
     return loop.Setup(
         spec=spec,
         task=task,

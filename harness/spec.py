@@ -18,6 +18,8 @@ from dpft.tasks.base import HEADS
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "linear")
 PRECISIONS = ("fp32", "bf16")
+CLIPPINGS = ("abadi", "auto-s", "psac")
+CLIP_GROUPS = ("flat", "block", "layer")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class RunSpec:
     epsilon, clip_norm: null for methods that are not private; delta null: 1/(2N) of the task's training set.
     batch_size: expected batch size B of Poisson sampling; the sampling probability is B/N.
     eval_examples: validation examples used for the curve (the final value always uses all); null: all.
+    clipping: function of the norm, and clip_groups: what is clipped together (harness/engine/clipping.py).
     options: settings of the method itself (LoRA rank, ...) where they differ from its defaults.
     """
 
@@ -55,6 +58,8 @@ class RunSpec:
     warmup_steps: int = 0
     eval_examples: int | None = None
     precision: str = "fp32"
+    clipping: str = "abadi"
+    clip_groups: str = "flat"
     options: dict[str, Any] = field(default_factory=dict)
 
     def canonical(self) -> str:
@@ -175,6 +180,8 @@ def _validate(spec: RunSpec) -> None:
         ("optimizer", OPTIMIZERS),
         ("schedule", SCHEDULES),
         ("precision", PRECISIONS),
+        ("clipping", CLIPPINGS),
+        ("clip_groups", CLIP_GROUPS),
         ("head", HEADS),
     ):
         if getattr(spec, key) not in allowed:

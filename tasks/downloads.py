@@ -9,8 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from dpft.harness.cache import cache_dir
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy.cache import cache_dir
 
 PIP_TIMEOUT = 300  # seconds
 

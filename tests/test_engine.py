@@ -1,111 +1,21 @@
 """The engines against per-example autograd in float64: clipped sums, norms, encodings, and what must raise."""
 
-import contextlib
-
 import pytest
 import torch
-import transformers as hf
+from engine_cases import CONFIGS, assert_same, batch_for, clipped, loss, model_for, no_clock
 from torch import nn
 
 from dpft.harness.engine import NAMES, engine_class
-from dpft.harness.engine.base import clip_factors, zero_sums
+from dpft.harness.engine.base import zero_sums
+from dpft.harness.engine.clipping import abadi
 from dpft.harness.engine.encoding import Encoding
 from dpft.harness.errors import BadInput, CannotRun
-
-SMALL = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
-CONFIGS = {
-    "bert": hf.BertConfig(**SMALL, max_position_embeddings=20),
-    "roberta": hf.RobertaConfig(**SMALL, max_position_embeddings=24, pad_token_id=1),
-    "electra": hf.ElectraConfig(**SMALL, embedding_size=12, max_position_embeddings=20),
-    "distilbert": hf.DistilBertConfig(
-        vocab_size=50, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=20
-    ),
-    "vit": hf.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
-    ),
-}
-
-
-def no_clock(phase):
-    return contextlib.nullcontext()
-
-
-class Classifier(nn.Module):
-    """An encoder without pooler, mean pooling, and a head with random weights."""
-
-    def __init__(self, config):
-        super().__init__()
-        config.attn_implementation = "eager"
-        for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
-            if hasattr(config, key):
-                setattr(config, key, 0.0)
-        with_pooler = config.model_type in ("bert", "roberta", "vit")
-        self.encoder = hf.AutoModel.from_config(config, **({"add_pooling_layer": False} if with_pooler else {}))
-        self.head = nn.Linear(16, 3)
-
-    def forward(self, attention_mask=None, **inputs):
-        if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask
-        hidden = self.encoder(**inputs).last_hidden_state
-        mask = torch.ones(hidden.shape[:2]) if attention_mask is None else attention_mask
-        return self.head(
-            (hidden * mask[..., None].to(hidden.dtype)).sum(1) / mask.sum(1, keepdim=True).to(hidden.dtype)
-        )
-
-
-def loss(model, batch):
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return nn.functional.cross_entropy(model(**inputs), batch["labels"], reduction="none")
-
-
-def batch_for(kind, size=5, length=9):
-    torch.manual_seed(1)
-    labels = torch.randint(0, 3, (size,))
-    if kind == "vit":
-        return {"pixel_values": torch.randn(size, 3, 8, 8, dtype=torch.float64), "labels": labels}
-    ids = torch.randint(5, 50, (size, length))
-    mask = torch.ones(size, length, dtype=torch.long)
-    for i in range(size):  # padding on the right, a different amount in each row
-        mask[i, length - i :] = 0
-        ids[i, length - i :] = 1
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    if kind != "roberta":
-        batch["position_ids"] = torch.arange(length).expand(size, length).contiguous()
-    return batch
-
-
-def clipped(name, model, batch, clip_norm=0.5, encodings=None, parameters=None, loss=loss):
-    parameters = parameters or {n: p for n, p in model.named_parameters() if p.requires_grad}
-    engine = engine_class(name)(model, loss, parameters, no_clock)
-    total = zero_sums(parameters, encodings or {})
-    try:
-        losses, norms = engine.accumulate(batch, total, clip_norm, encodings or {})
-    finally:
-        engine.close()
-    return total, losses, norms
-
-
-def assert_same(found, expected, tolerance):
-    for name in expected:
-        scale = max(float(expected[name].norm()), 1e-3)
-        assert float((found[name] - expected[name]).norm()) <= tolerance * scale, name
-
-
-def model_for(kind, dtype=torch.float64):
-    torch.manual_seed(0)
-    return Classifier(CONFIGS[kind]).to(dtype)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_factored_equals_per_example_autograd(kind):
     model, batch = model_for(kind), batch_for(kind)
     expected, losses, norms = clipped("reference", model, batch)
-    if kind == "vit":  # position embeddings and class token are parameters without a layer: no rule yet
-        with pytest.raises(CannotRun, match="embeddings"):
-            clipped("factored", model, batch)
-        for n, p in model.named_parameters():
-            p.requires_grad_("embeddings" not in n or "projection" in n)
-        expected, losses, norms = clipped("reference", model, batch)
     found, losses2, norms2 = clipped("factored", model, batch)
     assert torch.allclose(losses, losses2, rtol=1e-12)
     assert torch.allclose(norms, norms2, rtol=1e-10)
@@ -206,7 +116,7 @@ def test_encodings_act_like_the_dense_map(engine):
         squares.append(sum(g.square().sum() for g in grads.values()))
     by_hand = torch.stack(squares).sqrt()
     assert torch.allclose(norms, by_hand, rtol=1e-10)
-    for factor, grads in zip(clip_factors(by_hand, 0.05), rows, strict=True):
+    for factor, grads in zip(abadi(by_hand, 0.05), rows, strict=True):
         for n, g in grads.items():
             expected[n] += factor * g
     assert_same(found, expected, 1e-10)
@@ -245,28 +155,39 @@ def test_tied_and_reused_layers_keep_their_cross_terms(thin):
 class Broadcast(nn.Module):
     """Position embeddings looked up once and broadcast over the batch: the classic trap."""
 
-    def __init__(self):
+    def __init__(self, leading: bool):
         super().__init__()
         self.embed, self.position, self.out = nn.Embedding(9, 4), nn.Embedding(8, 4), nn.Linear(4, 3)
+        self.leading = leading
 
     def forward(self, input_ids):
-        return self.out((self.embed(input_ids) + self.position(torch.arange(input_ids.shape[1])[None])).mean(1))
+        positions = torch.arange(input_ids.shape[1])
+        return self.out((self.embed(input_ids) + self.position(positions[None] if self.leading else positions)).mean(1))
 
 
-def test_a_layer_that_mixes_examples_raises():
-    batch = {"input_ids": torch.randint(0, 9, (3, 5)), "labels": torch.tensor([0, 1, 2])}
-    with pytest.raises(CannotRun, match="position sees 1 rows for 3 examples"):
-        clipped("factored", Broadcast(), batch)
+@pytest.mark.parametrize("length", [5, 3])
+def test_positions_looked_up_once_for_the_batch_are_told_apart_or_refused(length):
+    batch = {"input_ids": torch.randint(0, 9, (3, length)), "labels": torch.tensor([0, 1, 2])}
+    model = Broadcast(True).double()
+    expected, *_ = clipped("reference", model, batch, 0.1)
+    found, *_ = clipped("factored", model, batch, 0.1)
+    assert_same(found, expected, 1e-10)
+    # [T, d] has a row per position; with as many positions as examples only the check against one example alone sees it
+    message = "position sees 5 rows for 3 examples" if length == 5 else "mixes examples"
+    with pytest.raises(CannotRun, match=message):
+        clipped("factored", Broadcast(False).double(), batch, 0.1)
 
 
-def test_layers_without_a_rule_are_named():
-    class Scale(nn.Module):
+def test_layers_that_cannot_be_vectorised_are_named():
+    class Peeking(nn.Module):
+        """Looks at the values of its input, which no vectorised map can."""
+
         def __init__(self):
             super().__init__()
             self.scale = nn.Parameter(torch.ones(4))
 
         def forward(self, x):
-            return x * self.scale
+            return x * self.scale if float(x.sum()) > 1e9 else -x * self.scale
 
     class Net(nn.Module):
         def __init__(self, middle):
@@ -277,8 +198,8 @@ def test_layers_without_a_rule_are_named():
             return self.out(self.middle(self.embed(input_ids).mean(1)))
 
     batch = {"input_ids": torch.randint(0, 9, (3, 5)), "labels": torch.tensor([0, 1, 2])}
-    with pytest.raises(CannotRun, match=r"Layer middle \(Scale\) has no per-example gradient rule"):
-        clipped("factored", Net(Scale()), batch)
+    with pytest.raises(CannotRun, match=r"Layer middle \(Peeking\) has no per-example gradient rule"):
+        clipped("factored", Net(Peeking()), batch)
     with pytest.raises(CannotRun, match="Layer middle is a BatchNorm"):
         clipped("factored", Net(nn.BatchNorm1d(4)), batch)
 

@@ -1,9 +1,11 @@
 """Probes and thresholds against answers known by hand."""
 
+import time
+
 import pytest
 import torch
 
-from dpft.harness.probes import Clock, LiveBytes, alignment, cosine
+from dpft.harness.probes import Clock, LiveBytes, alignment, cosine, signal_to_noise
 from dpft.harness.thresholds import crossing, relative_target, smoothed
 
 MIB = 2**20
@@ -13,17 +15,33 @@ def test_alignment_overall_and_per_parameter():
     clean = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([[3.0]])}
     noisy = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([[3.0]])}
     update = {"a": torch.tensor([0.0, 2.0]), "b": torch.tensor([[-1.0]])}
-    found = alignment(clean, noisy, update)
-    assert found["noisy"] == pytest.approx(10 / (10 * 11) ** 0.5)
-    assert found["decoded"] == pytest.approx(-3 / (10 * 5) ** 0.5)
-    assert found["snr"] == pytest.approx(10**0.5)
-    assert found["by_parameter"]["a"] == {"noisy": pytest.approx(0.5**0.5), "decoded": 0.0}
-    assert found["by_parameter"]["b"] == {"noisy": pytest.approx(1.0), "decoded": pytest.approx(-1.0)}
+    found, decoded = alignment(clean, noisy), alignment(clean, update)
+    assert found["overall"] == pytest.approx(10 / (10 * 11) ** 0.5)
+    assert decoded["overall"] == pytest.approx(-3 / (10 * 5) ** 0.5)
+    assert signal_to_noise(clean, noisy) == pytest.approx(10**0.5)
+    assert found["by_parameter"] == {"a": pytest.approx(0.5**0.5), "b": pytest.approx(1.0)}
+    assert decoded["by_parameter"] == {"a": 0.0, "b": pytest.approx(-1.0)}
+
+
+def test_an_update_in_another_shape_is_not_compared():
+    found = alignment({"a": torch.ones(2), "b": torch.ones(3)}, {"a": torch.ones(2), "b": torch.ones(3, 1)})
+    assert found["overall"] is None and found["by_parameter"] == {"a": pytest.approx(1.0), "b": None}
 
 
 def test_the_cosine_of_nothing_is_none():
     assert cosine({"a": torch.zeros(3)}, {"a": torch.ones(3)}) is None
-    assert alignment({"a": torch.ones(2)}, {"a": torch.ones(2)}, {"a": torch.ones(2)})["snr"] is None
+    assert signal_to_noise({"a": torch.ones(2)}, {"a": torch.ones(2)}) is None
+
+
+def test_a_phase_inside_another_stops_its_time():
+    clock = Clock(torch.device("cpu"))
+    with clock("backward"):
+        time.sleep(0.02)
+        with clock("clip"):
+            time.sleep(0.1)
+        assert clock.phase == "backward"
+    seconds = clock.take()
+    assert clock.phase is None and seconds["clip"] >= 0.1 and 0.02 <= seconds["backward"] < 0.1
 
 
 def test_live_bytes_of_each_phase_at_the_peak():

@@ -58,7 +58,8 @@ def test_noise_has_the_declared_variance_and_is_drawn_afresh():
     assert abs(float(a.mean())) < 5 * 0.3 / 1.5e6**0.5
     assert abs(float((a * b).mean()) / 0.09) < 5 / 1.5e6**0.5
     assert first.mean_noise_std == pytest.approx(0.03)
-    assert torch.equal(first.mean()["b"], first.tensors["b"] / 10)
+    expected = first.tensors["b"] / 10
+    assert torch.equal(first.mean()["b"], expected) and torch.equal(first.mean()["b"], expected), "divided twice"
 
 
 def test_noise_does_not_depend_on_threads():
@@ -67,6 +68,15 @@ def test_noise_does_not_depend_on_threads():
     for count in (1, 2):
         torch.set_num_threads(count)
         mechanism = GaussianMechanism(1.0, 1.0, 1, stream("cpu", "noise", 0))
-        found.append(mechanism.release({"a": torch.zeros(300_000)}).tensors["a"])
+        found.append(mechanism.release({"a": torch.zeros(300_000), "b": torch.zeros(3)}).tensors["a"])
     torch.set_num_threads(threads)
     assert torch.equal(*found)
+    blocks = found[0][:262144].view(8, -1)
+    assert (torch.corrcoef(blocks) - torch.eye(8)).abs().max() < 6 / blocks.shape[1] ** 0.5, "streams repeat each other"
+
+
+def test_a_restored_mechanism_draws_what_it_would_have_drawn():
+    one, other = (GaussianMechanism(1.0, 1.0, 1, stream("cpu", "noise", seed)) for seed in (0, 1))
+    one.release({"a": torch.zeros(200_000)})
+    other.set_state(one.state())
+    assert torch.equal(*(m.release({"a": torch.zeros(200_000)}).tensors["a"] for m in (one, other)))

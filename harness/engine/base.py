@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from dpft.harness.engine.clipping import FLAT, Clipping, overall
 from dpft.harness.engine.encoding import IDENTITY, Encoding
 from dpft.harness.errors import BadInput
 
@@ -17,7 +18,7 @@ Sums = dict[str, torch.Tensor]
 
 
 class Engine:
-    """Per-example gradients of `parameters` under `loss`, clipped to `clip_norm` (flat over all parameters) and summed.
+    """Per-example gradients of `parameters` under `loss`, clipped as `clipping` says and summed.
 
     loss(model, batch) -> [batch], each value a function of its own example. clock: context managers by phase name
     (`forward`, `backward`, `clip`), for timing only.
@@ -26,13 +27,20 @@ class Engine:
     name: ClassVar[str]
     needs_per_example: ClassVar[bool] = True
 
-    def __init__(self, model: nn.Module, loss: Loss, parameters: dict[str, nn.Parameter], clock):
+    def __init__(
+        self, model: nn.Module, loss: Loss, parameters: dict[str, nn.Parameter], clock, clipping: Clipping | None = None
+    ):
         self.model, self.loss, self.parameters, self.clock = model, loss, parameters, clock
+        self.clipping = clipping or FLAT
 
     def accumulate(
         self, batch: Batch, total: Sums, clip_norm: float, encodings: dict[str, Encoding]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add `sum_i min(1, C/||g_i||) g_i` to `total`, in place. Returns (losses, norms before clipping), both [batch]."""
+        """Add the clipped gradient of every example of `batch` to `total`, in place.
+
+        Returns (losses, norms before clipping), both [batch]; the norms are to be compared with clip_norm: with K groups
+        the largest of an example's groups times sqrt(K).
+        """
         raise NotImplementedError
 
     def close(self) -> None:
@@ -48,10 +56,14 @@ class Engine:
             )
         return losses
 
-
-def clip_factors(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
-    """min(1, C/norm), shape [batch] (Abadi et al., 1607.00133, Algorithm 1)."""
-    return (clip_norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)
+    def clip(self, squares: dict[str, torch.Tensor], clip_norm: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """(factors [batch] of each parameter, norms [batch] as `accumulate` returns them) from squared norms [batch]."""
+        factors, norms = {}, []
+        groups = self.clipping.grouped(squares)
+        for names in groups.values():
+            norms.append(torch.stack([squares[name].double() for name in names]).sum(0).clamp_min(0).sqrt())
+            factors |= dict.fromkeys(names, self.clipping.factors(norms[-1], clip_norm, len(groups)))
+        return factors, overall(norms)
 
 
 def zero_sums(parameters: dict[str, nn.Parameter], encodings: dict[str, Encoding]) -> Sums:
@@ -64,6 +76,23 @@ def zero_sums(parameters: dict[str, nn.Parameter], encodings: dict[str, Encoding
         )
         for name, p in parameters.items()
     }
+
+
+def example_gradient(engine: Engine, example: Batch, encodings: dict[str, Encoding]) -> tuple[torch.Tensor, Sums]:
+    """(loss, encoded gradient by name) of a batch that holds one example, by plain autograd."""
+    with engine.clock("forward"):
+        loss = engine.losses(example)[0]
+    for p in engine.parameters.values():
+        p.grad = None
+    with engine.clock("backward"):
+        loss.backward()  # not autograd.grad, which reentrant checkpoints refuse
+    encoded = {}
+    for name, p in engine.parameters.items():
+        gradient, p.grad = p.grad, None
+        if gradient is None:
+            raise unused(name)
+        encoded[name] = encodings.get(name, IDENTITY).dense(gradient[None])[0]
+    return loss.detach(), encoded
 
 
 class PlainEngine(Engine):

@@ -13,7 +13,8 @@ class Encoding:
 
     left: dense [m, r], or a long vector of the rows to keep, or None (identity); right: the same for columns, [n, r].
     For a Linear weight m is the output and n the input dimension, and the map acts on the factors of
-    `G = E^T A`: `(E L)^T (A R)`, so G itself is never formed. One-dimensional parameters take `left` only.
+    `G = E^T A`: `(E L)^T (A R)`, so G itself is never formed. One-dimensional parameters take `left` only; weights of
+    convolutions [m, ...] are seen as [m, n] with all further dimensions in n, and their encoded gradient stays so.
     """
 
     left: torch.Tensor | None = None
@@ -21,8 +22,12 @@ class Encoding:
 
     def shape(self, shape: torch.Size) -> tuple[int, ...]:
         """The encoded shape of a parameter of `shape`."""
+        if self.left is None and self.right is None:
+            return tuple(shape)
+        if len(shape) > 2:
+            shape = (shape[0], shape[1:].numel())
         sides = (self.left, self.right)[: len(shape)]
-        return tuple(n if s is None else s.shape[-1] for n, s in zip(shape, sides, strict=False)) + tuple(shape[2:])
+        return tuple(n if side is None else side.shape[-1] for n, side in zip(shape, sides, strict=True))
 
     def rows(self, factor: torch.Tensor) -> torch.Tensor:
         """`left` applied to a factor whose last dimension is m."""
@@ -33,10 +38,12 @@ class Encoding:
         return _side(self.right, factor)
 
     def dense(self, per_example: torch.Tensor) -> torch.Tensor:
-        """Applied to materialised gradients, shape [batch, m] or [batch, m, n]."""
+        """Applied to materialised gradients, shape [batch, m] or [batch, m, n, ...]."""
+        if self.left is None and self.right is None:
+            return per_example
         if per_example.dim() == 2:
             return self.rows(per_example)
-        return self.columns(self.rows(per_example.transpose(1, 2)).transpose(1, 2))
+        return self.columns(self.rows(per_example.flatten(2).mT).mT)
 
 
 def _side(side: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor:

@@ -6,114 +6,186 @@ the clipped sum come from the factors; autograd never computes a weight gradient
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import torch
 from torch import nn
 
-from dpft.harness.engine.base import Engine, clip_factors, unused
-from dpft.harness.engine.rules import RULES, Use, pieces_of, supported, tied_cross_term
+from dpft.harness.engine.base import Engine, example_gradient, unused
+from dpft.harness.engine.clipping import overall
+from dpft.harness.engine.encoding import IDENTITY
+from dpft.harness.engine.pieces import Grams, Piece, tied_cross_term
+from dpft.harness.engine.rules import rule_for
+from dpft.harness.engine.taps import Recorder, Use
+from dpft.harness.errors import CannotRun
+
+# Relative difference of an example's loss and norm in a batch and alone that rounding can explain, by dtype
+AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-3}
+HALF_AGREEMENT = 0.1
 
 
 class FactoredEngine(Engine):
     """Taps the input and the output gradient of every layer that owns a trainable parameter.
 
-    Raises CannotRun, naming it, for a layer without a rule, and when a layer sees tokens of several examples in one row.
+    What one layer needs for its norm is made as soon as backward reaches it, while its factors are in the cache; a group
+    of parameters is clipped and added to the sum when the norms of all its members are known. Raises CannotRun, naming
+    the layer, where examples cannot be told apart.
     """
 
     name = "factored"
 
-    def __init__(self, model, loss, parameters, clock):
-        super().__init__(model, loss, parameters, clock)
+    def __init__(self, model, loss, parameters, clock, clipping=None):
+        super().__init__(model, loss, parameters, clock, clipping)
+        self._recorder = Recorder(self._done)
+        self._rules = {}
+        self._agreed = False
+        self._groups = self.clipping.grouped(parameters)
         names = {id(p): name for name, p in parameters.items()}
-        self._uses: list[Use] = []
-        self._recording = False
-        self._handles = []
-        device = next(iter(parameters.values())).device
-        # Requires grad but belongs to no layer: it makes autograd reach every tap and stop at the lowest one.
-        self._anchor = torch.zeros(0, device=device, requires_grad=True)
         layers = [
-            (
-                path,
-                module,
-                {local: names[id(p)] for local, p in module.named_parameters(recurse=False) if id(p) in names},
-            )
+            (path, module, {own: names[id(p)] for own, p in module.named_parameters(recurse=False) if id(p) in names})
             for path, module in model.named_modules()
         ]
         for path, module, owned in layers:
             if owned and not _only_holds(path, module, owned, layers):
-                supported(path, module)
-                self._handles.append(module.register_forward_hook(self._tap(path, owned)))
+                self._rules[module] = rule_for(path, module)
+                self._recorder.watch(path, module, owned, _flattens(path, layers))
 
     def accumulate(self, batch, total, clip_norm, encodings):
+        self._pass = _Pass(total, clip_norm, encodings)
         losses = self._passes(batch)
         with self.clock("clip"):
-            pieces = defaultdict(list)
-            for name, piece in pieces_of(self._uses, encodings):
-                pieces[name].append(piece)
-            self._uses = []
+            for name, uses in self._pass.deferred.items():
+                self._make(name, uses)
             for name in self.parameters:
-                if name not in pieces:
-                    raise unused(name)
-            norms = self._norms(pieces)
-            factors = clip_factors(norms, clip_norm)
-            for name, parts in pieces.items():
-                for part in parts:
-                    part.add_weighted(total[name], factors.to(part.dtype))
+                if name not in self._pass.squares:
+                    raise CannotRun(
+                        f"The trainable parameter {name} receives no gradient in a call of its own layer; freeze it, use it "
+                        "in the model, or use --engine reference."
+                    )
+            for group in list(self._groups):
+                self._settle(group)
+        norms, coarse, self._pass = overall(self._pass.norms), self._pass.coarse, None
+        if not self._agreed and len(losses) > 1:
+            self._agreed = self._agrees(batch, encodings, clip_norm, losses, norms, coarse)
         return losses, norms
 
     def close(self):
-        for handle in self._handles:
-            handle.remove()
+        self._recorder.close()
+
+    def _agrees(self, batch, encodings, clip_norm, losses, norms, coarse: bool) -> bool:
+        """Whether the last example has the loss and the norm that it has alone, by plain autograd; once in a run.
+
+        A layer that mixes examples where no tap sees it, or a rule that misreads a layer, would make the bound false.
+        Raises CannotRun when they differ; False when they are not finite, which the loop deals with.
+        """
+        example = {key: value[-1:] for key, value in batch.items()}
+        loss, gradient = example_gradient(self, example, encodings)
+        squares = {name: g.double().square().sum()[None] for name, g in gradient.items()}
+        expected = torch.stack([loss.double(), self.clip(squares, clip_norm)[1][0]])
+        found = torch.stack([losses[-1].double(), norms[-1]])
+        if not (torch.isfinite(expected).all() and torch.isfinite(found).all()):
+            return False
+        tolerance = HALF_AGREEMENT if coarse else AGREEMENT[torch.promote_types(loss.dtype, torch.float32)]
+        if torch.allclose(found, expected, rtol=tolerance, atol=tolerance * 1e-3):
+            return True
+        raise CannotRun(
+            f"The last example of a batch has loss {found[0]:.6g} and gradient norm {found[1]:.6g} in its batch, but "
+            f"{expected[0]:.6g} and {expected[1]:.6g} alone: the model mixes examples, is random in training mode, or has a "
+            "layer whose gradients are taken wrongly; use --engine reference or mend the model."
+        )
 
     def _passes(self, batch) -> torch.Tensor:
-        """Forward and backward with the weights taken out of the graph; fills `self._uses`."""
-        self._uses, self._recording = [], True
-        self._batch_size = len(next(iter(batch.values())))
-        for p in self.parameters.values():
+        """Forward and backward with the weights taken out of the graph; `_done` hears of every use on the way back."""
+        parameters = self.parameters.values()
+        self._recorder.start(len(next(iter(batch.values()))), next(iter(parameters)).device)
+        for p in parameters:
             p.requires_grad_(False)
         try:
             with self.clock("forward"):
                 losses = self.losses(batch)
             if not losses.requires_grad:
                 raise unused(next(iter(self.parameters)))
+            counts = Counter(name for use in self._recorder.uses for name in use.owned.values())
+            self._pass.single = {
+                id(use) for use in self._recorder.uses if all(counts[n] == 1 for n in use.owned.values())
+            }
             with self.clock("backward"):
                 losses.sum().backward()
         finally:
-            self._recording = False
-            for p in self.parameters.values():
+            self._recorder.stop()
+            for p in parameters:
                 p.requires_grad_(True)
         return losses.detach()
 
-    def _tap(self, path: str, owned: dict[str, str]):
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-            if not self._recording:
-                return None
-            use = Use(path, module, owned, args[0].detach())
-            use.check(self._batch_size, output)
-            self._uses.append(use)
-            return _Tap.apply(output, self._anchor, use)
+    def _done(self, use: Use) -> None:
+        """A use has its gradient. Layers used once are dealt with now; the uses of others must first be together."""
+        self._pass.coarse |= use.gradient.dtype in (torch.bfloat16, torch.float16)
+        if id(use) not in self._pass.single:
+            for local, name in use.owned.items():
+                self._pass.deferred[name].append((local, use))
+            return
+        with self.clock("clip"), self._recorder.paused():
+            for local, name in use.owned.items():
+                self._make(name, [(local, use)])
+        use.tensors = use.gradient = None  # what is still needed of them is held by the pieces
 
-        return hook
+    def _make(self, name: str, uses: list[tuple[str, Use]]) -> None:
+        """The pieces and the squared norms of one parameter; its group is settled if it was the last one missing."""
+        now, kinds = self._pass, defaultdict(list)
+        for local, use in uses:
+            kinds[local, type(use.module)].append(use)
+        encoding = now.encodings.get(name, IDENTITY)
+        pieces: list[Piece] = [
+            self._rules[group[0].module](group, local, encoding) for (local, _), group in kinds.items()
+        ]
+        squares = sum(piece.squared_norms(now.grams).double() for piece in pieces)
+        if len(pieces) == 2:
+            squares = squares + 2 * tied_cross_term(name, *pieces).double()
+        elif len(pieces) > 2:
+            raise CannotRun(f"The parameter {name} is shared by layers of three kinds; use --engine reference.")
+        now.pieces[name], now.squares[name] = pieces, squares
+        group = self.clipping.group_of(name)
+        if group and all(member in now.squares for member in self._groups[group]):
+            self._settle(group)
 
-    def _norms(self, pieces) -> torch.Tensor:
-        """Flat norms over all parameters, [batch], float64; grams of inputs that layers share are made once."""
-        grams: dict = {}
-        squares = []
-        for name, parts in pieces.items():
-            squares += [part.squared_norms(grams).double() for part in parts]
-            if len(parts) == 2:
-                squares.append(2 * tied_cross_term(name, *parts).double())
-        return torch.stack(squares).sum(0).clamp_min(0).sqrt()
+    def _settle(self, group: str) -> None:
+        """Clip a group whose norms are all known and add it to the sum; its factors are free after that."""
+        now, names = self._pass, self._groups[group]
+        if not all(name in now.pieces for name in names):
+            return
+        norms = torch.stack([now.squares[name] for name in names]).sum(0).clamp_min(0).sqrt()
+        factors = self.clipping.factors(norms, now.clip_norm, len(self._groups))
+        for name in names:
+            for piece in now.pieces.pop(name):
+                piece.add_weighted(now.total[name], factors.to(piece.dtype))
+        now.norms.append(norms)
+
+
+class _Pass:
+    """What one call of `accumulate` has found so far."""
+
+    def __init__(self, total, clip_norm, encodings):
+        self.total, self.clip_norm, self.encodings = total, clip_norm, encodings
+        self.grams, self.coarse = Grams(), False
+        self.single: set[int] = set()
+        self.deferred: dict[str, list[tuple[str, Use]]] = defaultdict(list)
+        self.pieces: dict[str, list[Piece]] = {}
+        self.squares: dict[str, torch.Tensor] = {}
+        self.norms: list[torch.Tensor] = []
+
+
+def _flattens(path: str, layers: list) -> bool:
+    """Whether a layer is inside a module known to hand it [b * T, d], examples in order: OPT's decoder layers do."""
+    return any(
+        type(module).__name__ == "OPTDecoderLayer" and path.startswith(f"{other}.") for other, module, _ in layers
+    )
 
 
 def _only_holds(path: str, module: nn.Module, owned: dict[str, str], layers: list) -> bool:
-    """Whether a module without a rule merely holds parameters of Linear layers inside it.
+    """Whether a module merely holds parameters of Linear layers inside it, without using them itself.
 
     The masked-language-model heads of transformers do: `predictions.bias` is `predictions.decoder.bias`.
     """
-    if type(module) in RULES:
-        return False
     inside = {
         name
         for other, layer, theirs in layers
@@ -121,17 +193,3 @@ def _only_holds(path: str, module: nn.Module, owned: dict[str, str], layers: lis
         for name in theirs.values()
     }
     return inside.issuperset(owned.values())
-
-
-class _Tap(torch.autograd.Function):
-    """Identity that hands its output gradient to `use`."""
-
-    @staticmethod
-    def forward(ctx, output, anchor, use):
-        ctx.use = use
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        ctx.use.output_gradient = gradient
-        return (gradient if ctx.needs_input_grad[0] else None), None, None

@@ -2,7 +2,7 @@
 
 import torch
 
-from dpft.harness.engine.base import Engine, clip_factors, unused
+from dpft.harness.engine.base import Engine, unused
 from dpft.harness.engine.encoding import IDENTITY
 from dpft.harness.errors import CannotRun
 
@@ -12,8 +12,8 @@ class OpacusEngine(Engine):
 
     name = "opacus"
 
-    def __init__(self, model, loss, parameters, clock):
-        super().__init__(model, loss, parameters, clock)
+    def __init__(self, model, loss, parameters, clock, clipping=None):
+        super().__init__(model, loss, parameters, clock, clipping)
         from opacus.grad_sample import GradSampleHooks
 
         try:
@@ -34,11 +34,10 @@ class OpacusEngine(Engine):
         with self.clock("clip"):
             samples = {name: self._take(name, p, len(losses)) for name, p in self.parameters.items()}
             samples = {name: encodings.get(name, IDENTITY).dense(g) for name, g in samples.items()}
-            squares = [g.flatten(1).square().sum(1, dtype=torch.float64) for g in samples.values()]
-            norms = torch.stack(squares).sum(0).sqrt()
-            factors = clip_factors(norms, clip_norm)
+            squares = {name: g.flatten(1).square().sum(1, dtype=torch.float64) for name, g in samples.items()}
+            factors, norms = self.clip(squares, clip_norm)
             for name, g in samples.items():
-                total[name].add_(torch.einsum("b,b...->...", factors.to(g.dtype), g))
+                total[name].add_(torch.einsum("b,b...->...", factors[name].to(g.dtype), g))
         return losses.detach(), norms
 
     def _take(self, name, parameter, batch_size):

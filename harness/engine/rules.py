@@ -1,190 +1,183 @@
-"""One rule per layer type: from a layer's input and output gradient to the norm and the weighted sum of its gradients."""
+"""One rule per layer type: from the inputs and output gradients of a layer's uses to a piece of each parameter's gradient."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dpft.harness.engine.encoding import IDENTITY, Encoding
+from dpft.harness.engine.cost import cheaper_kept
+from dpft.harness.engine.encoding import Encoding
+from dpft.harness.engine.pieces import EmbeddingPiece, KeptPiece, LinearPiece, Piece
+from dpft.harness.engine.taps import Use
 from dpft.harness.errors import CannotRun
 
-
-@dataclass
-class Use:
-    """One call of a layer: its input, and after the backward pass the gradient of its output."""
-
-    path: str
-    module: nn.Module
-    owned: dict[str, str]  # the layer's own name of a trainable parameter -> its name in the model
-    input: torch.Tensor
-    output_gradient: torch.Tensor | None = field(default=None)
-
-    def check(self, batch_size: int, output: torch.Tensor) -> None:
-        """Raises CannotRun unless row i of the input and of the output belongs to example i."""
-        if len(self.input) != batch_size or len(output) != batch_size:
-            raise CannotRun(
-                f"Layer {self.path} sees {len(self.input)} rows for {batch_size} examples, so their gradients cannot be "
-                "told apart; give it one row per example, freeze it, or use --engine reference."
-            )
+Rule = Callable[[list[Use], str, Encoding], Piece]
 
 
-@dataclass
-class LinearPiece:
-    """Gradient `E_b^T A_b` of a weight [p, d]; A [b, T, d], E [b, T, p]. Several uses are joined along T."""
-
-    inputs: torch.Tensor
-    gradients: torch.Tensor
-
-    def squared_norms(self, grams: dict) -> torch.Tensor:
-        """||E_b^T A_b||^2 by the T x T grams of the factors: T^2 (d + p) instead of T d p."""
-        key = (self.inputs.data_ptr(), self.inputs.shape, self.inputs.stride())
-        if key not in grams:
-            grams[key] = self.inputs @ self.inputs.mT
-        return (grams[key] * (self.gradients @ self.gradients.mT)).sum((1, 2))
-
-    def add_weighted(self, total: torch.Tensor, factors: torch.Tensor) -> None:
-        weighted = self.gradients * factors[:, None, None]
-        total.addmm_(weighted.flatten(0, 1).T, self.inputs.flatten(0, 1))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.gradients.dtype
-
-
-@dataclass
-class EmbeddingPiece:
-    """Gradient of an embedding table [vocabulary, d]: row v gets the sum of E over the tokens equal to v."""
-
-    tokens: torch.Tensor
-    gradients: torch.Tensor
-
-    def squared_norms(self, grams: dict) -> torch.Tensor:
-        """Sum of <E_t, E_s> over the pairs of equal tokens; the one-hot [b, T, vocabulary] is never formed."""
-        same = self.tokens[:, :, None] == self.tokens[:, None, :]
-        return ((self.gradients @ self.gradients.mT) * same).sum((1, 2))
-
-    def add_weighted(self, total: torch.Tensor, factors: torch.Tensor) -> None:
-        weighted = self.gradients * factors[:, None, None]
-        total.index_add_(0, self.tokens.flatten(), weighted.flatten(0, 1))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.gradients.dtype
-
-
-@dataclass
-class KeptPiece:
-    """Materialised per-example gradients [b, ...] of a small parameter."""
-
-    gradients: torch.Tensor
-
-    def squared_norms(self, grams: dict) -> torch.Tensor:
-        return self.gradients.flatten(1).square().sum(1)
-
-    def add_weighted(self, total: torch.Tensor, factors: torch.Tensor) -> None:
-        total.add_(torch.einsum("b,b...->...", factors, self.gradients))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.gradients.dtype
-
-
-Piece = LinearPiece | EmbeddingPiece | KeptPiece
-
-
-def tied_cross_term(name: str, first: Piece, second: Piece) -> torch.Tensor:
-    """<G_embedding, G_linear> per example for a table that is also an output layer; added twice to the squared norm."""
-    if isinstance(second, EmbeddingPiece):
-        first, second = second, first
-    if not isinstance(first, EmbeddingPiece) or isinstance(second, EmbeddingPiece):
-        raise CannotRun(
-            f"The parameter {name} is shared by layers of kinds that have no joint rule; use --engine reference."
-        )
-    if isinstance(second, KeptPiece):
-        rows = second.gradients.gather(1, first.tokens[:, :, None].expand(-1, -1, second.gradients.shape[2]))
-        return (rows * first.gradients).sum((1, 2))
-    index = first.tokens[:, None, :].expand(-1, second.gradients.shape[1], -1)
-    return (second.gradients.gather(2, index) * (second.inputs @ first.gradients.mT)).sum((1, 2))
+def rule_for(path: str, module: nn.Module) -> Rule:
+    """The rule of a layer. Raises CannotRun, naming it, for a layer that is known to mix examples."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        raise CannotRun(f"Layer {path} is a BatchNorm, which mixes examples; convert it to GroupNorm.")
+    if isinstance(module, nn.Embedding):
+        return _embedding
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and _plain(module):
+        return _convolution
+    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
+        return _transposed_linear
+    if type(module).__name__.endswith("RMSNorm") and [n for n, _ in module.named_parameters()] == ["weight"]:
+        return _scale
+    return _RULES.get(type(module), _by_vmap)
 
 
 def _linear(uses: list[Use], local: str, encoding: Encoding) -> Piece:
-    gradients = encoding.rows(_joined([_rows(u.output_gradient) for u in uses]))
+    gradients = encoding.rows(_joined([_rows(u.gradient) for u in uses]))
     if local == "bias":
         return KeptPiece(gradients.sum(1))
-    inputs = encoding.columns(_joined([_rows(u.input) for u in uses]))
-    tokens, d, p = inputs.shape[1], inputs.shape[2], gradients.shape[2]
-    if tokens * (d + p) > d * p:  # thin layers (heads, adapters): cheaper to keep than to take grams of
+    return _matrix(encoding.columns(_joined([_rows(u.input) for u in uses])), gradients)
+
+
+def _transposed_linear(uses: list[Use], local: str, encoding: Encoding) -> Piece:
+    """GPT-2's Conv1D: the weight is [d, p], its gradient `A^T E`."""
+    gradients = _joined([_rows(u.gradient) for u in uses])
+    if local == "bias":
+        return KeptPiece(encoding.rows(gradients).sum(1))
+    return _matrix(encoding.columns(gradients), encoding.rows(_joined([_rows(u.input) for u in uses])))
+
+
+def _matrix(inputs: torch.Tensor, gradients: torch.Tensor) -> Piece:
+    """The gradient `E^T A` as factors A [b, T, d], E [b, T, p], or materialised where that is cheaper on this device."""
+    if cheaper_kept(inputs, gradients.shape[2]):
         return KeptPiece(gradients.mT @ inputs)
     return LinearPiece(inputs, gradients)
+
+
+def _convolution(uses: list[Use], local: str, encoding: Encoding) -> Piece:
+    """Conv1d and Conv2d: a Linear layer on patches (2110.05679 for ghost norms; groups are materialised)."""
+    gradients = _joined([_wide(u.gradient).flatten(2).mT for u in uses])
+    if local == "bias":
+        return KeptPiece(encoding.rows(gradients).sum(1))
+    module = uses[0].module
+    patches = _joined([_patches(module, _wide(u.input)) for u in uses])
+    if module.groups == 1:
+        return _matrix(encoding.columns(patches), encoding.rows(gradients))
+    size, positions = patches.shape[:2]
+    split = (size, positions, module.groups, -1)
+    kept = torch.einsum("btgo,btgi->bgoi", gradients.reshape(split), patches.reshape(split))
+    return KeptPiece(encoding.dense(kept.reshape(size, *module.weight.shape)))
+
+
+def _patches(module: nn.Conv1d | nn.Conv2d, image: torch.Tensor) -> torch.Tensor:
+    """[b, positions, channels * kernel] of an input [b, channels, ...]."""
+    options = [module.kernel_size, module.dilation, module.padding, module.stride]
+    if image.dim() == 3:  # one dimension is two of which the first is 1
+        image, options = image[:, :, None], [(fill, *o) for fill, o in zip((1, 1, 0, 1), options, strict=True)]
+    return F.unfold(image, *options).mT
+
+
+def _plain(module: nn.Conv1d | nn.Conv2d) -> bool:
+    return module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
 def _embedding(uses: list[Use], local: str, encoding: Encoding) -> Piece:
     module, name = uses[0].module, uses[0].owned[local]
     if encoding.left is not None or module.max_norm is not None or module.scale_grad_by_freq:
         raise CannotRun(f"Embedding {name} has max_norm, scale_grad_by_freq or a row encoding; use --engine reference.")
-    tokens = torch.cat([u.input.flatten(1) for u in uses], 1)
-    gradients = encoding.columns(_joined([_rows(u.output_gradient) for u in uses]))
+    tokens = torch.cat([u.input.reshape(u.batch_size, -1) for u in uses], 1)
+    gradients = encoding.columns(_joined([_rows(u.gradient) for u in uses]))
     if module.padding_idx is not None:  # autograd gives the padding row no gradient
         gradients = gradients * (tokens != module.padding_idx)[:, :, None]
     return EmbeddingPiece(tokens, gradients)
 
 
 def _layer_norm(uses: list[Use], local: str, encoding: Encoding) -> Piece:
-    kept = 0
-    for use in uses:
-        gradient = _wide(use.output_gradient)
+    def one(use: Use) -> torch.Tensor:
+        gradient, shape = _wide(use.gradient), use.module.normalized_shape
         if local == "weight":
-            shape = use.module.normalized_shape
-            gradient = gradient * F.layer_norm(use.input.to(gradient.dtype), shape, eps=use.module.eps)
-        middle = tuple(range(1, gradient.dim() - len(use.module.normalized_shape)))
-        kept = kept + (gradient.sum(middle) if middle else gradient)
-    return KeptPiece(encoding.dense(kept))
+            gradient = F.layer_norm(use.input.to(gradient.dtype), shape, eps=use.module.eps).mul_(gradient)
+        return gradient.reshape(len(gradient), -1, *shape).sum(1)
+
+    return KeptPiece(encoding.dense(_added(one, uses)))
 
 
-def _by_opacus(uses: list[Use], local: str, encoding: Encoding) -> Piece:
-    samplers, kept = _opacus_samplers(), 0
-    for use in uses:
-        gradient = _wide(use.output_gradient)
-        sampler = samplers[type(use.module)]
-        kept = kept + sampler(use.module, [use.input.to(gradient.dtype)], gradient)[getattr(use.module, local)]
-    return KeptPiece(encoding.dense(kept))
+def _group_norm(uses: list[Use], local: str, encoding: Encoding) -> Piece:
+    def one(use: Use) -> torch.Tensor:
+        gradient = _wide(use.gradient)
+        if local == "weight":
+            module = use.module
+            gradient = F.group_norm(use.input.to(gradient.dtype), module.num_groups, eps=module.eps).mul_(gradient)
+        return gradient.flatten(2).sum(2) if gradient.dim() > 2 else gradient
+
+    return KeptPiece(encoding.dense(_added(one, uses)))
 
 
-RULES = {nn.Linear: _linear, nn.Embedding: _embedding, nn.LayerNorm: _layer_norm}
+def _scale(uses: list[Use], local: str, encoding: Encoding) -> Piece:
+    """RMSNorm of any make: the output is linear in the weight, so its derivative is f(1) - f(0), by the layer's own code."""
+
+    def one(use: Use) -> torch.Tensor:
+        gradient, weight = _wide(use.gradient), use.module.weight
+        bare = copy.copy(use.module)
+        at = []
+        for value in (torch.ones_like(weight), torch.zeros_like(weight)):
+            bare._parameters = {"weight": value}
+            at.append(bare.forward(use.input).to(gradient.dtype))
+        return ((at[0] - at[1]) * gradient).reshape(len(gradient), -1, *weight.shape).sum(1)
+
+    return KeptPiece(encoding.dense(_added(one, uses)))
 
 
-def supported(path: str, module: nn.Module) -> None:
-    """Raises CannotRun, naming the layer, when there is no rule for it here or in Opacus."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        raise CannotRun(f"Layer {path} is a BatchNorm, which mixes examples; convert it to GroupNorm.")
-    if type(module) not in RULES and type(module) not in _opacus_samplers():
+def _by_vmap(uses: list[Use], local: str, encoding: Encoding) -> Piece:
+    """Any other layer: its own forward, run again on each example alone and differentiated, vectorised by torch.func."""
+
+    def one(use: Use) -> torch.Tensor:
+        rows = [t.dim() > 0 and len(t) == use.batch_size for t in use.tensors]
+        tensors = [_wide(t) if t.is_floating_point() else t for t in use.tensors]
+        weight = _wide(getattr(use.module, local).detach())
+
+        def gradient_of(gradient: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+            caller = _Caller(use, [t[None] if row else t for t, row in zip(tensors, rows, strict=True)])
+
+            def output(value: torch.Tensor) -> torch.Tensor:
+                return torch.func.functional_call(caller, {f"module.{local}": value})[0]
+
+            return torch.func.vjp(output, weight)[1](gradient)[0]
+
+        places = tuple(0 if row else None for row in rows)
+        return torch.func.vmap(gradient_of, (0, *places))(_wide(use.gradient), *tensors)
+
+    try:
+        return KeptPiece(encoding.dense(_added(one, uses)))
+    except (RuntimeError, ValueError, TypeError) as error:
+        kind, path = type(uses[0].module).__name__, uses[0].path
+        reason = " ".join(str(error).split())[:200]
         raise CannotRun(
-            f"Layer {path} ({type(module).__name__}) has no per-example gradient rule; freeze it or use --engine reference."
-        )
+            f"Layer {path} ({kind}) has no per-example gradient rule and cannot be vectorised ({reason}); freeze it or use "
+            "--engine reference."
+        ) from error
 
 
-def pieces_of(uses: list[Use], encodings: dict[str, Encoding]) -> Iterator[tuple[str, Piece]]:
-    """(parameter name, piece) for all uses of one pass; uses of one kind of layer are joined into one piece."""
-    grouped: dict[tuple, list[Use]] = defaultdict(list)
-    for use in uses:
-        if use.output_gradient is None:
-            continue
-        for local, name in use.owned.items():
-            grouped[name, local, type(use.module)].append(use)
-    for (name, local, kind), group in grouped.items():
-        rule = RULES.get(kind, _by_opacus)
-        yield name, rule(group, local, encodings.get(name, IDENTITY))
+class _Caller(nn.Module):
+    """A use of a layer as a module without arguments, so that functional_call can replace the layer's parameters."""
+
+    def __init__(self, use: Use, tensors):
+        super().__init__()
+        self.module, self._use, self._tensors = use.module, use, tensors
+
+    def forward(self) -> torch.Tensor:
+        return self._use.call(self.module, self._tensors)
 
 
-def _opacus_samplers() -> dict:
-    from opacus.grad_sample import GradSampleHooks
+_RULES: dict[type[nn.Module], Rule] = {nn.Linear: _linear, nn.LayerNorm: _layer_norm, nn.GroupNorm: _group_norm}
 
-    return GradSampleHooks.GRAD_SAMPLERS
+
+def _added(one: Callable[[Use], torch.Tensor], uses: list[Use]) -> torch.Tensor:
+    kept = one(uses[0])
+    for use in uses[1:]:
+        kept = kept + one(use)
+    return kept
 
 
 def _rows(factor: torch.Tensor) -> torch.Tensor:

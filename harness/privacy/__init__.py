@@ -4,8 +4,8 @@ Example-level, zero-out neighbours with public N, Poisson sampling, Gaussian noi
 accounting libraries are imported when first used.
 """
 
+from dpft.harness.cache import cache_dir
 from dpft.harness.privacy.accountant import calibrate, epsilon, tolerance
-from dpft.harness.privacy.cache import cache_dir
 from dpft.harness.privacy.certificate import ADJACENCY, SAMPLING, certify, matched
 from dpft.harness.privacy.curve import epsilon_curve
 from dpft.harness.privacy.ledger import Ledger, Release, merged_noise_multiplier

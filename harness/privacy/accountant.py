@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from dpft.harness.cache import cached
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy.cache import cached
 from dpft.harness.privacy.ledger import Ledger
 
 SLACK = 0.025  # "matched": target * (1 - SLACK) <= estimate and upper <= target

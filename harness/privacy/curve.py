@@ -5,6 +5,7 @@ from bisect import bisect_left
 from itertools import accumulate
 from typing import Any
 
+from dpft.harness.cache import cached
 from dpft.harness.privacy.accountant import (
     build_accountant,
     check_numbers,
@@ -13,7 +14,6 @@ from dpft.harness.privacy.accountant import (
     library_version,
     tolerance,
 )
-from dpft.harness.privacy.cache import cached
 
 MAX_POINTS, MIN_POINTS = 200, 16
 WORK = 2e7  # cells times points: a few seconds

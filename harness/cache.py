@@ -1,4 +1,4 @@
-"""Small JSON results kept on disk: calibrations and epsilon curves, keyed by everything that went into them."""
+"""Small JSON results kept on disk: calibrations, epsilon curves, measurements; keyed by all that went into them."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def cached(kind: str, inputs: dict[str, Any], valid: Callable[[Any], bool], comp
     Whatever `compute` raises passes through and is not stored.
     """
     key = {"schema": SCHEMA, "kind": kind, "inputs": inputs}
-    path = cache_dir() / "privacy" / f"{kind}-{_digest(key)}.json"
+    path = cache_dir() / "computed" / f"{kind}-{_digest(key)}.json"
     value = _read(path, key)
     if value is not None and valid(value):
         return value

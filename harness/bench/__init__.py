@@ -1,0 +1,1 @@
+"""`dpft bench`: step time and peak memory of the engines and their peers, side by side."""

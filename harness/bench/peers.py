@@ -1,0 +1,218 @@
+"""One function per engine: it takes (job, model) and returns `step(microbatches)`, one whole training step.
+
+Every engine ends in the same fused AdamW. The peers are called as their own documentation says: Opacus 1.6, fastDP
+(awslabs/fast-differential-privacy) and private-transformers (lxuechen/private-transformers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from dpft.harness.bench.cells import Job
+from dpft.harness.bench.subject import Batch, loss_of
+from dpft.harness.engine import NAMES, engine_class
+from dpft.tasks.classification import logits
+
+Step = Callable[[list[Batch]], None]
+
+
+class Skipped(Exception):
+    """The method says it cannot run on this model; the message is its reason."""
+
+
+def step_of(job: Job, model: nn.Module) -> Step:
+    """The step of the job's engine on `model`, which it may wrap or freeze. Raises what the engine raises, and Skipped."""
+    if job.method is not None:
+        return _method(job, model)
+    if job.training == "lora":
+        model = _prepared("dp-lora", model)[1]
+    if job.engine in NAMES:
+        return _dpft(job, model)
+    return PEERS[job.engine](job, model)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _optimizer(job: Job, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = list(trainable(model).values())
+    if job.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=job.lr)
+    return torch.optim.AdamW(parameters, lr=job.lr, fused=True)
+
+
+def _non_private(job: Job, model: nn.Module) -> Step:
+    optimizer, loss = _optimizer(job, model), loss_of(job)
+
+    def step(batches):
+        for batch in batches:
+            (loss(model, batch).sum() / job.examples).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _prepared(name: str, model: nn.Module):
+    """(method, model as it trains it). Raises Skipped."""
+    from dpft.harness import registry
+
+    method = registry.method(name)()
+    reason = method.skip(model)
+    if reason is not None:
+        raise Skipped(reason)
+    device = next(model.parameters()).device
+    return method, method.prepare(model, torch.Generator().manual_seed(3)).to(device)
+
+
+def _method(job: Job, model: nn.Module) -> Step:
+    """A registered method with its own defaults, engine, encodings, decoder and optimizer."""
+    from dpft.harness.spec import resolve
+
+    spec = resolve({"task": "sentences", "method": job.method, "batch_size": job.examples})
+    head = frozenset(model.head_parameters)
+    method, model = _prepared(job.method, model)
+    return _dpft(job, model, method, method.optimizer(trainable(model), head, spec))
+
+
+def _dpft(job: Job, model: nn.Module, method=None, optimizer: torch.optim.Optimizer | None = None) -> Step:
+    """dpft's own path, as the loop takes it; by default without encodings, decoded to the noisy mean."""
+    from dpft.harness.engine.base import ZeroEngine, zero_sums
+    from dpft.harness.mechanism import GaussianMechanism, stream
+    from dpft.harness.probes import Clock
+    from dpft.methods.base import Method
+
+    method, optimizer = method or Method(), optimizer or _optimizer(job, model)
+    parameters = trainable(model)
+    kind = ZeroEngine if method.query == "none" else engine_class(job.engine)
+    engine = kind(model, loss_of(job), parameters, Clock(torch.device(job.device)))
+    mechanism = GaussianMechanism(job.noise_multiplier, job.clip_norm, job.examples, stream(job.device, "bench"))
+    count = 0
+
+    def step(batches):
+        nonlocal count
+        found = {name: method.encoding(name, p, count) for name, p in parameters.items()}
+        encodings = {name: encoding for name, encoding in found.items() if encoding is not None}
+        total = zero_sums(parameters, encodings)
+        for batch in batches:
+            engine.accumulate(batch, total, job.clip_norm, encodings)
+        update = method.decode(mechanism.release(total), count)
+        for name, p in parameters.items():
+            p.grad = update[name].to(p.dtype)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        count += 1
+
+    return step
+
+
+def _opacus_hooks(job: Job, model: nn.Module) -> Step:
+    from opacus import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    wrapped, loss = GradSampleModule(model), loss_of(job)
+    optimizer = DPOptimizer(_optimizer(job, model), **_opacus_settings(job))
+    return _opacus_step(optimizer, lambda batch: loss(wrapped, batch).mean())
+
+
+def _opacus_ghost(job: Job, model: nn.Module) -> Step:
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+    wrapped = GradSampleModuleFastGradientClipping(model, max_grad_norm=job.clip_norm)
+    optimizer = DPOptimizerFastGradientClipping(_optimizer(job, model), **_opacus_settings(job))
+    criterion = DPLossFastGradientClipping(wrapped, optimizer, nn.CrossEntropyLoss())
+    kind = torch.device(job.device).type
+
+    def loss(batch):
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=job.precision == "bf16"):
+            return criterion(logits(wrapped, batch), batch["labels"])
+
+    return _opacus_step(optimizer, loss)
+
+
+def _opacus_settings(job: Job) -> dict:
+    return {
+        "noise_multiplier": job.noise_multiplier,
+        "max_grad_norm": job.clip_norm,
+        "expected_batch_size": job.examples,
+    }
+
+
+def _opacus_step(optimizer, loss: Callable[[Batch], object]) -> Step:
+    """Noise and the inner optimizer only after the last microbatch, as Opacus's BatchMemoryManager arranges it."""
+
+    def step(batches):
+        for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
+            optimizer.signal_skip_step(do_skip=left > 0)
+            loss(batch).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _fastdp(job: Job, model: nn.Module) -> Step:
+    from fastDP import PrivacyEngine
+
+    optimizer, loss = _optimizer(job, model), loss_of(job)
+    engine = PrivacyEngine(
+        model,
+        batch_size=job.examples,
+        sample_size=1000 * job.examples,
+        epochs=1,
+        noise_multiplier=job.noise_multiplier,
+        max_grad_norm=job.clip_norm,
+        clipping_fn="Abadi",
+        clipping_mode="MixOpt",
+        clipping_style="all-layer",
+        loss_reduction="mean",
+    )
+    engine.attach(optimizer)
+
+    def step(batches):
+        for batch in batches:
+            loss(model, batch).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _private_transformers(job: Job, model: nn.Module) -> Step:
+    from private_transformers import PrivacyEngine
+
+    optimizer, loss = _optimizer(job, model), loss_of(job)
+    engine = PrivacyEngine(
+        model,
+        batch_size=job.examples,
+        sample_size=1000 * job.examples,
+        epochs=1,
+        noise_multiplier=job.noise_multiplier,
+        max_grad_norm=job.clip_norm,
+        clipping_mode="ghost",
+        record_snr=False,
+    )
+    engine.attach(optimizer)
+
+    def step(batches):
+        for batch in batches[:-1]:
+            optimizer.virtual_step(loss=loss(model, batch))
+        optimizer.step(loss=loss(model, batches[-1]))
+        optimizer.zero_grad()
+
+    return step
+
+
+PEERS: dict[str, Callable[[Job, nn.Module], Step]] = {
+    "non-private": _non_private,
+    "opacus-hooks": _opacus_hooks,
+    "opacus-ghost": _opacus_ghost,
+    "fastdp": _fastdp,
+    "private-transformers": _private_transformers,
+}

@@ -1,0 +1,58 @@
+"""The `dpft` command: parsing and printing only. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from dpft.harness.cli import catalogue, measuring, records, running
+from dpft.harness.errors import BadInput
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+def main() -> None:
+    """Entry point: bad input and a full disk are one sentence and exit code 2, an interrupt is exit code 130."""
+    try:
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except BadInput as error:
+        click.echo(f"dpft: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        click.echo(f"dpft: {error.strerror or error}{place}; finished runs are kept, mend it and run again.", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("dpft: interrupted; finished runs are kept, the same command continues.", err=True)
+        sys.exit(130)
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(package_name="dpft")
+@click.option(
+    "--plugin", "plugins", multiple=True, metavar="FILE", help="Python file with methods or tasks (repeatable)."
+)
+def cli(plugins: tuple[str, ...]) -> None:
+    """Compare differentially private fine-tuning methods under one matched, PRV-accounted budget."""
+    if plugins:
+        from dpft.harness.registry import load_plugin
+
+        for plugin in plugins:
+            load_plugin(plugin)
+
+
+for command in (
+    running.run,
+    running.plan,
+    records.report,
+    records.verify,
+    records.merge,
+    catalogue.list_,
+    catalogue.describe,
+    measuring.bench,
+):
+    cli.add_command(command)

@@ -1,0 +1,64 @@
+"""Commands about finished runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from dpft.harness.errors import BadInput
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("results/runs"))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Markdown file with markers; default: print.")
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 when --output is not up to date.")
+@click.option("--curves", is_flag=True, help="Also the metric by step.")
+def report(folder, output, check, curves):
+    """Print the tables of the runs in FOLDER, or put them between the markers of a markdown file."""
+    from dpft.harness import report as reporting
+    from dpft.harness.store import Store
+
+    store = Store(folder)
+    text = reporting.markdown(store.records(), store, curves)
+    if output is None:
+        if check:
+            raise BadInput("--check needs a file to compare with; give it with -o.")
+        click.echo(text)
+        return 0
+    fresh = reporting.write(text, output, check)
+    click.echo(f"{output} {'is up to date' if fresh else 'is stale' if check else 'was rewritten'}.", err=True)
+    return 1 if check and not fresh else 0
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("results/runs"))
+@click.option("--json", "as_json", is_flag=True)
+def verify(folder, as_json):
+    """Recompute the epsilon of every record in FOLDER from its ledger alone; exit 1 on any mismatch."""
+    from dpft.harness.privacy import verify_record
+    from dpft.harness.store import Store
+
+    store, found = Store(folder), {}
+    for record in store.records():
+        path = store.curve_path(record["run_id"])
+        taken = store.curve(record["run_id"]).height if path.exists() else None
+        found[record["run_id"]] = verify_record(record, taken if record["status"] == "done" else None)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        for run_id, problems in found.items():
+            click.echo(f"{run_id}: {'fine' if not problems else ' '.join(problems)}")
+    return 1 if any(found.values()) else 0
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+def merge(sources, target):
+    """Copy the runs of the SOURCES folders into TARGET; refuses records that contradict each other."""
+    from dpft.harness.store import merge as merge_folders
+
+    copied, same = merge_folders(list(sources), target)
+    click.echo(f"{copied} runs copied to {target}, {same} were there already.", err=True)

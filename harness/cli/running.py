@@ -1,0 +1,99 @@
+"""Commands that make runs or say what they will spend."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from dpft.harness.cli.options import spec_options
+from dpft.harness.errors import BadInput
+
+
+@click.command()
+@click.argument("suite", required=False)
+@spec_options
+@click.option("--engine", default="factored", show_default=True, help="factored, opacus or reference.")
+@click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto takes a GPU where there is one."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Padded tokens per microbatch."
+)
+@click.option("--shard", default="1/1", metavar="I/N", help="Make every N-th run, from the I-th.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds per run.")
+@click.option(
+    "--checkpoint-every", type=float, default=300, show_default=True, help="Seconds between checkpoints of a run."
+)
+@click.option("--resume/--no-resume", default=True, help="Continue a run from its checkpoint, or start it again.")
+@click.option("--retry-failed", is_flag=True, help="Make runs again that ended with a failure.")
+@click.option("--overwrite", is_flag=True, help="Make runs again that are there already.")
+@click.option("--quiet", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON document instead of the table.")
+def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, timeout, checkpoint_every, resume,
+        retry_failed, overwrite, quiet, as_json):  # fmt: skip
+    """Make the missing runs of SUITE (or of --task/--method ...) and print the table."""
+    from dpft.harness import engine as engines
+    from dpft.harness import execution, progress, report
+    from dpft.harness.errors import unknown
+    from dpft.harness.run_settings import Settings, pick_device
+    from dpft.harness.store import Store
+
+    if engine not in engines.NAMES:
+        raise unknown("engine", engine, engines.NAMES)
+    runs, store = _runs(suite, overrides), Store(results)
+    store.open_for_writing()
+    single = suite is None and len(runs) == 1
+    policy = execution.Policy(retry_failed or single, overwrite, resume, _shard(shard))
+    pending = [s for s in execution.shard(runs, policy.shard) if execution.is_pending(store, s, policy)]
+    settings = Settings(
+        data_dir, engine, pick_device(device) if pending else "cpu", max_tokens, timeout, checkpoint_every
+    )
+    records = execution.run_all(runs, store, settings, policy, progress.reporter(len(pending), quiet))
+    failed = [r for r in records if r["status"] not in ("done", "skipped")]
+    if as_json:
+        click.echo(json.dumps(records, indent=1, allow_nan=False))
+    elif not (single and failed):
+        click.echo(report.markdown(records, store))
+    if failed:
+        click.echo(
+            f"dpft: {failed[0]['error']}" if single else f"dpft: {len(failed)} of {len(records)} runs failed.", err=True
+        )
+    return (2 if single else 1) if failed else 0
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise BadInput(f"--shard {text} is not i/n; write for example --shard 1/4.") from None
+    return index, count
+
+
+@click.command()
+@click.argument("suite", required=False)
+@spec_options
+@click.option("--json", "as_json", is_flag=True)
+def plan(suite, overrides, data_dir, results, as_json):
+    """Show every run of SUITE: what it will spend, whether it is there, and what it should cost. Trains nothing."""
+    from dpft.harness.planning import overview
+    from dpft.harness.store import Store
+
+    rows = overview(_runs(suite, overrides), Store(results), data_dir)
+    if as_json:
+        click.echo(json.dumps(rows, indent=1, allow_nan=False))
+        return
+    from tabulate import tabulate
+
+    click.echo(tabulate(rows, headers="keys", tablefmt="github"))
+
+
+def _runs(suite: str | None, overrides: dict[str, Any]):
+    from dpft.harness import spec
+
+    if suite is not None:
+        return list(spec.load_suite(suite, overrides).runs)
+    if "task" not in overrides or "method" not in overrides:
+        raise BadInput("Name a suite (`dpft list suites`), or give at least --task and --method.")
+    return spec.expand(overrides)
