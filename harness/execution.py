@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,17 @@ from dpft.harness.store import Store
 
 @dataclass(frozen=True)
 class Policy:
-    """Which runs are made. shard (i, n): every n-th run, from the i-th, i counted from 1."""
+    """Which runs are made. shard (i, n): every n-th run, from the i-th, i counted from 1.
+
+    began: when the command was given (seconds since the epoch); a record made since then is not made again by a process
+    that shares the work.
+    """
 
     retry_failed: bool = False
     overwrite: bool = False
     resume: bool = True
     shard: tuple[int, int] = (1, 1)
+    began: float = math.inf
 
 
 def shard(runs: Sequence[RunSpec], part: tuple[int, int]) -> list[RunSpec]:
@@ -32,7 +38,10 @@ def shard(runs: Sequence[RunSpec], part: tuple[int, int]) -> list[RunSpec]:
 def is_pending(store: Store, spec: RunSpec, policy: Policy) -> bool:
     """Whether `spec` has still to be run under `policy`."""
     record = store.read(spec.run_id)
-    return record is None or policy.overwrite or (policy.retry_failed and record["status"] not in ("done", "skipped"))
+    if record is None:
+        return True
+    again = policy.overwrite or (policy.retry_failed and record["status"] not in ("done", "skipped"))
+    return again and store.record_path(spec.run_id).stat().st_mtime < policy.began
 
 
 def run_all(

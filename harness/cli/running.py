@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import click
@@ -22,6 +23,7 @@ from dpft.harness.errors import BadInput
     "--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Padded tokens per microbatch."
 )
 @click.option("--shard", default="1/1", metavar="I/N", help="Make every N-th run, from the I-th.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the runs.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds per run.")
 @click.option(
     "--checkpoint-every", type=float, default=300, show_default=True, help="Seconds between checkpoints of a run."
@@ -31,11 +33,12 @@ from dpft.harness.errors import BadInput
 @click.option("--overwrite", is_flag=True, help="Make runs again that are there already.")
 @click.option("--quiet", is_flag=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON document instead of the table.")
-def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, timeout, checkpoint_every, resume,
-        retry_failed, overwrite, quiet, as_json):  # fmt: skip
+def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, jobs, timeout, checkpoint_every,
+        resume, retry_failed, overwrite, quiet, as_json):  # fmt: skip
     """Make the missing runs of SUITE (or of --task/--method ...) and print the table."""
     from dpft.harness import engine as engines
     from dpft.harness import execution, progress, report
+    from dpft.harness import jobs as processes
     from dpft.harness.errors import unknown
     from dpft.harness.run_settings import Settings, pick_device
     from dpft.harness.store import Store
@@ -45,12 +48,13 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     runs, store = _runs(suite, overrides), Store(results)
     store.open_for_writing()
     single = suite is None and len(runs) == 1
-    policy = execution.Policy(retry_failed or single, overwrite, resume, _shard(shard))
+    policy = execution.Policy(retry_failed or single, overwrite, resume, _shard(shard), processes.began())
     pending = [s for s in execution.shard(runs, policy.shard) if execution.is_pending(store, s, policy)]
-    settings = Settings(
-        data_dir, engine, pick_device(device) if pending else "cpu", max_tokens, timeout, checkpoint_every
-    )
-    records = execution.run_all(runs, store, settings, policy, progress.reporter(len(pending), quiet))
+    with processes.siblings(min(jobs, max(1, len(pending))), sys.argv[1:]):
+        settings = Settings(
+            data_dir, engine, pick_device(device) if pending else "cpu", max_tokens, timeout, checkpoint_every
+        )
+        records = execution.run_all(runs, store, settings, policy, progress.reporter(len(pending), quiet))
     failed = [r for r in records if r["status"] not in ("done", "skipped")]
     if as_json:
         click.echo(json.dumps(records, indent=1, allow_nan=False))
