@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,21 @@ class Settings:
     max_tokens: int = 1024
     timeout: float | None = None
     checkpoint_seconds: float = 300.0
+
+
+def keep_freed_memory() -> None:
+    """Ask the C library to keep freed memory for the next step instead of handing it back to the kernel.
+
+    Large tensors are otherwise mapped afresh in every step, and clearing their pages took 10-25% of a step of MiniLM-L6
+    here. Without glibc nothing changes. Call it before the first tensor is made.
+    """
+    import ctypes
+
+    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)
 
 
 def pick_device(name: str) -> str:

@@ -43,7 +43,11 @@ def test_two_jobs_make_what_one_makes_and_overwrite_makes_each_once(command, tmp
     assert 0 < made_here < 4, "the sibling made none, or all"
     before = writers(tmp_path / "two")
     again = subprocess.run(
-        command("two", "--json", "--jobs", "2", "--overwrite"), capture_output=True, text=True, env=environment, check=True
+        command("two", "--json", "--jobs", "2", "--overwrite"),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
     )
     after = writers(tmp_path / "two")
     assert all(after[key] > before[key] for key in before) and results(again.stdout) == results(one.stdout)

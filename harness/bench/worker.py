@@ -18,6 +18,7 @@ import torch
 from dpft.harness.bench import floor, peers, subject
 from dpft.harness.bench.cells import BASELINE, Job
 from dpft.harness.errors import BadInput
+from dpft.harness.run_settings import keep_freed_memory
 
 PR_SET_PDEATHSIG = 1
 
@@ -31,6 +32,7 @@ def main() -> None:
 
 def run(job: Job) -> dict[str, Any]:
     """The result of one job. status: `done`, `skipped`, `out of memory`, `failed` or `bad input`."""
+    keep_freed_memory()  # for every engine: it is how `dpft run` runs
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     torch.manual_seed(0)
     try:

@@ -1,4 +1,4 @@
-"""Keep factors or materialise? Decided by flops where they differ much, else by a measurement made once on this device."""
+"""Keep factors or materialise? By memory, and where that allows both by a measurement made once on this device."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ import torch
 
 from dpft.harness.cache import cached
 
-DECISIVE = 4.0  # beyond this ratio of flops (and of memory) nothing is measured
+DECISIVE = 4.0  # beyond this ratio of flops nothing is measured
 CLEARLY = 1.2  # a measurement must be this clear to go against the flops: near ties must not depend on chance
+SMALL = 1 << 14  # numbers in a weight: below this the difference is not worth a measurement
 
 
 def cheaper_kept(inputs: torch.Tensor, width: int) -> bool:
     """Whether per-example gradients [b, width, d] cost less than the factors A = inputs [b, T, d] and E [b, T, width].
 
-    Materialising takes T d p operations an example, grams and the weighted product T^2 (d + p) + T d p; the memory is d p
-    against T (d + p): the same ratio decides both.
+    Materialising takes T d p operations an example against T^2 (d + p) + T d p, and d p numbers against T (d + p): one ratio
+    decides both. Gradients larger than their factors are never kept: in the cache they are quick to make, but a whole
+    batch of them is not in the cache.
     """
     tokens, d = inputs.shape[1:]
     ratio = d * width / (tokens * (d + width))
-    if ratio >= DECISIVE or ratio <= 1 / DECISIVE or tokens == 1:
-        return ratio < 1 and tokens > 1
-    rounded = 1 << (tokens - 1).bit_length()
-    relative = _kept_over_factored(rounded, d, width, inputs.device, inputs.dtype)
-    if 1 / CLEARLY < relative < CLEARLY:
+    if ratio >= 1 or ratio <= 1 / DECISIVE or d * width < SMALL:
         return ratio < 1
-    return relative < 1
+    rounded = 1 << (tokens - 1).bit_length()
+    return _kept_over_factored(rounded, d, width, inputs.device, inputs.dtype) < CLEARLY
 
 
 @functools.cache

@@ -11,17 +11,14 @@ from collections import Counter, defaultdict
 import torch
 from torch import nn
 
-from dpft.harness.engine.base import Engine, example_gradient, unused
+from dpft.harness.engine.agreement import agree
+from dpft.harness.engine.base import Engine, unused
 from dpft.harness.engine.clipping import overall
 from dpft.harness.engine.encoding import IDENTITY
-from dpft.harness.engine.pieces import Grams, Piece, tied_cross_term
+from dpft.harness.engine.pieces import Grams, Piece, squared_norms
 from dpft.harness.engine.rules import rule_for
 from dpft.harness.engine.taps import Recorder, Use
 from dpft.harness.errors import CannotRun
-
-# Relative difference of an example's loss and norm in a batch and alone that rounding can explain, by dtype
-AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-3}
-HALF_AGREEMENT = 0.1
 
 
 class FactoredEngine(Engine):
@@ -64,35 +61,13 @@ class FactoredEngine(Engine):
                     )
             for group in list(self._groups):
                 self._settle(group)
-        norms, coarse, self._pass = overall(self._pass.norms), self._pass.coarse, None
+        done, self._pass = self._pass, None
         if not self._agreed and len(losses) > 1:
-            self._agreed = self._agrees(batch, encodings, clip_norm, losses, norms, coarse)
-        return losses, norms
+            self._agreed = agree(self, batch, encodings, losses, done.squares, done.half)
+        return losses, overall(done.norms)
 
     def close(self):
         self._recorder.close()
-
-    def _agrees(self, batch, encodings, clip_norm, losses, norms, coarse: bool) -> bool:
-        """Whether the last example has the loss and the norm that it has alone, by plain autograd; once in a run.
-
-        A layer that mixes examples where no tap sees it, or a rule that misreads a layer, would make the bound false.
-        Raises CannotRun when they differ; False when they are not finite, which the loop deals with.
-        """
-        example = {key: value[-1:] for key, value in batch.items()}
-        loss, gradient = example_gradient(self, example, encodings)
-        squares = {name: g.double().square().sum()[None] for name, g in gradient.items()}
-        expected = torch.stack([loss.double(), self.clip(squares, clip_norm)[1][0]])
-        found = torch.stack([losses[-1].double(), norms[-1]])
-        if not (torch.isfinite(expected).all() and torch.isfinite(found).all()):
-            return False
-        tolerance = HALF_AGREEMENT if coarse else AGREEMENT[torch.promote_types(loss.dtype, torch.float32)]
-        if torch.allclose(found, expected, rtol=tolerance, atol=tolerance * 1e-3):
-            return True
-        raise CannotRun(
-            f"The last example of a batch has loss {found[0]:.6g} and gradient norm {found[1]:.6g} in its batch, but "
-            f"{expected[0]:.6g} and {expected[1]:.6g} alone: the model mixes examples, is random in training mode, or has a "
-            "layer whose gradients are taken wrongly; use --engine reference or mend the model."
-        )
 
     def _passes(self, batch) -> torch.Tensor:
         """Forward and backward with the weights taken out of the graph; `_done` hears of every use on the way back."""
@@ -119,7 +94,7 @@ class FactoredEngine(Engine):
 
     def _done(self, use: Use) -> None:
         """A use has its gradient. Layers used once are dealt with now; the uses of others must first be together."""
-        self._pass.coarse |= use.gradient.dtype in (torch.bfloat16, torch.float16)
+        self._pass.half |= use.gradient.dtype in (torch.bfloat16, torch.float16)
         if id(use) not in self._pass.single:
             for local, name in use.owned.items():
                 self._pass.deferred[name].append((local, use))
@@ -138,11 +113,7 @@ class FactoredEngine(Engine):
         pieces: list[Piece] = [
             self._rules[group[0].module](group, local, encoding) for (local, _), group in kinds.items()
         ]
-        squares = sum(piece.squared_norms(now.grams).double() for piece in pieces)
-        if len(pieces) == 2:
-            squares = squares + 2 * tied_cross_term(name, *pieces).double()
-        elif len(pieces) > 2:
-            raise CannotRun(f"The parameter {name} is shared by layers of three kinds; use --engine reference.")
+        squares = squared_norms(name, pieces, now.grams, now.total[name].shape)
         now.pieces[name], now.squares[name] = pieces, squares
         group = self.clipping.group_of(name)
         if group and all(member in now.squares for member in self._groups[group]):
@@ -166,7 +137,7 @@ class _Pass:
 
     def __init__(self, total, clip_norm, encodings):
         self.total, self.clip_norm, self.encodings = total, clip_norm, encodings
-        self.grams, self.coarse = Grams(), False
+        self.grams, self.half = Grams(), False
         self.single: set[int] = set()
         self.deferred: dict[str, list[tuple[str, Use]]] = defaultdict(list)
         self.pieces: dict[str, list[Piece]] = {}

@@ -9,7 +9,10 @@ import torch
 
 from dpft.harness.errors import CannotRun
 
-ROUNDING = 0.1  # of (sum_t |a_t||e_t|)^2 times the unit roundoff: three times the largest error seen, see `_charged`
+# In units of the roundoff: what a gram's squared norm is raised by, times (sum_t |a_t||e_t|)^2 (the largest error seen on
+# random factors is 0.034), and what the norm is raised by, times sum_t |a_t||e_t|, for the rounding of the sum itself.
+GRAM_ROUNDING, SUM_ROUNDING = 0.1, 0.5
+CANCELS = 1e5  # above this ratio of (sum_t |a_t||e_t|)^2 to the squared norm a gram keeps too few digits: taken exactly
 
 
 class Grams:
@@ -39,11 +42,15 @@ class LinearPiece:
     inputs: torch.Tensor
     gradients: torch.Tensor
 
-    def squared_norms(self, grams: Grams) -> torch.Tensor:
-        """||E_b^T A_b||^2 by the T x T grams of the factors: T^2 (d + p) instead of T d p (2110.05679)."""
+    def squared_norms(self, grams: Grams) -> tuple[torch.Tensor, torch.Tensor]:
+        """||E_b^T A_b||^2 by the T x T grams of the factors, T^2 (d + p) instead of T d p (2110.05679), and sum_t |a_t||e_t|."""
         first, second = grams.of(self.inputs), grams.of(self.gradients)
         sizes = (first.diagonal(dim1=1, dim2=2) * second.diagonal(dim1=1, dim2=2)).sqrt().sum(1)
-        return _charged((first * second).sum((1, 2)), sizes)
+        return (first * second).sum((1, 2)), sizes
+
+    def dense(self, example: int, shape: torch.Size) -> torch.Tensor:
+        """One example's gradient in `shape`, float64."""
+        return (self.gradients[example].double().T @ self.inputs[example].double()).view(shape)
 
     def add_weighted(self, total: torch.Tensor, factors: torch.Tensor) -> None:
         """total [p, d, ...] += sum_b factors_b E_b^T A_b; the factors go into the thinner side."""
@@ -66,13 +73,19 @@ class EmbeddingPiece:
     tokens: torch.Tensor
     gradients: torch.Tensor
 
-    def squared_norms(self, grams: Grams) -> torch.Tensor:
-        """Sum of <E_t, E_s> over the pairs of equal tokens; the one-hot [b, T, vocabulary] is never formed."""
+    def squared_norms(self, grams: Grams) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of <E_t, E_s> over the pairs of equal tokens, and the same of |e_t||e_s|, its root.
+
+        The one-hot [b, T, vocabulary] is never formed.
+        """
         same = self.tokens[:, :, None] == self.tokens[:, None, :]
         gram = grams.of(self.gradients)
-        lengths = gram.diagonal(dim1=1, dim2=2).sqrt()
-        sizes = (same * (lengths[:, :, None] * lengths[:, None, :])).sum((1, 2)).sqrt()
-        return _charged((gram * same).sum((1, 2)), sizes)
+        lengths = gram.diagonal(dim1=1, dim2=2).sqrt() * self.tokens.shape[1] ** 0.5  # index_add adds in order
+        return (gram * same).sum((1, 2)), (lengths[:, :, None] * lengths[:, None, :] * same).sum((1, 2)).sqrt()
+
+    def dense(self, example: int, shape: torch.Size) -> torch.Tensor:
+        rows = self.gradients[example].double()
+        return rows.new_zeros(shape).index_add_(0, self.tokens[example], rows)
 
     def add_weighted(self, total: torch.Tensor, factors: torch.Tensor) -> None:
         weighted = self.gradients * factors[:, None, None]
@@ -89,8 +102,12 @@ class KeptPiece:
 
     gradients: torch.Tensor
 
-    def squared_norms(self, grams: Grams) -> torch.Tensor:
-        return torch.linalg.vector_norm(self.gradients.reshape(len(self.gradients), -1), dim=1).square()
+    def squared_norms(self, grams: Grams) -> tuple[torch.Tensor, torch.Tensor]:
+        squares = self.gradients.reshape(len(self.gradients), -1).square().sum(1)  # pairwise; vector_norm adds in order
+        return squares, squares.sqrt()
+
+    def dense(self, example: int, shape: torch.Size) -> torch.Tensor:
+        return self.gradients[example].double().view(shape)
 
     def add_weighted(self, total: torch.Tensor, factors: torch.Tensor) -> None:
         flat = self.gradients.reshape(len(self.gradients), -1)
@@ -102,6 +119,32 @@ class KeptPiece:
 
 
 Piece = LinearPiece | EmbeddingPiece | KeptPiece
+
+
+def squared_norms(name: str, pieces: list[Piece], grams: Grams, shape: torch.Size) -> torch.Tensor:
+    """||sum of the pieces||^2 of one parameter, [b] float64, never below that of what `add_weighted` adds.
+
+    Where the terms of a gradient cancel, sum_t |a_t||e_t| is far above its norm, and rounding could make the norm too small
+    and the clipped gradient too large. So the rounding is charged; it is below 1e-6 of the norm of an ordinary example.
+    shape: of the encoded parameter.
+    """
+    found = [piece.squared_norms(grams) for piece in pieces]
+    if len(pieces) == 1 and isinstance(pieces[0], KeptPiece):
+        return found[0][0].double()
+    squares = torch.stack([squared for squared, _ in found]).sum(0, dtype=torch.float64)
+    sizes = torch.stack([size for _, size in found]).sum(0, dtype=torch.float64)
+    if len(pieces) == 2:
+        squares = squares + 2 * tied_cross_term(name, *pieces).double()
+    elif len(pieces) > 2:
+        raise CannotRun(f"The parameter {name} is shared by layers of three kinds; use --engine reference.")
+    roundoff = torch.finfo(found[0][0].dtype).eps
+    squares = squares.clamp_min(0) + GRAM_ROUNDING * len(pieces) ** 2 * roundoff * sizes.square()
+    if (
+        squares.device.type == "cpu"
+    ):  # elsewhere looking would wait for the device; there such examples are clipped more
+        for example in (squares * CANCELS < sizes.square()).nonzero().flatten().tolist():
+            squares[example] = sum(piece.dense(example, shape) for piece in pieces).square().sum()
+    return (squares.sqrt() + SUM_ROUNDING * roundoff * sizes).square()
 
 
 def tied_cross_term(name: str, first: Piece, second: Piece) -> torch.Tensor:
@@ -117,13 +160,3 @@ def tied_cross_term(name: str, first: Piece, second: Piece) -> torch.Tensor:
         return (rows * first.gradients).sum((1, 2))
     index = first.tokens[:, None, :].expand(-1, second.gradients.shape[1], -1)
     return (second.gradients.gather(2, index) * (second.inputs @ first.gradients.mT)).sum((1, 2))
-
-
-def _charged(squares: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Squared norms [b] from grams, raised by the rounding error they may have; sizes [b]: sum_t |a_t||e_t|.
-
-    Where the terms of a gradient cancel, `sizes^2` is far above its squared norm and a gram's rounding error, at most about
-    0.03 roundoffs of sizes^2 on random factors, could make the norm too small and the clipped gradient too large.
-    So the error is charged: such an example is clipped a little more, an ordinary one by less than 1e-6.
-    """
-    return squares.clamp_min(0) + ROUNDING * torch.finfo(squares.dtype).eps * sizes.square()
