@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dpft.harness import checkpoint, probes
+from dpft.harness.engine.agreement import check
 from dpft.harness.engine.base import Engine, Sums, zero_sums
 from dpft.harness.errors import Diverged
 from dpft.harness.mechanism import GaussianMechanism
@@ -85,6 +86,9 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
         _restore(setup, state, optimizer)
     saved = time.monotonic()
     setup.prepared.model.train()
+    if setup.engine.needs_per_example:
+        check(setup.engine, _batch(setup, setup.prepared.validation, _spread(len(setup.prepared.validation), 4)))
+        setup.clock.take()
     while state.step < spec.steps:
         if setup.deadline is not None and time.monotonic() > setup.deadline:
             _keep(setup, state, optimizer)
@@ -168,7 +172,7 @@ def _accumulate(setup: Setup, indices: list[int], total: Sums, encodings) -> tup
     losses, norms = [], []
     clip_norm = setup.spec.clip_norm if setup.spec.clip_norm is not None else math.inf
     for micro in buckets(indices, setup.prepared.train_lengths, setup.max_tokens):
-        batch = to_device(setup.prepared.collate([setup.prepared.train[i] for i in micro]), setup.device)
+        batch = _batch(setup, setup.prepared.train, micro)
         loss, norm = setup.engine.accumulate(batch, total, clip_norm, encodings)
         losses.append(loss)
         norms.append(norm)
@@ -218,11 +222,10 @@ def evaluate(setup: Setup, state: State, examples: int | None) -> dict[str, floa
     metric = setup.task.make_metric()
     model.eval()
     size = len(prepared.validation)
-    count = size if examples is None else min(examples, size)
-    indices = [i * size // count for i in range(count)]
+    indices = _spread(size, size if examples is None else examples)
     found = []
     for micro in buckets(indices, prepared.validation_lengths, setup.max_tokens * 2):
-        batch = to_device(prepared.collate([prepared.validation[i] for i in micro]), setup.device)
+        batch = _batch(setup, prepared.validation, micro)
         predictions, references = setup.task.predict(model, batch)
         found += zip(micro, predictions, references, strict=True)
     found.sort(key=lambda item: item[0])
@@ -232,8 +235,16 @@ def evaluate(setup: Setup, state: State, examples: int | None) -> dict[str, floa
     return {key: float(value) for key, value in values.items()}
 
 
-def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+def _batch(setup: Setup, examples, indices: list[int]) -> dict[str, torch.Tensor]:
+    """Those examples, padded to the longest of them, on the run's device."""
+    batch = setup.prepared.collate([examples[i] for i in indices])
+    return {key: value.to(setup.device, non_blocking=True) for key, value in batch.items()}
+
+
+def _spread(size: int, count: int) -> list[int]:
+    """`count` indices below `size` (all, when there are fewer), evenly spaced."""
+    count = min(count, size)
+    return [i * size // count for i in range(count)]
 
 
 def median_step_seconds(state: State) -> float | None:

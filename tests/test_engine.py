@@ -1,11 +1,14 @@
 """The engines against per-example autograd in float64: clipped sums, norms, encodings, and what must raise."""
 
+import contextlib
+
 import pytest
 import torch
 from engine_cases import CONFIGS, assert_same, batch_for, clipped, loss, model_for, no_clock
 from torch import nn
 
 from dpft.harness.engine import NAMES, engine_class
+from dpft.harness.engine.agreement import check
 from dpft.harness.engine.base import zero_sums
 from dpft.harness.engine.clipping import abadi
 from dpft.harness.engine.encoding import Encoding
@@ -228,3 +231,50 @@ def test_rules_by_opacus_for_convolutions_and_group_norm():
     expected, *_ = clipped("reference", model, batch, 0.1)
     found, *_ = clipped("factored", model, batch, 0.1)
     assert_same(found, expected, 1e-10)
+
+
+@pytest.mark.parametrize("length", [127, 128, 131])
+def test_grams_of_long_sequences_are_made_of_halves(length):
+    """Equality where the gram is split, at even and odd lengths, for Linear layers and for an embedding with repeats."""
+
+    class Long(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mix, self.out = nn.Embedding(40, 300), nn.Linear(300, 310), nn.Linear(310, 3)
+
+        def forward(self, input_ids):
+            return self.out(torch.tanh(self.mix(self.embed(input_ids))).mean(1))
+
+    torch.manual_seed(0)
+    model = Long().double()
+    batch = {"input_ids": torch.randint(0, 40, (3, length)), "labels": torch.tensor([0, 1, 2])}
+    expected, _, norms = clipped("reference", model, batch, 0.05)
+    for dtype in (torch.float64, torch.float32):
+        found, _, norms2 = clipped("factored", model.to(dtype), batch, 0.05)
+        tolerance = 1e-10 if dtype is torch.float64 else 1e-5
+        assert torch.allclose(norms, norms2, rtol=tolerance)
+        assert_same({n: t.double() for n, t in found.items()}, expected, tolerance)
+
+
+def test_the_check_before_a_run_sees_through_a_head_of_zeros():
+    """With all logits zero nothing flows into the body, and a layer that mixes examples would pass unseen."""
+
+    class Mixing(nn.Module):
+        def __init__(self, mixes):
+            super().__init__()
+            self.embed, self.out, self.mixes = nn.Embedding(9, 4), nn.Linear(4, 3), mixes
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
+
+        def forward(self, input_ids):
+            hidden = self.embed(input_ids).mean(1)
+            return self.out(hidden - hidden.mean(0) if self.mixes else hidden)
+
+    batch = {"input_ids": torch.randint(0, 9, (4, 5)), "labels": torch.tensor([0, 1, 2, 0])}
+    for mixes in (False, True):
+        model = Mixing(mixes)
+        engine = engine_class("factored")(model, loss, dict(model.named_parameters()), no_clock)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        with pytest.raises(CannotRun, match="mixes examples") if mixes else contextlib.nullcontext():
+            check(engine, batch)
+        assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

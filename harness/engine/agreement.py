@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dpft.harness.engine.base import Batch, Engine, example_gradient
+from dpft.harness.engine.base import Batch, Engine, example_gradient, zero_sums
 from dpft.harness.engine.encoding import Encoding
 from dpft.harness.errors import CannotRun
 
@@ -12,6 +12,25 @@ from dpft.harness.errors import CannotRun
 # norm may also differ by FLOOR times that of the whole gradient, a loss by the tolerance times LEAST_LOSS.
 TOLERANCE, HALF_TOLERANCE = 5e-2, 0.2
 FLOOR, LEAST_LOSS = 1e-2, 0.1
+
+
+def check(engine: Engine, batch: Batch) -> None:
+    """Compare the engine with plain autograd on `batch` before a run; nothing is trained, and nothing is left changed.
+
+    Parameters that are all zero (a fresh head, LoRA's B) hold random values meanwhile: nothing would flow past them.
+    Raises CannotRun as `agree` does.
+    """
+    zeros = [p for p in engine.parameters.values() if not p.any()]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in zeros:
+            p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    try:
+        engine.accumulate(batch, zero_sums(engine.parameters, {}), 1.0, {})
+    finally:
+        with torch.no_grad():
+            for p in zeros:
+                p.zero_()
 
 
 def agree(

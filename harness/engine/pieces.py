@@ -15,21 +15,49 @@ GRAM_ROUNDING, SUM_ROUNDING = 0.1, 0.5
 CANCELS = 1e5  # above this ratio of (sum_t |a_t||e_t|)^2 to the squared norm a gram keeps too few digits: taken exactly
 
 
+HALVES = (
+    128  # from this many tokens on a gram is made of blocks: it is symmetric, so a quarter of it need not be computed
+)
+
+
+class Gram:
+    """X X^T of a factor X [b, T, d], [b, T, T], as blocks: all of it, or upper left, upper right and lower right."""
+
+    def __init__(self, factor: torch.Tensor):
+        tokens = factor.shape[1]
+        self.half = tokens // 2 if tokens >= HALVES else tokens
+        first, second = factor[:, : self.half], factor[:, self.half :]
+        pairs = [(first, first)] if self.half == tokens else [(first, first), (first, second), (second, second)]
+        self.blocks = [x @ y.mT for x, y in pairs]
+        self.lengths = torch.cat([g.diagonal(dim1=1, dim2=2) for g in self.blocks[::2]], 1).sqrt()
+
+    def inner(self, other: list[torch.Tensor]) -> torch.Tensor:
+        """Sum of the products with another symmetric matrix, given as blocks like these, [b]."""
+        products = [(x * y).sum((1, 2)) for x, y in zip(self.blocks, other, strict=True)]
+        return products[0] if len(products) == 1 else products[0] + 2 * products[1] + products[2]
+
+    def like(self, matrix: torch.Tensor) -> list[torch.Tensor]:
+        """A symmetric matrix [b, T, T] as blocks like these."""
+        h = self.half
+        if h == matrix.shape[1]:
+            return [matrix]
+        return [matrix[:, :h, :h], matrix[:, :h, h:], matrix[:, h:, h:]]
+
+
 class Grams:
-    """Grams X X^T of factors [b, T, d] that several pieces share (the input of q, k and v; the gradient of a sum).
+    """Grams that several pieces share (the input of q, k and v; the gradient of a sum).
 
     The last few are kept, each with its factor: a key is an address, and only a live tensor keeps its address.
     """
 
     def __init__(self, size: int = 4):
-        self._kept: OrderedDict[tuple, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._kept: OrderedDict[tuple, tuple[torch.Tensor, Gram]] = OrderedDict()
         self._size = size
 
-    def of(self, factor: torch.Tensor) -> torch.Tensor:
-        """[b, T, T]."""
+    def of(self, factor: torch.Tensor) -> Gram:
         key = (factor.data_ptr(), factor.shape, factor.stride())
         if key not in self._kept:
-            self._kept[key] = (factor, factor @ factor.mT)
+            self._kept[key] = (factor, Gram(factor))
             if len(self._kept) > self._size:
                 self._kept.popitem(last=False)
         return self._kept[key][1]
@@ -45,8 +73,7 @@ class LinearPiece:
     def squared_norms(self, grams: Grams) -> tuple[torch.Tensor, torch.Tensor]:
         """||E_b^T A_b||^2 by the T x T grams of the factors, T^2 (d + p) instead of T d p (2110.05679), and sum_t |a_t||e_t|."""
         first, second = grams.of(self.inputs), grams.of(self.gradients)
-        sizes = (first.diagonal(dim1=1, dim2=2) * second.diagonal(dim1=1, dim2=2)).sqrt().sum(1)
-        return (first * second).sum((1, 2)), sizes
+        return first.inner(second.blocks), (first.lengths * second.lengths).sum(1)
 
     def dense(self, example: int, shape: torch.Size) -> torch.Tensor:
         """One example's gradient in `shape`, float64."""
@@ -80,8 +107,8 @@ class EmbeddingPiece:
         """
         same = self.tokens[:, :, None] == self.tokens[:, None, :]
         gram = grams.of(self.gradients)
-        lengths = gram.diagonal(dim1=1, dim2=2).sqrt() * self.tokens.shape[1] ** 0.5  # index_add adds in order
-        return (gram * same).sum((1, 2)), (lengths[:, :, None] * lengths[:, None, :] * same).sum((1, 2)).sqrt()
+        lengths = gram.lengths * self.tokens.shape[1] ** 0.5  # index_add adds in order
+        return gram.inner(gram.like(same)), (lengths[:, :, None] * lengths[:, None, :] * same).sum((1, 2)).sqrt()
 
     def dense(self, example: int, shape: torch.Size) -> torch.Tensor:
         rows = self.gradients[example].double()
