@@ -6,6 +6,7 @@ import time
 import weakref
 from collections import defaultdict
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,14 +17,14 @@ PHASES = ("forward", "backward", "clip", "noise", "decode", "optimizer")
 class Clock:
     """Seconds by phase of one step at a time; a phase inside another stops the outer one's time.
 
-    On CUDA it waits for the device at each border.
+    On CUDA the borders are events in the stream: the device is waited for once, when the seconds are taken.
     """
 
     def __init__(self, device: torch.device):
-        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self._cuda = device.type == "cuda"
         self.phase: str | None = None
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._since = 0.0
+        self._since: Any = None
+        self._spans: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def __call__(self, phase: str):
@@ -35,16 +36,24 @@ class Clock:
             self._enter(outer)
 
     def _enter(self, phase: str | None) -> None:
-        self._wait()
-        now = time.perf_counter()
+        if self._cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
         if self.phase is not None:
-            self.seconds[self.phase] += now - self._since
+            self._spans.append((self.phase, self._since, now))
         self.phase, self._since = phase, now
 
     def take(self) -> dict[str, float]:
         """The seconds since the last call, by phase."""
-        taken, self.seconds = dict(self.seconds), defaultdict(float)
-        return taken
+        if self._cuda:
+            torch.cuda.synchronize()
+        seconds: dict[str, float] = defaultdict(float)
+        for phase, start, end in self._spans:
+            seconds[phase] += start.elapsed_time(end) / 1e3 if self._cuda else end - start
+        self._spans = []
+        return dict(seconds)
 
 
 def cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float | None:

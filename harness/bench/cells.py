@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from dpft.harness.errors import BadInput, unknown
 
 BASELINE = "non-private"
+WARMUP = 3  # the first step makes the optimizer's state; engines that hold tensors until the clip settle in memory by the third
 # Engine -> about how many non-private steps one of its steps takes: the weights of the progress bar, nothing else.
 ENGINES = {
     BASELINE: 1.0,
@@ -47,7 +48,7 @@ class Job:
     """One process: `row` (line of the table) of `cell`, in `round`.
 
     engine: key of ENGINES; method: a registered method in the engine's place (`--methods`); training: full or lora;
-    steps: timed ones, after a warm-up step; logical: examples per step, in microbatches; task: real sentences of this task
+    steps: timed ones, after WARMUP others; logical: examples per step, in microbatches; task: real sentences of this task
     instead of random tokens; bucketed: microbatches of like length, else padded to the longest of the logical batch;
     plugins: files to load first; optimizer: adamw, or sgd for comparing updates.
     """
@@ -62,7 +63,7 @@ class Job:
     method: str | None = None
     device: str = "cpu"
     precision: str = "fp32"
-    steps: int = 3
+    steps: int = 2
     logical: int | None = None
     task: str | None = None
     data_dir: str | None = None
@@ -85,7 +86,7 @@ class Job:
     def expected_seconds(self, seconds_per_token: float) -> float:
         """About how long the process takes."""
         step = ENGINES[self.engine] * self.examples * self.length * seconds_per_token
-        return START_SECONDS + (self.steps + 1) * step
+        return START_SECONDS + (self.steps + WARMUP) * step
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from dpft.harness.bench.cells import BASELINE, Cell
+from dpft.harness.bench.cells import BASELINE, WARMUP, Cell
 from dpft.harness.bench.launch import Record
 
 MARKERS = ("<!-- dpft bench: begin -->", "<!-- dpft bench: end -->")
@@ -171,7 +171,7 @@ def _header(records: list[Record], entries: list[Entry], baseline: str, machine:
     lines = [
         f"{machine['hardware'].get('gpu', machine['hardware']['cpu'])}, threads: {threads}; {named}{commit}.",
         f"{job.model}, {training}{job.precision}, {data}; a step is {batch}: forward, backward, clip, noise, update. "
-        f"Rounds of fresh, interleaved processes: {rounds}; each the median of {job.steps} timed steps.",
+        f"Rounds of fresh, interleaved processes: {rounds}; each the median of {job.steps} steps after {WARMUP} others.",
         f"Entries: {'speed' if job.task else 'time'} / peak memory, ratios to `{baseline}` of the same round, "
         f"median (min-max). `{baseline}`: {absolute or 'not measured'}.",
     ]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dpft.harness.bench import floor, peers, subject
-from dpft.harness.bench.cells import BASELINE, Job
+from dpft.harness.bench.cells import BASELINE, WARMUP, Job
 from dpft.harness.errors import BadInput
 from dpft.harness.run_settings import keep_freed_memory
 
@@ -59,7 +59,8 @@ def measure(job: Job, model: torch.nn.Module, source: subject.Source) -> dict[st
     """Warm up, time the steps, read the peak; the baseline also counts the floor, after everything else."""
     before = memory(job.device)[0]
     step = peers.step_of(job, model)
-    step(source(0))  # makes the optimizer's state and the allocator's pools
+    for _ in range(WARMUP):
+        step(source(0))
     floor.wait(job.device)
     seconds = []
     for index in range(1, job.steps + 1):

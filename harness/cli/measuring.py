@@ -16,7 +16,7 @@ from dpft.harness.errors import BadInput
 @click.option("--cells", help="B32T64,B64T128 (examples, tokens), or all.  [default: three small ones]")
 @click.option("--engines", help="Separated by commas.  [default: all but opacus and reference]")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Processes per engine and cell.")
-@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Timed steps per process.")
+@click.option("--steps", type=click.IntRange(1), default=2, show_default=True, help="Timed steps per process.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--training", type=click.Choice(["full", "lora"]), default="full", show_default=True)
