@@ -136,7 +136,8 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
             encodings[name] = encoding
     total = zero_sums(setup.parameters, encodings)
     losses, norms = _accumulate(setup, indices, total, encodings)
-    probe = (step + 1) % spec.eval_every == 0 and setup.epsilon_curve is not None and setup.engine.needs_per_example
+    evaluated = (step + 1) % spec.eval_every == 0 or step + 1 == spec.steps
+    probe = evaluated and setup.epsilon_curve is not None and setup.engine.needs_per_example
     clean = {name: t.clone() for name, t in total.items()} if probe else None
     if setup.epsilon_curve is not None:
         _book(setup, state.ledger, step)

@@ -20,7 +20,7 @@ from dpft.harness.mechanism import GaussianMechanism, stream
 from dpft.harness.plan import PrivacyPlan, plan
 from dpft.harness.privacy import ADJACENCY, SAMPLING, certify
 from dpft.harness.probes import Clock
-from dpft.harness.run_settings import Settings, keep_freed_memory
+from dpft.harness.run_settings import MAX_TOKENS, Settings, keep_freed_memory
 from dpft.harness.sampling import PoissonSampler
 from dpft.harness.spec import RunSpec
 from dpft.harness.store import SCHEMA
@@ -129,7 +129,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
         ),
         epsilon_curve=privacy_plan.epsilon_curve,
         device=device,
-        max_tokens=settings.max_tokens,
+        max_tokens=settings.max_tokens or MAX_TOKENS[device.type],
         deadline=None if settings.timeout is None else time.monotonic() + settings.timeout,
         checkpoint_path=checkpoint_path,
         checkpoint_seconds=settings.checkpoint_seconds,

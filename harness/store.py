@@ -77,10 +77,21 @@ class Store:
             table = pyarrow.Table.from_pylist(curve).replace_schema_metadata({"schema": str(SCHEMA)})
             with atomic(self.curve_path(run_id)) as path:
                 pyarrow.parquet.write_table(table, path)
-        with atomic(self.record_path(run_id)) as path:
-            path.write_text(json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+        self._write_record(record)
         if record["status"] != "timeout":  # --retry-failed goes on where the time was up
             self.checkpoint_path(run_id).unlink(missing_ok=True)
+
+    def take_from(self, other: Store, record: dict[str, Any]) -> None:
+        """Copy a run of another store, curve first."""
+        curve = other.curve_path(record["run_id"])
+        if curve.exists():
+            with atomic(self.curve_path(record["run_id"])) as path:
+                path.write_bytes(curve.read_bytes())
+        self._write_record(record)
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        with atomic(self.record_path(record["run_id"])) as path:
+            path.write_text(json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @contextmanager
     def claim(self, run_id: str, wait: bool = False) -> Iterator[bool]:
@@ -144,12 +155,8 @@ def merge(sources: list[Path], target: Path) -> tuple[int, int]:
                 raise BadInput(
                     f"Run {record['run_id']} has different outcomes in {source} and elsewhere; delete one of the records."
                 )
-    for run_id, (store, record) in todo.items():
-        if store.curve_path(run_id).exists():
-            with atomic(into.curve_path(run_id)) as path:
-                path.write_bytes(store.curve_path(run_id).read_bytes())
-        with atomic(into.record_path(run_id)) as path:
-            path.write_text(json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    for store, record in todo.values():
+        into.take_from(store, record)
     return len(todo), same
 
 
