@@ -8,14 +8,15 @@ from pathlib import Path
 
 from dpft.harness.errors import BadInput
 
-
 # Padded tokens per microbatch, by kind of device. On a CPU few tokens stay in the cache; a GPU is filled only by many.
 MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """max_tokens: padded tokens per microbatch, None: MAX_TOKENS of the device; timeout: seconds per run; checkpoint_seconds: between checkpoints."""
+    """max_tokens: padded tokens per microbatch, None: MAX_TOKENS of the device; timeout: seconds per run;
+    checkpoint_seconds: between checkpoints.
+    """
 
     data_dir: Path | None = None
     engine: str = "factored"
