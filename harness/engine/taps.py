@@ -186,6 +186,6 @@ class _Lookup(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        if func is F.embedding and args[1] is self._module.weight:
+        if func is F.embedding and len(args) > 1 and args[1] is self._module.weight:
             return self._tapped(args[0], output)
         return output
