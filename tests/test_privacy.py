@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from dpft.harness import cache
+from dpft.harness.cache import cache_dir
 from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.privacy import (
     Ledger,
     Release,
-    cache,
-    cache_dir,
     calibrate,
     certify,
     epsilon,

@@ -4,7 +4,6 @@ Example-level, zero-out neighbours with public N, Poisson sampling, Gaussian noi
 accounting libraries are imported when first used.
 """
 
-from dpft.harness.cache import cache_dir
 from dpft.harness.privacy.accountant import calibrate, epsilon, tolerance
 from dpft.harness.privacy.certificate import ADJACENCY, SAMPLING, certify, matched
 from dpft.harness.privacy.curve import epsilon_curve
@@ -16,7 +15,6 @@ __all__ = [
     "SAMPLING",
     "Ledger",
     "Release",
-    "cache_dir",
     "calibrate",
     "certify",
     "epsilon",
