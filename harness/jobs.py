@@ -38,8 +38,5 @@ def siblings(jobs: int, arguments: list[str]) -> Iterator[None]:
 
 
 def began() -> float:
-    """When the command that this process belongs to was given, seconds since the epoch."""
-    return float(os.environ.get(BEGAN, _STARTED))
-
-
-_STARTED = time.time()
+    """When the command that asks was given, seconds since the epoch: now, or what the sibling that started it says."""
+    return float(os.environ.get(BEGAN) or time.time())
