@@ -19,7 +19,7 @@ class NoisySum:
     """A released sum: `sum_i clip(g_i) + noise_multiplier * clip_norm * z`, safe to post-process at will.
 
     tensors: name -> tensor in the (encoded) shape of the gradient; expected_batch_size: the public B.
-    Made by `GaussianMechanism.release` alone, which the loop alone calls (a test reads the imports).
+    Made by `GaussianMechanism.release` alone, which only the loop and the bench call (a test reads the calls).
     """
 
     tensors: dict[str, torch.Tensor]

@@ -157,23 +157,26 @@ def _opacus_step(optimizer, loss: Callable[[Batch], object]) -> Step:
     return step
 
 
-def _fastdp(job: Job, model: nn.Module) -> Step:
-    from fastDP import PrivacyEngine
-
-    optimizer, loss = _optimizer(job, model), loss_of(job)
-    engine = PrivacyEngine(
+def _attached(privacy_engine, job: Job, model: nn.Module, **settings) -> torch.optim.Optimizer:
+    """The optimizer that a peer's PrivacyEngine, fastDP's or its ancestor private-transformers', has taken over."""
+    optimizer = _optimizer(job, model)
+    privacy_engine(
         model,
         batch_size=job.examples,
         sample_size=1000 * job.examples,
         epochs=1,
         noise_multiplier=job.noise_multiplier,
         max_grad_norm=job.clip_norm,
-        clipping_fn="Abadi",
-        clipping_mode="MixOpt",
-        clipping_style="all-layer",
-        loss_reduction="mean",
-    )
-    engine.attach(optimizer)
+        **settings,
+    ).attach(optimizer)
+    return optimizer
+
+
+def _fastdp(job: Job, model: nn.Module) -> Step:
+    from fastDP import PrivacyEngine
+
+    settings = {"clipping_fn": "Abadi", "clipping_mode": "MixOpt", "clipping_style": "all-layer"}
+    optimizer, loss = _attached(PrivacyEngine, job, model, loss_reduction="mean", **settings), loss_of(job)
 
     def step(batches):
         for batch in batches:
@@ -187,18 +190,8 @@ def _fastdp(job: Job, model: nn.Module) -> Step:
 def _private_transformers(job: Job, model: nn.Module) -> Step:
     from private_transformers import PrivacyEngine
 
-    optimizer, loss = _optimizer(job, model), loss_of(job)
-    engine = PrivacyEngine(
-        model,
-        batch_size=job.examples,
-        sample_size=1000 * job.examples,
-        epochs=1,
-        noise_multiplier=job.noise_multiplier,
-        max_grad_norm=job.clip_norm,
-        clipping_mode="ghost",
-        record_snr=False,
-    )
-    engine.attach(optimizer)
+    optimizer = _attached(PrivacyEngine, job, model, clipping_mode="ghost", record_snr=False)
+    loss = loss_of(job)
 
     def step(batches):
         for batch in batches[:-1]:

@@ -61,8 +61,9 @@ class Engine:
         factors, norms = {}, []
         groups = self.clipping.grouped(squares)
         for names in groups.values():
-            norms.append(torch.stack([squares[name].double() for name in names]).sum(0).clamp_min(0).sqrt())
-            factors |= dict.fromkeys(names, self.clipping.factors(norms[-1], clip_norm, len(groups)))
+            norm, factor = self.clipping.of_group([squares[name] for name in names], clip_norm, len(groups))
+            norms.append(norm)
+            factors |= dict.fromkeys(names, factor)
         return factors, overall(norms)
 
 

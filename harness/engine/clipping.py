@@ -58,6 +58,11 @@ class Clipping:
             found.setdefault(self.group_of(name), []).append(name)
         return found
 
+    def of_group(self, squares: list[torch.Tensor], clip_norm: float, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norms, factors), [batch] float64, of one of `groups` groups from its parameters' squared norms."""
+        norms = torch.stack([s.double() for s in squares]).sum(0).clamp_min(0).sqrt()
+        return norms, self.factors(norms, clip_norm, groups)
+
     def factors(self, norms: torch.Tensor, clip_norm: float, groups: int = 1) -> torch.Tensor:
         """What each example's gradient of one of `groups` groups is multiplied by; norms [batch], of that group."""
         return FUNCTIONS[self.function](norms, clip_norm / groups**0.5)

@@ -124,8 +124,8 @@ class FactoredEngine(Engine):
         now, names = self._pass, self._groups[group]
         if not all(name in now.pieces for name in names):
             return
-        norms = torch.stack([now.squares[name] for name in names]).sum(0).clamp_min(0).sqrt()
-        factors = self.clipping.factors(norms, now.clip_norm, len(self._groups))
+        squares = [now.squares[name] for name in names]
+        norms, factors = self.clipping.of_group(squares, now.clip_norm, len(self._groups))
         for name in names:
             for piece in now.pieces.pop(name):
                 piece.add_weighted(now.total[name], factors.to(piece.dtype))

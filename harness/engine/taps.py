@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Use:
     flattened: bool = False  # the layer sees [b * T, ...]: the examples one after the other
     arguments: Any = None  # (args, kwargs), each tensor replaced by its place in `tensors`
     tensors: tuple[torch.Tensor, ...] = ()
-    gradient: torch.Tensor | None = field(default=None)
+    gradient: torch.Tensor | None = None
 
     @property
     def input(self) -> torch.Tensor:
@@ -53,7 +53,7 @@ class Use:
 class Recorder:
     """Hooks on every layer that owns a trainable parameter; calls `done(use)` when a use has its gradient.
 
-    `record` starts a pass; hooks do nothing outside of one.
+    `start` begins a pass, `stop` ends it; hooks do nothing outside of one.
     """
 
     def __init__(self, done: Callable[[Use], None]):
