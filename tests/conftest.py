@@ -64,3 +64,14 @@ def tiny_bert(tmp_path_factory):
     )
     BertForMaskedLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Several threads only slow small matrices down, and on a busy machine by a factor of ten."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

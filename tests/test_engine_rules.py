@@ -15,14 +15,7 @@ from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import zero_sums
 from dpft.harness.engine.encoding import Encoding
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Several threads only slow small matrices down, and on a busy machine by a factor of ten."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Sizes:

@@ -25,13 +25,7 @@ TARGETS = {"bert": ["query", "value"], "gpt2": ["c_attn"], "llama": ["q_proj", "
 SHAPES = {"3x7": (3, 7), "5x5": (5, 5), "1x4": (1, 4)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Several threads only slow small matrices down, and on a busy machine by a factor of ten."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def built(kind):
