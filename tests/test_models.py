@@ -80,13 +80,7 @@ def tiny_model(kind: str, vocabulary: int) -> transformers.PreTrainedModel:
             return transformers.ElectraForMaskedLM(transformers.ElectraConfig(**common, embedding_size=12))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models of 16 dimensions lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")
