@@ -1,4 +1,4 @@
-"""What there is: methods, tasks and suites, for `dpft list` and `dpft describe`."""
+"""What there is: methods, decoders, tasks and suites, for `dpft list` and `dpft describe`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from dpft.harness.errors import unknown
 
 
 def listing(kind: str) -> list[dict[str, Any]]:
-    """One row per method, task or suite."""
+    """One row per method, decoder, task or suite."""
     if kind == "methods":
         return [
             {"name": name, "reference": m.reference, "private": m.private, "summary": m.summary}
             for name, m in registry.methods().items()
+        ]
+    if kind == "decoders":
+        return [
+            {"name": name, "reference": d.reference, "summary": d.summary} for name, d in registry.decoders().items()
         ]
     if kind == "tasks":
         return [
@@ -27,9 +31,10 @@ def listing(kind: str) -> list[dict[str, Any]]:
 
 
 def description(name: str) -> dict[str, Any]:
-    """All there is to say of the method, task or suite called `name`. Raises BadInput with the nearest match."""
+    """All there is to say of the method, decoder, task or suite called `name`. Raises BadInput with the nearest match."""
     if name in registry.methods():
         m = registry.methods()[name]
+        decoder = registry.decoder(m.defaults.get("decoder", "mean"))
         releases = "one Gaussian release per step: the sum of clipped per-example gradients, L2 sensitivity clip_norm"
         return {
             "method": name,
@@ -40,7 +45,20 @@ def description(name: str) -> dict[str, Any]:
             "releases": releases if m.private else "everything: not private",
             "ranked": m.private and not m.control,
             "defaults": m.defaults,
-            "options": m.options,
+            "decoder": decoder.name,
+            "options": registry.options(m, decoder),
+        }
+    if name in registry.decoders():
+        d = registry.decoders()[name]
+        return {
+            "decoder": name,
+            "version": d.version,
+            "summary": d.summary,
+            "about": " ".join((d.__doc__ or "").split()),
+            "reference": d.reference or "none",
+            "options": d.options,
+            "choices": d.choices,
+            "used by": [n for n, m in registry.methods().items() if m.defaults.get("decoder", "mean") == name],
         }
     if name in registry.tasks():
         t = registry.tasks()[name]
@@ -53,4 +71,5 @@ def description(name: str) -> dict[str, Any]:
             "description": suite.description,
             "runs": [f"{s.run_id} {s.label()}" for s in suite.runs],
         }
-    raise unknown("method, task or suite", name, [*registry.methods(), *registry.tasks(), *spec.suites()])
+    known = [*registry.methods(), *registry.decoders(), *registry.tasks(), *spec.suites()]
+    raise unknown("method, decoder, task or suite", name, known)

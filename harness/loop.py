@@ -64,6 +64,7 @@ class State:
     step: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
     alignment_by_parameter: list[dict[str, Any]] = field(default_factory=list)
+    decoder_by_parameter: list[dict[str, Any]] = field(default_factory=list)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     step_seconds: list[dict[str, float]] = field(default_factory=list)
     eval_seconds: float = 0.0
@@ -113,6 +114,7 @@ def _measured_step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
         live = probes.LiveBytes(setup.clock)
         live.label("parameters", setup.prepared.model.parameters())
         live.label("parameters", setup.prepared.model.buffers())
+        live.label("optimizer_state", setup.method.state_dict().values())
         live.label("optimizer_state", [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)])
     if setup.device.type == "cuda" and state.step == 0:
         torch.cuda.reset_peak_memory_stats(setup.device)
@@ -145,6 +147,7 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
         noisy = setup.mechanism.release(total)
     before = probes.alignment(clean, noisy.tensors) if probe else {}  # decode may work in place
     snr = probes.signal_to_noise(clean, noisy.tensors) if probe else None
+    setup.method.decoder.observing = evaluated
     with clock("decode"):
         update = setup.method.decode(noisy, step)
     after = probes.alignment(clean, update) if probe else {}
@@ -153,6 +156,8 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     if probe:
         pairs = {n: {"noisy": c, "decoded": after["by_parameter"][n]} for n, c in before["by_parameter"].items()}
         state.alignment_by_parameter.append({"step": step + 1, **pairs})
+    if evaluated and setup.method.decoder.observed:  # functions of the release alone: this row costs no privacy
+        state.decoder_by_parameter.append({"step": step + 1, **setup.method.decoder.observed})
     return {
         "step": step + 1,
         "epsilon": setup.epsilon_curve[step + 1] if setup.epsilon_curve is not None else None,

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpft.harness.errors import CannotRun
 from dpft.harness.plan import plan
-from dpft.harness.spec import RunSpec
+from dpft.harness.spec import RunSpec, completed
 from dpft.harness.store import Store
 
 
@@ -47,11 +47,11 @@ def _budget(spec: RunSpec, data_dir: Path | None) -> dict[str, Any]:
 
 
 def _estimate(spec: RunSpec, records: list[dict[str, Any]]) -> dict[str, Any]:
-    same = ("task", "model", "method", "batch_size", "max_length", "precision", "options")
+    same = ("task", "model", "method", "batch_size", "max_length", "precision", "decoder", "options")
     mine = spec.to_dict()
     for record in records:
-        cost = record["cost"]
-        if cost["step_s"] and all(record["spec"][key] == mine[key] for key in same):
+        cost, other = record["cost"], completed(record["spec"])
+        if cost["step_s"] and all(other[key] == mine[key] for key in same):
             return {
                 "seconds": round(cost["step_s"] * spec.steps + cost["eval_s"]),
                 "peak_bytes": sum(cost["peak_bytes"].values()),

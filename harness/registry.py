@@ -1,4 +1,4 @@
-"""Name -> class for methods and tasks: every module of the two packages, entry points, and plug-in files."""
+"""Name -> class for methods, decoders and tasks: every module of their packages, entry points, and plug-in files."""
 
 import importlib
 import importlib.util
@@ -8,12 +8,13 @@ import sys
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from dpft.harness.errors import BadInput, unknown
 
 
 def load_plugin(path: str | Path) -> None:
-    """Import one Python file so that the methods and tasks it defines are registered.
+    """Import one Python file so that the methods, decoders and tasks it defines are registered.
 
     Raises BadInput when the file is missing or does not import.
     """
@@ -32,8 +33,13 @@ def load_plugin(path: str | Path) -> None:
             f"The plug-in file {path} does not import ({type(error).__name__}: {error}); mend it."
         ) from error
     _PLUGINS.append(module)
-    methods.cache_clear()
-    tasks.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    """Collect anew at the next question."""
+    for collection in (methods, decoders, tasks):
+        collection.cache_clear()
 
 
 _PLUGINS: list = []
@@ -45,6 +51,14 @@ def methods() -> dict[str, type]:
     from dpft.methods.base import Method
 
     return _collect("dpft.methods", Method)
+
+
+@cache
+def decoders() -> dict[str, type]:
+    """All registered decoders by name."""
+    from dpft.methods.decoders.base import Decoder
+
+    return _collect("dpft.methods.decoders", Decoder, "dpft.decoders")
 
 
 @cache
@@ -62,6 +76,13 @@ def method(name: str) -> type:
     return methods()[name]
 
 
+def decoder(name: str) -> type:
+    """The decoder class called `name`. Raises BadInput with the nearest match."""
+    if name not in decoders():
+        raise unknown("decoder", name, decoders())
+    return decoders()[name]
+
+
 def task(name: str) -> type:
     """The task class called `name`. Raises BadInput with the nearest match."""
     if name not in tasks():
@@ -69,7 +90,33 @@ def task(name: str) -> type:
     return tasks()[name]
 
 
-def _collect(package: str, base: type) -> dict[str, type]:
+def options(method: type, decoder: type) -> dict[str, Any]:
+    """Defaults of all options of a method run with a decoder: the decoder's < the method's for its own decoder, the method's.
+
+    Raises BadInput when the two use one name for different things.
+    """
+    both = sorted(method.options.keys() & decoder.options.keys())
+    if both:
+        raise BadInput(
+            f"Method {method.name} and decoder {decoder.name} both have an option {both[0]!r}; rename one of them."
+        )
+    own = method.decoder_options if method.defaults.get("decoder", "mean") == decoder.name else {}
+    if extra := own.keys() - decoder.options.keys():
+        raise BadInput(
+            f"{method.name} sets {min(extra)!r}, which decoder {decoder.name} has not; mend decoder_options."
+        )
+    return {**decoder.options, **own, **method.options}
+
+
+def make(method_name: str, decoder_name: str, changed: dict[str, Any]) -> Any:
+    """The method with its decoder; `changed`: options of the two that differ from their defaults."""
+    kind, post = method(method_name), decoder(decoder_name)
+    settings = {**options(kind, post), **changed}
+    chosen = post({key: settings[key] for key in post.options})
+    return kind({key: settings[key] for key in kind.options}, chosen)
+
+
+def _collect(package: str, base: type, group: str | None = None) -> dict[str, type]:
     root = importlib.import_module(package)
     modules = [importlib.import_module(f"{package}.{m.name}") for m in pkgutil.iter_modules(root.__path__)]
     found: dict[str, type] = {}
@@ -77,7 +124,7 @@ def _collect(package: str, base: type) -> dict[str, type]:
         for _, cls in inspect.getmembers(module, inspect.isclass):
             if issubclass(cls, base) and "name" in vars(cls) and cls.__module__ == module.__name__:
                 _add(found, cls)
-    for point in entry_points(group=package):
+    for point in entry_points(group=group or package):
         _add(found, point.load())
     return dict(sorted(found.items()))
 

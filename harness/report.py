@@ -12,6 +12,7 @@ from typing import Any
 from dpft.harness import registry
 from dpft.harness.errors import BadInput
 from dpft.harness.privacy import matched
+from dpft.harness.spec import completed
 from dpft.harness.store import Store, atomic
 from dpft.harness.thresholds import crossing, relative_target
 
@@ -54,6 +55,7 @@ def markdown(records: list[dict[str, Any]], store: Store, curves: bool = False) 
     """
     if not records:
         return "There are no runs yet; make some with `dpft run`."
+    records = [{**r, "spec": completed(r["spec"])} for r in records]
     done = [r for r in records if r["status"] == "done"]
     parts = []
     for rows in map(_ordered, _groups(done)):
@@ -140,7 +142,8 @@ def _curves(rows: list[Row], store: Store) -> str:
 
 def _target(rows: list[Row], result: dict[str, Any]) -> float | None:
     competing = [row for row in rows if row.ranked]
-    baselines = [row for row in competing if row.method in BASELINES] or competing
+    plain = [row for row in competing if row.spec["decoder"] == "mean"]
+    baselines = [row for row in plain if row.method in BASELINES] or competing
     if not baselines:
         return None
     best = (max if result["higher_is_better"] else min)(row.final for row in baselines)

@@ -87,7 +87,7 @@ def classify(error: Exception) -> tuple[str, str]:
 def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoint_path: Path | None) -> loop.Setup:
     """Model, data, engine, sampler and mechanism of a run. Raises CannotRun or Skipped with one sentence."""
     device = torch.device(settings.device)
-    task, method = registry.task(spec.task)(), registry.method(spec.method)(spec.options)
+    task, method = registry.task(spec.task)(), registry.make(spec.method, spec.decoder, spec.options)
     prepared = task.prepare(
         task.load(settings.data_dir),
         ModelSpec(spec.model, spec.head, spec.max_length),
@@ -107,6 +107,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise CannotRun(f"{spec.method} leaves nothing trainable in {spec.model}; mend its `prepare`.")
+    method.decoder.setup(model, parameters, head, spec)
     clock = Clock(device)
     engine = _engine(spec, settings, method)(
         model, _loss(spec, task, device), parameters, clock, Clipping(spec.clipping, spec.clip_groups)
@@ -231,6 +232,7 @@ def _diagnostics(state: loop.State) -> dict[str, Any]:
         "private": False,
         "alignment": {"noisy": mean("alignment_noisy"), "decoded": mean("alignment_decoded"), "snr": mean("snr")},
         "alignment_by_parameter": state.alignment_by_parameter,
+        "decoder_by_parameter": state.decoder_by_parameter,
         "clipped_fraction": mean("clipped_fraction"),
     }
 

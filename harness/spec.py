@@ -33,7 +33,8 @@ class RunSpec:
     batch_size: expected batch size B of Poisson sampling; the sampling probability is B/N.
     eval_examples: validation examples used for the curve (the final value always uses all); null: all.
     clipping: function of the norm, and clip_groups: what is clipped together (harness/engine/clipping.py).
-    options: settings of the method itself (LoRA rank, ...) where they differ from its defaults.
+    decoder: what becomes of the release (methods/decoders).
+    options: settings of the method (LoRA rank, ...) and of its decoder where they differ from their defaults.
     """
 
     task: str
@@ -60,6 +61,8 @@ class RunSpec:
     precision: str = "fp32"
     clipping: str = "abadi"
     clip_groups: str = "flat"
+    decoder: str = "mean"
+    decoder_version: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
     def canonical(self) -> str:
@@ -79,7 +82,14 @@ class RunSpec:
     def label(self) -> str:
         """A short name for progress lines."""
         budget = "" if self.epsilon is None else f" eps={self.epsilon:g}"
-        return f"{self.task}/{self.method}{budget} seed={self.seed}"
+        decoder = "" if self.decoder == "mean" or self.decoder in self.method else f"+{self.decoder}"
+        return f"{self.task}/{self.method}{decoder}{budget} seed={self.seed}"
+
+
+def completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """The spec of a record, with the defaults of fields that are younger than the record."""
+    younger = {f.name: _default(f) for f in fields(RunSpec) if f.name not in stored and _default(f) is not MISSING}
+    return {**stored, **younger}
 
 
 def _default(f) -> Any:
@@ -111,32 +121,38 @@ DEFAULTS: dict[str, Any] = {
 def resolve(settings: dict[str, Any]) -> RunSpec:
     """Complete `settings` to a RunSpec: general defaults < the task's < the method's < what is given.
 
-    Keys that are no field of RunSpec are options of the method. Raises BadInput for unknown names and bad values.
+    Keys that are no field of RunSpec are options of the method or of its decoder. Raises BadInput for unknown names and bad
+    values.
     """
     settings = {k: v for k, v in settings.items() if v is not None}
     for key in ("task", "method"):
         if key not in settings:
             raise BadInput(f"A run needs a {key}; give --{key} or set it in the suite.")
     task, method = registry.task(settings["task"]), registry.method(settings["method"])
-    names = {f.name for f in fields(RunSpec)} - {"options", "task_version", "method_version"}
+    names = {f.name for f in fields(RunSpec)} - {"options", "task_version", "method_version", "decoder_version"}
     merged = {**DEFAULTS, "head": task.default_head, "max_length": task.default_max_length, **method.defaults}
-    options = dict(method.options)
+    decoder = registry.decoder(_typed("decoder", settings.get("decoder", method.defaults.get("decoder", "mean"))))
+    defaults = registry.options(method, decoder)
+    options = dict(defaults)
     for key, value in settings.items():
         if key in names:
             merged[key] = value
         elif key in options:
             options[key] = _like(key, value, options[key])
         else:
-            raise unknown(f"setting of {settings['method']}", key, names | options.keys())
+            both = settings["method"] if decoder.name == "mean" else f"{settings['method']} with decoder {decoder.name}"
+            raise unknown(f"setting of {both}", key, names | options.keys())
     if not method.private:
         merged["epsilon"] = merged["clip_norm"] = None
     spec = RunSpec(
         **{k: _typed(k, v) for k, v in merged.items()},
         task_version=task.version,
         method_version=method.version,
-        options={key: value for key, value in options.items() if value != method.options[key]},
+        decoder_version=decoder.version,
+        options={key: value for key, value in options.items() if value != defaults[key]},
     )
     _validate(spec)
+    registry.make(spec.method, spec.decoder, spec.options).decoder.validate(spec)
     return spec
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput
+from dpft.harness.spec import completed
 
 SCHEMA = 1
 STATUSES = ("done", "diverged", "oom", "timeout", "error", "skipped")
@@ -161,7 +162,8 @@ def merge(sources: list[Path], target: Path) -> tuple[int, int]:
 
 
 def _outcome(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: record[key] for key in ("status", "spec", "privacy", "result")}
+    kept = {key: record[key] for key in ("status", "privacy", "result")}
+    return {**kept, "spec": completed(record["spec"])}
 
 
 @contextmanager

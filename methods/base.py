@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dpft.methods.decoders.base import Decoder, Mean
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -20,7 +22,8 @@ class Method:
     Class attributes: `name` (registry key), `version` (raise it when results change: it is part of the run id),
     `summary`, `reference` (arXiv id), `private` (False: no clipping, no noise, never ranked), `control` (shown beside
     the methods, never ranked), `query` (`gradient`, or `none`: the sum is zero before noise), `defaults` (settings of
-    RunSpec), `options` (the method's own settings with their defaults).
+    RunSpec; `decoder` may be among them), `options` (the method's own settings with their defaults), `decoder_options`
+    (other defaults for its decoder's options; they hold as long as the run keeps that decoder).
     """
 
     name: ClassVar[str]
@@ -32,9 +35,11 @@ class Method:
     query: ClassVar[str] = "gradient"
     defaults: ClassVar[dict[str, Any]] = {"lr": 1e-3}
     options: ClassVar[dict[str, Any]] = {}
+    decoder_options: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, options: dict[str, Any] | None = None):
+    def __init__(self, options: dict[str, Any] | None = None, decoder: Decoder | None = None):
         self.settings = {**self.options, **(options or {})}
+        self.decoder = decoder or Mean()
 
     def skip(self, model: nn.Module) -> str | None:
         """A one-sentence reason why this method cannot run on `model`, or None."""
@@ -52,8 +57,8 @@ class Method:
         return None
 
     def decode(self, noisy: NoisySum, step: int) -> dict[str, torch.Tensor]:
-        """Post-processing: the update direction of each parameter, in the parameter's shape. Default: noisy mean."""
-        return noisy.mean()
+        """Post-processing: the update direction of each parameter, in the parameter's shape. Default: the decoder's."""
+        return self.decoder.decode(noisy, step)
 
     def optimizer(
         self, parameters: dict[str, nn.Parameter], head: frozenset[str], spec: RunSpec
@@ -61,7 +66,8 @@ class Method:
         """The optimizer that applies the updates to `parameters`; `head` names those of the task's head.
 
         Default: the one the run asks for, the head at `head_lr_factor` times the learning rate: a head that starts at zero
-        needs steps that would tear a pretrained body apart. A group's `lr_factor` multiplies the schedule.
+        needs steps that would tear a pretrained body apart. A group's `lr_factor` multiplies the schedule. Where the decoder
+        preconditions it is plain SGD, and weight decay is decoupled, as in AdamW.
         """
         import torch
 
@@ -69,17 +75,20 @@ class Method:
         body = {"params": [p for name, p in parameters.items() if name not in head], "lr_factor": 1.0}
         top = {"params": [p for name, p in parameters.items() if name in head], "lr_factor": factor}
         groups = [group for group in (body, top) if group["params"]]
+        if self.decoder.preconditions:
+            return torch.optim.SGD(groups, lr=spec.lr, weight_decay=spec.weight_decay)
         if spec.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.optimizer]
         return kind(groups, lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Tensors the method carries from step to step, for checkpoints."""
-        return {}
+        """Tensors the method carries from step to step, for checkpoints. Default: the decoder's."""
+        return self.decoder.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned."""
+        self.decoder.load_state_dict(state)
 
 
 def freeze_all_but(model: nn.Module, names: set[str]) -> None:

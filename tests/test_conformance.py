@@ -17,6 +17,14 @@ from dpft.harness.run_settings import Settings
 METHODS = sorted(registry.methods())
 PRIVATE = [name for name in METHODS if registry.methods()[name].private]
 LEARNING = [name for name in PRIVATE if registry.methods()[name].query == "gradient"]
+# Presets of a decoder differ from dp-adam after the release only: engines have nothing new to agree on.
+PARAMETERISED = [name for name in LEARNING if "decoder" not in registry.methods()[name].defaults]
+
+
+def decoder_of(method):
+    return registry.make(method, registry.methods()[method].defaults.get("decoder", "mean"), {}).decoder
+
+
 SIZE = dict(task="sst2", batch_size=60, steps=4, eval_every=2, epsilon=3.0, max_length=32)
 
 
@@ -79,7 +87,8 @@ def test_a_run_is_recorded_spends_its_budget_and_trains_what_it_says(method, tin
     trained(setup)
     for name, value in weights(setup).items():
         if name in setup.parameters:
-            assert not torch.equal(value, before[name]), f"{name} should train"
+            if value.dim() == 1 or not setup.method.decoder.withholds:
+                assert not torch.equal(value, before[name]), f"{name} should train"
         else:
             assert torch.equal(value, before[name]), f"{name} should be frozen"
     assert setup.head <= set(setup.parameters), "the head must train"
@@ -129,7 +138,7 @@ def test_a_damaged_or_foreign_checkpoint_is_not_used(setup_of, tmp_path):
     assert seen == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("method", LEARNING)
+@pytest.mark.parametrize("method", PARAMETERISED)
 def test_engines_agree_and_microbatches_do_not_matter(method, setup_of):
     setup = setup_of(method)
     encodings = {n: e for n, p in setup.parameters.items() if (e := setup.method.encoding(n, p, 0)) is not None}
@@ -155,7 +164,7 @@ def test_engines_agree_and_microbatches_do_not_matter(method, setup_of):
     assert sums["factored"].norm() <= setup.spec.clip_norm * len(examples) * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("method", LEARNING)
+@pytest.mark.parametrize("method", [m for m in LEARNING if decoder_of(m).exact_without_noise])
 def test_zero_noise_and_infinite_clip_is_the_non_private_optimizer(method, setup_of):
     private, plain = setup_of(method, weight_decay=0.0), setup_of(method, weight_decay=0.0)
     silent = GaussianMechanism(0.0, 1.0, 60, stream("cpu", 0))

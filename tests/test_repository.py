@@ -104,7 +104,7 @@ def test_the_readme_example_method_runs(tmp_path, tiny_bert, mirror, monkeypatch
             cli.main()
     finally:
         registry._PLUGINS.clear()
-        registry.methods.cache_clear()
+        registry.forget()
     assert not stop.value.code, capsys.readouterr().err
     records = Store(tmp_path / "runs").records()
     assert {r["spec"]["method"] for r in records} == {name, "dp-sgd"} and all(r["status"] == "done" for r in records)

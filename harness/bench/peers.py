@@ -28,7 +28,7 @@ def step_of(job: Job, model: nn.Module) -> Step:
     if job.method is not None:
         return _method(job, model)
     if job.training == "lora":
-        model = _prepared("dp-lora", model)[1]
+        model = _prepared("dp-lora", model)[2]
     if job.engine in NAMES:
         return _dpft(job, model)
     return PEERS[job.engine](job, model)
@@ -57,25 +57,25 @@ def _non_private(job: Job, model: nn.Module) -> Step:
     return step
 
 
-def _prepared(name: str, model: nn.Module):
-    """(method, model as it trains it). Raises Skipped."""
+def _prepared(name: str, model: nn.Module, examples: int = 1):
+    """(spec, method, model as it trains it). Raises Skipped."""
     from dpft.harness import registry
+    from dpft.harness.spec import resolve
 
-    method = registry.method(name)()
+    spec = resolve({"task": "sentences", "method": name, "batch_size": examples})
+    method = registry.make(spec.method, spec.decoder, spec.options)
     reason = method.skip(model)
     if reason is not None:
         raise Skipped(reason)
     device = next(model.parameters()).device
-    return method, method.prepare(model, torch.Generator().manual_seed(3)).to(device)
+    return spec, method, method.prepare(model, torch.Generator().manual_seed(3)).to(device)
 
 
 def _method(job: Job, model: nn.Module) -> Step:
     """A registered method with its own defaults, engine, encodings, decoder and optimizer."""
-    from dpft.harness.spec import resolve
-
-    spec = resolve({"task": "sentences", "method": job.method, "batch_size": job.examples})
     head = frozenset(model.head_parameters)
-    method, model = _prepared(job.method, model)
+    spec, method, model = _prepared(job.method, model, job.examples)
+    method.decoder.setup(model, trainable(model), head, spec)
     return _dpft(job, model, method, method.optimizer(trainable(model), head, spec))
 
 

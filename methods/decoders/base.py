@@ -1,0 +1,86 @@
+"""The decoder contract: what becomes of a released noisy sum before the optimizer sees it. Post-processing, so free of privacy
+cost; a choice of its own beside the method (what trains, how gradients are clipped) and the optimizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dpft.harness.errors import BadInput, unknown
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dpft.harness.mechanism import NoisySum
+    from dpft.harness.spec import RunSpec
+
+
+class Decoder:
+    """Base class of all decoders.
+
+    Class attributes: `name` (registry key), `version` (raise it when results change: it is part of the run id), `summary`,
+    `reference` (arXiv id), `options` (settings with their defaults), `choices` (option -> the values it may have),
+    `ranges` (option -> (least, greatest)).
+    `preconditions`: the update is a finished direction, so plain SGD with the run's lr applies it. `observing`: the loop
+    wants `observed` of this step, numbers by parameter that are functions of the release alone.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    summary: ClassVar[str] = ""
+    reference: ClassVar[str] = ""
+    options: ClassVar[dict[str, Any]] = {}
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {}
+    preconditions: bool = False
+
+    def __init__(self, options: dict[str, Any] | None = None):
+        self.settings = {**self.options, **(options or {})}
+        self.observing = False
+        self.observed: dict[str, dict[str, float | int | bool | None]] = {}
+
+    @property
+    def exact_without_noise(self) -> bool:
+        """Whether a release without noise is handed over as its mean, whatever it is."""
+        return False
+
+    @property
+    def withholds(self) -> bool:
+        """Whether a parameter may get no update at all in a step, because no signal was seen in it."""
+        return False
+
+    def validate(self, spec: RunSpec) -> None:
+        """Refuse settings that cannot work, before anything trains. Raises BadInput."""
+        for key, allowed in self.choices.items():
+            if self.settings[key] not in allowed:
+                raise unknown(key, self.settings[key], allowed)
+        for key, (least, greatest) in self.ranges.items():
+            if not least <= self.settings[key] <= greatest:  # a nan is refused, too
+                reach = f"between {least:g} and {greatest:g}" if greatest < float("inf") else f"{least:g} or more"
+                raise BadInput(f"{key} must be {reach}, not {self.settings[key]}; correct it.")
+
+    def setup(self, model: nn.Module, parameters: dict[str, nn.Parameter], head: frozenset[str], spec: RunSpec) -> None:
+        """Look at what trains, once before the run: names, shapes and other public information, never data."""
+
+    def decode(self, noisy: NoisySum, step: int) -> dict[str, torch.Tensor]:
+        """The update of each parameter, from the release of step `step` (from 0). May work in place of its tensors."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Tensors the decoder carries from step to step, for checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+class Mean(Decoder):
+    """The noisy sum over the expected batch size: plain DP-SGD."""
+
+    name = "mean"
+    summary = "the release as it is, over the expected batch size"
+    reference = "arXiv:1607.00133"
+    exact_without_noise = True
+
+    def decode(self, noisy: NoisySum, step: int) -> dict[str, torch.Tensor]:
+        return noisy.mean()
