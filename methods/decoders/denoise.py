@@ -88,7 +88,8 @@ def _judge(
 ) -> dict[str, Any]:
     """What the release says of one matrix: survivors, and cosines to the clean gradient by Stein where they are valid."""
     kind = plan.settings["shrinker"]
-    valid, survivors = kind in spectral.CONTINUOUS, int((eta > 0).sum())
+    valid = kind in spectral.CONTINUOUS or (kind == "power" and plan.kappa == 0)
+    survivors = int((eta > 0).sum())
     james = kind == "james-stein"
     div = stein.james_stein_divergence(y, m, n, std) if james else stein.divergence(y, eta, slope, m, n)
     found = stein.estimate(y, eta, div, m, n, std)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dpft.harness.mechanism import NoisySum
 
 EPSILON = 1e-8  # Adam's
-# Odd polynomials a X + b (X X^T) X + c (X X^T)^2 X: `fast` brings singular values from .003 to about one in five rounds but leaves
+# Odd polynomials a X + b (X X^T) X + c (X X^T)^2 X: `fast` brings singular values from .003 near one in five rounds but leaves
 # them within .7 .. 1.2 (Jordan et al. 2024); `taylor` (2605.12994, kappa = 2) converges, slowly for small values.
 POLYNOMIALS = {"fast": (3.4445, -4.7750, 2.0315), "taylor": (15 / 8, -10 / 8, 3 / 8)}
 

@@ -16,7 +16,9 @@ SHRINKERS = ("frobenius", "operator", "nuclear", "hard", "soft", "rank-k", "jame
 THRESHOLDS = ("kappa", "tracy-widom", "gavish-donoho")
 CORRECTIONS = ("none", "unbiased", "noisy")
 TENDS_TO_IDENTITY = ("frobenius", "operator", "nuclear", "hard", "soft", "james-stein", "partial")  # as s -> 0
-CONTINUOUS = ("frobenius", "operator", "nuclear", "soft", "james-stein", "partial", "power")  # Stein's formula holds
+# Stein's formula holds: no jump at the edge. power has none where there is no threshold; that of the others at a Tracy-Widom
+# threshold, per cents above the edge, is small beside what makes an estimate trusted.
+CONTINUOUS = ("frobenius", "nuclear", "soft", "james-stein")
 _TINY = 1e-150
 
 
@@ -91,9 +93,10 @@ def shrink(
     """(eta(y), eta'(y)) of shrinker `kind` for singular values y [..., min(m, n)], in float64.
 
     settings: `power` p, `rho` and `top` (of rank-k). frobenius is the optimum in squared error and in cosine, operator the
-    de-biased value xhat, nuclear the optimum in that norm (all 1405.7511); partial is (1 - rho) y + rho frobenius. Values below the bulk edge
-    give 0 where the formula is one of y >= y+; hard and power take what the caller's threshold leaves. The slope of hard and
-    rank-k leaves out the jump; that of james-stein, a function of all y, is its factor.
+    de-biased value xhat, nuclear the optimum in that norm (all 1405.7511); partial is (1 - rho) y + rho frobenius.
+    Values below the bulk edge give 0 where the formula is one of y >= y+; hard and power take what the caller's threshold
+    leaves. The slope leaves out jumps (hard, rank-k, operator, partial); that of james-stein, a function of all y, is its
+    factor.
     """
     y, given = y.double(), settings or {}
     if kind == "hard":
