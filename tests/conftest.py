@@ -66,6 +66,34 @@ def tiny_bert(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def settings(mirror):
+    from dpft.harness.run_settings import Settings
+
+    return Settings(data_dir=mirror)
+
+
+@pytest.fixture
+def setup_of(tiny_bert, settings):
+    """method name -> a fresh Setup of a small run, as `execute` makes it."""
+    from small_runs import a_spec
+
+    from dpft.harness import run
+    from dpft.harness.plan import plan
+
+    made = []
+
+    def make(method, checkpoint_path=None, **more):
+        one = a_spec(method, tiny_bert, **more)
+        made.append(run.build(one, settings, plan(one, settings.data_dir), checkpoint_path))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.engine.close()
+        one.mechanism.close()
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Several threads only slow small matrices down, and on a busy machine by a factor of ten."""

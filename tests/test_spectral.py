@@ -151,6 +151,15 @@ def test_gram_equals_svd(shape, dtype):
         assert (got.double() - expected).norm() <= 3e-6 * expected.norm()
 
 
+def test_a_gram_in_fp32_is_exact_enough_at_the_edge_beside_a_strong_spike():
+    """kappa is 1.005 to 1.02: singular values near the edge must be right to far less than that."""
+    m, n = 128, 384
+    generator = torch.Generator().manual_seed(9)
+    matrix = signal(m, n, [50 * spectral.bulk_edge(m, n, 1.0)], generator) + noise(m, n, generator)
+    exact, single = torch.linalg.svdvals(matrix)[1], matrix.float()
+    assert float(torch.linalg.eigvalsh(single @ single.mT)[-2].double() ** 0.5 / exact) == pytest.approx(1, abs=2e-4)
+
+
 def test_matrices_of_one_shape_go_together_as_they_would_alone(monkeypatch):
     from dpft.methods.decoders import denoise as work
 
