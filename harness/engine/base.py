@@ -61,7 +61,9 @@ class Engine:
         factors, norms = {}, []
         groups = self.clipping.grouped(squares)
         for names in groups.values():
-            norm, factor = self.clipping.of_group([squares[name] for name in names], clip_norm, len(groups))
+            norm, factor = self.clipping.of_group(
+                torch.stack([squares[name].double() for name in names]), clip_norm, len(groups)
+            )
             norms.append(norm)
             factors |= dict.fromkeys(names, factor)
         return factors, overall(norms)
