@@ -138,7 +138,7 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     losses, norms = _accumulate(setup, indices, total, encodings)
     evaluated = (step + 1) % spec.eval_every == 0 or step + 1 == spec.steps
     probe = evaluated and setup.epsilon_curve is not None and setup.engine.needs_per_example
-    clean = {name: t.clone() for name, t in total.items()} if probe else None
+    clean = {name: t / spec.batch_size for name, t in total.items()} if probe else None
     if setup.epsilon_curve is not None:
         _book(setup, state.ledger, step)
     with clock("noise"):
