@@ -123,11 +123,12 @@ class FactoredEngine(Engine):
         now, names = self._pass, self._groups[group]
         if names[0] in now.squares:
             return
-        squares = charged([now.found[name] for name in names], [now.total[name].shape for name in names])
+        shapes = [now.encodings.get(name, IDENTITY).shape(self.parameters[name].shape) for name in names]
+        squares = charged([now.found[name] for name in names], shapes)
         norms, factors = self.clipping.of_group(squares, now.clip_norm, len(self._groups))
         typed = {}
-        for name, square in zip(names, squares, strict=True):
-            now.squares[name] = square
+        now.squares |= dict(zip(names, squares, strict=True))
+        for name in reversed(names):  # the embeddings, the largest sums, when the pieces of the layers have been freed
             pieces, now.found[name] = now.found[name].pieces, None
             for piece in pieces:
                 if piece.dtype not in typed:
