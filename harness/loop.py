@@ -15,7 +15,7 @@ import torch
 
 from dpft.harness import checkpoint, probes
 from dpft.harness.engine.agreement import check
-from dpft.harness.engine.base import Engine, Sums, zero_sums
+from dpft.harness.engine.base import Engine, RunningSums, Sums
 from dpft.harness.errors import Diverged
 from dpft.harness.mechanism import GaussianMechanism
 from dpft.harness.privacy import Ledger, Release
@@ -136,11 +136,12 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     for name, p in setup.parameters.items():
         if (encoding := setup.method.encoding(name, p, step)) is not None:
             encodings[name] = encoding
-    total = zero_sums(setup.parameters, encodings)
-    losses, norms = _accumulate(setup, indices, total, encodings)
+    sums = RunningSums(setup.parameters, encodings)
+    losses, norms = _accumulate(setup, indices, sums, encodings)
+    total = sums.complete()
     evaluated = (step + 1) % spec.eval_every == 0 or step + 1 == spec.steps
     probe = evaluated and setup.epsilon_curve is not None and setup.engine.needs_per_example
-    clean = {name: t.clone() for name, t in total.items()} if probe else None
+    clean = {name: t / spec.batch_size for name, t in total.items()} if probe else None
     if setup.epsilon_curve is not None:
         _book(setup, state.ledger, step)
     with clock("noise"):

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-# Noise is drawn block by block, small enough for the cache (and for torch not to split it over threads again), each block
-# from the next of a fixed number of streams: the streams run side by side, and no schedule changes what is drawn.
-_BLOCK = 1 << 15
-_STREAMS = 4
+# Noise is drawn block by block, each block from the next of a fixed number of streams: on a CPU the streams run side by side,
+# and no schedule changes what is drawn. A CPU's blocks are small enough for the cache (and for torch not to split them over
+# threads again); on a GPU every block costs three launches, so there they are as large as a buffer may be.
+_BLOCK = {"cpu": 1 << 15, "cuda": 1 << 24}
+_STREAMS = {"cpu": 4, "cuda": 1}
 
 
 @dataclass(frozen=True)
 class NoisySum:
-    """A released sum: `sum_i clip(g_i) + noise_multiplier * clip_norm * z`, safe to post-process at will.
+    """A release: `(sum_i clip(g_i) + noise_multiplier * clip_norm * z) / expected_batch_size`, safe to post-process at will.
 
-    tensors: name -> tensor in the (encoded) shape of the gradient; expected_batch_size: the public B.
+    tensors: name -> tensor in the (encoded) shape of the gradient; expected_batch_size: the public B. Dividing by the
+    realised batch size would not be post-processing.
     Made by `GaussianMechanism.release` alone, which only the loop and the bench call (a test reads the calls).
     """
 
@@ -26,16 +28,9 @@ class NoisySum:
     noise_multiplier: float
     clip_norm: float
     expected_batch_size: int
-    _is_mean: list[bool] = field(default_factory=lambda: [False], repr=False, compare=False)
 
     def mean(self) -> dict[str, torch.Tensor]:
-        """The sum over the *expected* batch size; dividing by the realised one would not be post-processing.
-
-        Divides `tensors` themselves, once, and returns them: a second buffer of the size of the model is never made.
-        """
-        if not self._is_mean[0]:
-            torch._foreach_div_(list(self.tensors.values()), self.expected_batch_size)
-            self._is_mean[0] = True
+        """`tensors`, in a dictionary of the caller's own."""
         return dict(self.tensors)
 
     @property
@@ -58,19 +53,21 @@ class GaussianMechanism:
         self.clip_norm = clip_norm
         self.expected_batch_size = expected_batch_size
         device = generator.device
-        seeds = torch.randint(2**62, (_STREAMS if device.type == "cpu" else 1,), generator=generator, device=device)
+        seeds = torch.randint(2**62, (_STREAMS[device.type],), generator=generator, device=device)
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
-        self._workers = ThreadPoolExecutor(min(_STREAMS, torch.get_num_threads())) if device.type == "cpu" else None
+        self._workers = ThreadPoolExecutor(min(len(seeds), torch.get_num_threads())) if device.type == "cpu" else None
 
     def release(self, clipped_sum: dict[str, torch.Tensor]) -> NoisySum:
-        """The noisy sum. Works in place: `clipped_sum` holds no clean values afterwards."""
-        std = self.noise_multiplier * self.clip_norm
+        """The noisy sum over the expected batch size. Works in place: `clipped_sum` holds no clean values afterwards."""
+        std, size = self.noise_multiplier * self.clip_norm, self.expected_batch_size
         if std > 0:
-            blocks = [part for tensor in clipped_sum.values() for part in tensor.view(-1).split(_BLOCK)]
-            count = len(self._generators)
-            work = [(generator, blocks[i::count], std) for i, generator in enumerate(self._generators)]
+            count, block = len(self._generators), _BLOCK[self._generators[0].device.type]
+            blocks = [part for tensor in clipped_sum.values() for part in tensor.view(-1).split(block)]
+            work = [(generator, blocks[i::count], std, size) for i, generator in enumerate(self._generators)]
             for _ in map(_add_noise, work) if self._workers is None else self._workers.map(_add_noise, work):
                 pass
+        else:
+            torch._foreach_div_(list(clipped_sum.values()), size)
         return NoisySum(dict(clipped_sum), self.noise_multiplier, self.clip_norm, self.expected_batch_size)
 
     def state(self) -> torch.Tensor:
@@ -87,11 +84,11 @@ class GaussianMechanism:
             self._workers.shutdown()
 
 
-def _add_noise(work: tuple[torch.Generator, list[torch.Tensor], float]) -> None:
-    generator, blocks, std = work
-    buffer = torch.empty(_BLOCK, dtype=torch.float32, device=generator.device)
+def _add_noise(work: tuple[torch.Generator, list[torch.Tensor], float, int]) -> None:
+    generator, blocks, std, size = work
+    buffer = torch.empty(max(map(torch.numel, blocks), default=0), dtype=torch.float32, device=generator.device)
     for block in blocks:
-        block.add_(buffer[: block.numel()].normal_(generator=generator), alpha=std)
+        block.add_(buffer[: block.numel()].normal_(generator=generator), alpha=std).div_(size)
 
 
 def stream(device: str | torch.device, *key: object) -> torch.Generator:

@@ -9,7 +9,7 @@ from pathlib import Path
 from dpft.harness.errors import BadInput
 
 # Padded tokens per microbatch, by kind of device. On a CPU few tokens stay in the cache; a GPU is filled only by many.
-MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
+MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True)

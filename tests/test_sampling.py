@@ -54,12 +54,21 @@ def test_noise_has_the_declared_variance_and_is_drawn_afresh():
     first = mechanism.release({"a": torch.zeros(1_500_000), "b": torch.zeros(10, 7)})
     second = mechanism.release({"a": torch.zeros(1_500_000), "b": torch.zeros(10, 7)})
     a, b = first.tensors["a"].double(), second.tensors["a"].double()
-    assert abs(float(a.var()) / 0.09 - 1) < 5 * (2 / 1.5e6) ** 0.5
-    assert abs(float(a.mean())) < 5 * 0.3 / 1.5e6**0.5
-    assert abs(float((a * b).mean()) / 0.09) < 5 / 1.5e6**0.5
-    assert first.mean_noise_std == pytest.approx(0.03)
-    expected = first.tensors["b"] / 10
-    assert torch.equal(first.mean()["b"], expected) and torch.equal(first.mean()["b"], expected), "divided twice"
+    std = first.mean_noise_std
+    assert std == pytest.approx(1.5 * 0.2 / 10)
+    assert abs(float(a.var()) / std**2 - 1) < 5 * (2 / 1.5e6) ** 0.5
+    assert abs(float(a.mean())) < 5 * std / 1.5e6**0.5
+    assert abs(float((a * b).mean()) / std**2) < 5 / 1.5e6**0.5
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.0, 1e-12])
+def test_a_release_is_the_sum_over_the_expected_batch_size(noise_multiplier):
+    sums = {"a": torch.arange(100_000.0), "b": torch.ones(3)}
+    expected = {name: t / 10 for name, t in sums.items()}
+    mechanism = GaussianMechanism(noise_multiplier, 1.0, 10, stream("cpu", "noise", 0))
+    released = mechanism.release({name: t.clone() for name, t in sums.items()})
+    for name, mean in released.mean().items():
+        torch.testing.assert_close(mean, expected[name], rtol=0, atol=1e-11)
 
 
 def test_noise_does_not_depend_on_threads():

@@ -40,7 +40,7 @@ class Cell:
 
 
 CELLS = tuple(Cell(batch_size, length) for length in (64, 128) for batch_size in (32, 64, 128))
-DEFAULT_CELLS = "B32T64,B64T64,B32T128"
+DEFAULT_CELLS = "B32T64,B64T64,B64T128"
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _method(job: Job, model: nn.Module) -> Step:
 
 def _dpft(job: Job, model: nn.Module, method=None, optimizer: torch.optim.Optimizer | None = None) -> Step:
     """dpft's own path, as the loop takes it; by default without encodings, decoded to the noisy mean."""
-    from dpft.harness.engine.base import ZeroEngine, zero_sums
+    from dpft.harness.engine.base import RunningSums, ZeroEngine
     from dpft.harness.mechanism import GaussianMechanism, stream
     from dpft.harness.probes import Clock
     from dpft.methods.base import Method
@@ -97,10 +97,10 @@ def _dpft(job: Job, model: nn.Module, method=None, optimizer: torch.optim.Optimi
         nonlocal count
         found = {name: method.encoding(name, p, count) for name, p in parameters.items()}
         encodings = {name: encoding for name, encoding in found.items() if encoding is not None}
-        total = zero_sums(parameters, encodings)
+        total = RunningSums(parameters, encodings)
         for batch in batches:
             engine.accumulate(batch, total, job.clip_norm, encodings)
-        update = method.decode(mechanism.release(total), count)
+        update = method.decode(mechanism.release(total.complete()), count)
         for name, p in parameters.items():
             p.grad = update[name].to(p.dtype)
         optimizer.step()

@@ -20,7 +20,7 @@ from dpft.harness.errors import BadInput
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto takes a GPU where there is one."
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(1), help="Padded tokens per microbatch.  [default: 1024; on CUDA 16384]"
+    "--max-tokens", type=click.IntRange(1), help="Padded tokens per microbatch.  [default: 2048; on CUDA 16384]"
 )
 @click.option("--shard", default="1/1", metavar="I/N", help="Make every N-th run, from the I-th.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the runs.")

@@ -61,22 +61,39 @@ class Engine:
         factors, norms = {}, []
         groups = self.clipping.grouped(squares)
         for names in groups.values():
-            norm, factor = self.clipping.of_group([squares[name] for name in names], clip_norm, len(groups))
+            norm, factor = self.clipping.of_group(
+                torch.stack([squares[name].double() for name in names]), clip_norm, len(groups)
+            )
             norms.append(norm)
             factors |= dict.fromkeys(names, factor)
         return factors, overall(norms)
 
 
+class RunningSums(dict):
+    """A running sum by name, in the encoded shapes, fp32 at least; a tensor is made, of zeros, when it is first asked for.
+
+    An engine asks once its norms are known and activations have been freed: made before, the sum would be one more
+    buffer of the model's size at the peak of memory.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], encodings: dict[str, Encoding]):
+        super().__init__()
+        self._parameters, self._encodings = parameters, encodings
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        p = self._parameters[name]
+        shape = self._encodings.get(name, IDENTITY).shape(p.shape)
+        self[name] = torch.zeros(shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+        return self[name]
+
+    def complete(self) -> Sums:
+        """All of them, in the order of the parameters; what nobody asked for is zero."""
+        return {name: self[name] for name in self._parameters}
+
+
 def zero_sums(parameters: dict[str, nn.Parameter], encodings: dict[str, Encoding]) -> Sums:
-    """A running sum of zeros, fp32 at least, in the encoded shapes."""
-    return {
-        name: torch.zeros(
-            encodings.get(name, IDENTITY).shape(p.shape),
-            dtype=torch.promote_types(p.dtype, torch.float32),
-            device=p.device,
-        )
-        for name, p in parameters.items()
-    }
+    """A running sum of zeros that is there at once."""
+    return RunningSums(parameters, encodings).complete()
 
 
 def example_gradient(engine: Engine, example: Batch, encodings: dict[str, Encoding]) -> tuple[torch.Tensor, Sums]:

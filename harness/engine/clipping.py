@@ -58,9 +58,9 @@ class Clipping:
             found.setdefault(self.group_of(name), []).append(name)
         return found
 
-    def of_group(self, squares: list[torch.Tensor], clip_norm: float, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norms, factors), [batch] float64, of one of `groups` groups from its parameters' squared norms."""
-        norms = torch.stack([s.double() for s in squares]).sum(0).clamp_min(0).sqrt()
+    def of_group(self, squares: torch.Tensor, clip_norm: float, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norms, factors), [batch] float64, of one of `groups` groups from its parameters' squared norms [parameters, batch]."""
+        norms = squares.sum(0, dtype=torch.float64).clamp_min(0).sqrt()
         return norms, self.factors(norms, clip_norm, groups)
 
     def factors(self, norms: torch.Tensor, clip_norm: float, groups: int = 1) -> torch.Tensor:

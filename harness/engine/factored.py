@@ -15,7 +15,7 @@ from dpft.harness.engine.agreement import agree
 from dpft.harness.engine.base import Engine, unused
 from dpft.harness.engine.clipping import overall
 from dpft.harness.engine.encoding import IDENTITY
-from dpft.harness.engine.pieces import Grams, Piece, squared_norms
+from dpft.harness.engine.pieces import Grams, Measured, Piece, charged, measured
 from dpft.harness.engine.rules import rule_for
 from dpft.harness.engine.taps import Recorder, Use
 from dpft.harness.errors import CannotRun
@@ -54,7 +54,7 @@ class FactoredEngine(Engine):
             for name, uses in self._pass.deferred.items():
                 self._make(name, uses)
             for name in self.parameters:
-                if name not in self._pass.squares:
+                if name not in self._pass.found:
                     raise CannotRun(
                         f"The trainable parameter {name} receives no gradient in a call of its own layer; freeze it, use it "
                         "in the model, or use --engine reference."
@@ -105,7 +105,7 @@ class FactoredEngine(Engine):
         use.tensors = use.gradient = None  # what is still needed of them is held by the pieces
 
     def _make(self, name: str, uses: list[tuple[str, Use]]) -> None:
-        """The pieces and the squared norms of one parameter; its group is settled if it was the last one missing."""
+        """The pieces of one parameter and what they measure; its group is settled if it was the last one missing."""
         now, kinds = self._pass, defaultdict(list)
         for local, use in uses:
             kinds[local, type(use.module)].append(use)
@@ -113,22 +113,27 @@ class FactoredEngine(Engine):
         pieces: list[Piece] = [
             self._rules[group[0].module](group, local, encoding) for (local, _), group in kinds.items()
         ]
-        squares = squared_norms(name, pieces, now.grams, now.total[name].shape)
-        now.pieces[name], now.squares[name] = pieces, squares
+        now.found[name] = measured(name, pieces, now.grams)
         group = self.clipping.group_of(name)
-        if group and all(member in now.squares for member in self._groups[group]):
+        if group and all(member in now.found for member in self._groups[group]):
             self._settle(group)
 
     def _settle(self, group: str) -> None:
         """Clip a group whose norms are all known and add it to the sum; its factors are free after that."""
         now, names = self._pass, self._groups[group]
-        if not all(name in now.pieces for name in names):
+        if names[0] in now.squares:
             return
-        squares = [now.squares[name] for name in names]
+        shapes = [now.encodings.get(name, IDENTITY).shape(self.parameters[name].shape) for name in names]
+        squares = charged([now.found[name] for name in names], shapes)
         norms, factors = self.clipping.of_group(squares, now.clip_norm, len(self._groups))
-        for name in names:
-            for piece in now.pieces.pop(name):
-                piece.add_weighted(now.total[name], factors.to(piece.dtype))
+        typed = {}
+        now.squares |= dict(zip(names, squares, strict=True))
+        for name in reversed(names):  # the embeddings, the largest sums, when the pieces of the layers have been freed
+            pieces, now.found[name] = now.found[name].pieces, None
+            for piece in pieces:
+                if piece.dtype not in typed:
+                    typed[piece.dtype] = factors.to(piece.dtype)
+                piece.add_weighted(now.total[name], typed[piece.dtype])
         now.norms.append(norms)
 
 
@@ -140,7 +145,7 @@ class _Pass:
         self.grams, self.half = Grams(), False
         self.single: set[int] = set()
         self.deferred: dict[str, list[tuple[str, Use]]] = defaultdict(list)
-        self.pieces: dict[str, list[Piece]] = {}
+        self.found: dict[str, Measured | None] = {}  # None: settled, its pieces are let go
         self.squares: dict[str, torch.Tensor] = {}
         self.norms: list[torch.Tensor] = []
 

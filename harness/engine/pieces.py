@@ -29,7 +29,8 @@ class Gram:
         first, second = factor[:, : self.half], factor[:, self.half :]
         pairs = [(first, first)] if self.half == tokens else [(first, first), (first, second), (second, second)]
         self.blocks = [x @ y.mT for x, y in pairs]
-        self.lengths = torch.cat([g.diagonal(dim1=1, dim2=2) for g in self.blocks[::2]], 1).sqrt()
+        diagonals = [g.diagonal(dim1=1, dim2=2) for g in self.blocks[::2]]
+        self.lengths = (diagonals[0] if len(diagonals) == 1 else torch.cat(diagonals, 1)).sqrt()
 
     def inner(self, other: list[torch.Tensor]) -> torch.Tensor:
         """Sum of the products with another symmetric matrix, given as blocks like these, [b]."""
@@ -148,30 +149,58 @@ class KeptPiece:
 Piece = LinearPiece | EmbeddingPiece | KeptPiece
 
 
-def squared_norms(name: str, pieces: list[Piece], grams: Grams, shape: torch.Size) -> torch.Tensor:
-    """||sum of the pieces||^2 of one parameter, [b] float64, never below that of what `add_weighted` adds.
+@dataclass
+class Measured:
+    """One parameter's squared norms [b] before rounding is charged.
+
+    sizes: [b], sum_t |a_t||e_t|, which bounds what rounding can do; None where the gradients are materialised.
+    """
+
+    pieces: list[Piece]
+    squares: torch.Tensor
+    sizes: torch.Tensor | None
+
+
+def measured(name: str, pieces: list[Piece], grams: Grams) -> Measured:
+    """The squared norms of the sum of the pieces, as the factors give them. Raises CannotRun for kinds without a joint rule."""
+    found = [piece.squared_norms(grams) for piece in pieces]
+    if len(pieces) == 1:
+        squares, sizes = found[0]
+        return Measured(pieces, squares, None if isinstance(pieces[0], KeptPiece) else sizes)
+    if len(pieces) > 2:
+        raise CannotRun(f"The parameter {name} is shared by layers of three kinds; use --engine reference.")
+    squares, sizes = (torch.stack(values).sum(0, dtype=torch.float64) for values in zip(*found, strict=True))
+    return Measured(pieces, squares + 2 * tied_cross_term(name, *pieces).double(), sizes)
+
+
+def charged(found: list[Measured], shapes: list[torch.Size]) -> torch.Tensor:
+    """||sum of the pieces||^2 of several parameters, [K, b] float64, never below that of what `add_weighted` adds.
 
     Where the terms of a gradient cancel, sum_t |a_t||e_t| is far above its norm, and rounding could make the norm too small
     and the clipped gradient too large. So the rounding is charged; it is below 1e-6 of the norm of an ordinary example.
-    shape: of the encoded parameter.
+    shapes: of the encoded parameters. All parameters together: one look at the device, and few small operations.
     """
-    found = [piece.squared_norms(grams) for piece in pieces]
-    if len(pieces) == 1 and isinstance(pieces[0], KeptPiece):
-        return found[0][0].double()
-    squares = torch.stack([squared for squared, _ in found]).sum(0, dtype=torch.float64)
-    sizes = torch.stack([size for _, size in found]).sum(0, dtype=torch.float64)
-    if len(pieces) == 2:
-        squares = squares + 2 * tied_cross_term(name, *pieces).double()
-    elif len(pieces) > 2:
-        raise CannotRun(f"The parameter {name} is shared by layers of three kinds; use --engine reference.")
-    roundoff = torch.finfo(found[0][0].dtype).eps
-    squares = squares.clamp_min(0) + GRAM_ROUNDING * len(pieces) ** 2 * roundoff * sizes.square()
+    squares = torch.stack([one.squares.double() for one in found])
+    rows = [i for i, one in enumerate(found) if one.sizes is not None]
+    if not rows:
+        return squares
+    factored = squares[rows].clamp_min(0)
+    sizes = torch.stack([found[i].sizes.double() for i in rows])
+    roundoff, count = (
+        torch.tensor(values, dtype=torch.float64, device=squares.device)[:, None]
+        for values in zip(
+            *((torch.finfo(found[i].pieces[0].dtype).eps, len(found[i].pieces)) for i in rows), strict=True
+        )
+    )
+    factored += GRAM_ROUNDING * count.square() * roundoff * sizes.square()
     if (
         squares.device.type == "cpu"
     ):  # elsewhere looking would wait for the device; there such examples are clipped more
-        for example in (squares * CANCELS < sizes.square()).nonzero().flatten().tolist():
-            squares[example] = sum(piece.dense(example, shape) for piece in pieces).square().sum()
-    return (squares.sqrt() + SUM_ROUNDING * roundoff * sizes).square()
+        for k, example in (factored * CANCELS < sizes.square()).nonzero().tolist():
+            pieces, shape = found[rows[k]].pieces, shapes[rows[k]]
+            factored[k, example] = sum(piece.dense(example, shape) for piece in pieces).square().sum()
+    squares[rows] = (factored.sqrt() + SUM_ROUNDING * roundoff * sizes).square()
+    return squares
 
 
 def tied_cross_term(name: str, first: Piece, second: Piece) -> torch.Tensor:
