@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dpft.harness import checkpoint, probes
+from dpft.harness import checkpoint, probes, spectra
 from dpft.harness.engine.agreement import check
 from dpft.harness.engine.base import Engine, RunningSums, Sums
 from dpft.harness.errors import Diverged
@@ -36,7 +36,7 @@ class Setup:
     """What one run trains with.
 
     parameters: what trains, by name; head: names of the task head's parameters, trained or not; epsilon_curve:
-    epsilon [upper] after 0..steps steps, None when not private.
+    epsilon [upper] after 0..steps steps, None when not private; matrices: parameters whose singular values are recorded.
     """
 
     spec: RunSpec
@@ -52,6 +52,7 @@ class Setup:
     epsilon_curve: list[float] | None
     device: torch.device
     max_tokens: int
+    matrices: list[str] = field(default_factory=list)
     deadline: float | None = None
     checkpoint_path: Path | None = None
     checkpoint_seconds: float = 300.0
@@ -65,6 +66,7 @@ class State:
     curve: list[dict[str, Any]] = field(default_factory=list)
     alignment_by_parameter: list[dict[str, Any]] = field(default_factory=list)
     decoder_by_parameter: list[dict[str, Any]] = field(default_factory=list)
+    spectra: list[dict[str, Any]] = field(default_factory=list)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     step_seconds: list[dict[str, float]] = field(default_factory=list)
     eval_seconds: float = 0.0
@@ -141,22 +143,24 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     total = sums.complete()
     evaluated = (step + 1) % spec.eval_every == 0 or step + 1 == spec.steps
     probe = evaluated and setup.epsilon_curve is not None and setup.engine.needs_per_example
-    clean = {name: t / spec.batch_size for name, t in total.items()} if probe else None
+    wanted = setup.matrices if probe and step + 1 in spectra.steps(spec.steps, spec.eval_every) else []
+    look = probes.Look(total, spec.batch_size, wanted) if probe else None
     if setup.epsilon_curve is not None:
         _book(setup, state.ledger, step)
     with clock("noise"):
         noisy = setup.mechanism.release(total)
-    before = probes.alignment(clean, noisy.tensors) if probe else {}  # decode may work in place
-    snr = probes.signal_to_noise(clean, noisy.tensors) if probe else None
+    if look is not None:
+        look.at_release(noisy)
     setup.method.decoder.observing = evaluated
     with clock("decode"):
         update = setup.method.decode(noisy, step)
-    after = probes.alignment(clean, update) if probe else {}
+    if look is not None:
+        look.at_update(update)
+        state.alignment_by_parameter.append({"step": step + 1, **look.by_parameter})
+        if look.spectra:
+            state.spectra.append({"step": step + 1, "matrices": look.spectra})
     with clock("optimizer"):
         _apply(setup, optimizer, update, step)
-    if probe:
-        pairs = {n: {"noisy": c, "decoded": after["by_parameter"][n]} for n, c in before["by_parameter"].items()}
-        state.alignment_by_parameter.append({"step": step + 1, **pairs})
     if evaluated and setup.method.decoder.observed:  # functions of the release alone: this row costs no privacy
         state.decoder_by_parameter.append({"step": step + 1, **setup.method.decoder.observed})
     return {
@@ -164,13 +168,12 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
         "epsilon": setup.epsilon_curve[step + 1] if setup.epsilon_curve is not None else None,
         "loss": float(losses.mean()) if len(losses) and setup.method.query != "none" else None,
         "metric": None,
-        "lr": spec.lr * schedule_factor(spec, step),
+        "lr": spec.lr * spec.lr_factor(step),
         "clipped_fraction": float((norms > spec.clip_norm).double().mean())
         if setup.engine.needs_per_example and len(norms)
         else None,
-        "alignment_noisy": before.get("overall"),
-        "alignment_decoded": after.get("overall"),
-        "snr": snr,
+        **dict.fromkeys(("alignment_noisy", "alignment_decoded", "snr")),
+        **(look.row if look is not None else {}),
     }
 
 
@@ -207,18 +210,9 @@ def _apply(setup: Setup, optimizer, update: Sums, step: int) -> None:
     for name, p in setup.parameters.items():
         p.grad = update[name].to(p.dtype)
     for group in optimizer.param_groups:
-        group["lr"] = setup.spec.lr * group.get("lr_factor", 1.0) * schedule_factor(setup.spec, step)
+        group["lr"] = setup.spec.lr * group.get("lr_factor", 1.0) * setup.spec.lr_factor(step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def schedule_factor(spec: RunSpec, step: int) -> float:
-    """Linear warm-up over `warmup_steps`, then constant, or linear to zero at the last step."""
-    if step < spec.warmup_steps:
-        return (step + 1) / spec.warmup_steps
-    if spec.schedule == "constant":
-        return 1.0
-    return (spec.steps - step) / (spec.steps - spec.warmup_steps)
 
 
 @torch.no_grad()

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpft.harness import spectra
+from dpft.harness.mechanism import NoisySum
+
 PHASES = ("forward", "backward", "clip", "noise", "decode", "optimizer")
 
 
@@ -86,6 +89,49 @@ def signal_to_noise(clean: dict[str, torch.Tensor], noisy: dict[str, torch.Tenso
     return norm(clean) / noise if noise > 0 else None
 
 
+class Look:
+    """What one step's clipped sum, release and update have to do with each other: call it in the order of its methods.
+
+    clean: the clipped sum over the expected batch size is copied, for the mechanism works in place. matrices: names of those
+    whose singular values are wanted. Non-private.
+    """
+
+    def __init__(self, clipped_sum: dict[str, torch.Tensor], expected_batch_size: int, matrices: list[str]):
+        with uncounted():
+            self._clean = {name: t / expected_batch_size for name, t in clipped_sum.items()}
+        self._matrices = matrices
+        self.row: dict[str, float | None] = {}  # columns of the curve
+        self.by_parameter: dict[str, dict[str, float | None]] = {}
+        self.spectra: dict[str, dict[str, Any]] = {}
+
+    def at_release(self, noisy: NoisySum) -> None:
+        """Before it is decoded, which may happen in place."""
+        with uncounted():
+            found = alignment(self._clean, noisy.tensors)
+            self.row |= {"alignment_noisy": found["overall"], "snr": signal_to_noise(self._clean, noisy.tensors)}
+            self.by_parameter = {name: {"noisy": cosine} for name, cosine in found["by_parameter"].items()}
+            self.spectra = spectra.of_release(self._clean, noisy, self._matrices)
+
+    def at_update(self, update: dict[str, torch.Tensor]) -> None:
+        """After decoding, before the optimizer."""
+        with uncounted():
+            found = alignment(self._clean, update)
+            self.row["alignment_decoded"] = found["overall"]
+            for name, row in self.by_parameter.items():
+                row["decoded"] = found["by_parameter"][name]
+            spectra.add_update(self.spectra, update)
+
+
+@contextmanager
+def uncounted():
+    """What is made in here is no part of the step that is measured."""
+    before, LiveBytes.counting = LiveBytes.counting, False
+    try:
+        yield
+    finally:
+        LiveBytes.counting = before
+
+
 class LiveBytes(TorchDispatchMode):
     """Peak of live tensor bytes by category on the CPU; a function of the program alone, not of the allocator.
 
@@ -93,6 +139,7 @@ class LiveBytes(TorchDispatchMode):
     phase's category. `peak` holds the categories at the moment of the largest total.
     """
 
+    counting = True
     CATEGORIES = {
         "forward": "activations",
         "backward": "backward",
@@ -117,6 +164,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if not self.counting:
+            return out
         category = self.CATEGORIES.get(self.clock.phase or "", "other")
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor):

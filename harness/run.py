@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dpft.harness import loop, provenance, registry
+from dpft.harness import loop, provenance, registry, spectra
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import PlainEngine, ZeroEngine
 from dpft.harness.engine.clipping import Clipping
@@ -131,6 +131,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
         epsilon_curve=privacy_plan.epsilon_curve,
         device=device,
         max_tokens=settings.max_tokens or MAX_TOKENS[device.type],
+        matrices=spectra.pick(model, parameters),
         deadline=None if settings.timeout is None else time.monotonic() + settings.timeout,
         checkpoint_path=checkpoint_path,
         checkpoint_seconds=settings.checkpoint_seconds,
@@ -233,6 +234,7 @@ def _diagnostics(state: loop.State) -> dict[str, Any]:
         "alignment": {"noisy": mean("alignment_noisy"), "decoded": mean("alignment_decoded"), "snr": mean("snr")},
         "alignment_by_parameter": state.alignment_by_parameter,
         "decoder_by_parameter": state.decoder_by_parameter,
+        "spectra": state.spectra,
         "clipped_fraction": mean("clipped_fraction"),
     }
 

@@ -79,6 +79,14 @@ class RunSpec:
         """All fields, defaults included."""
         return asdict(self)
 
+    def lr_factor(self, step: int) -> float:
+        """Linear warm-up over `warmup_steps`, then constant, or linear to zero at the last step; step from 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        return (self.steps - step) / (self.steps - self.warmup_steps)
+
     def label(self) -> str:
         """A short name for progress lines."""
         budget = "" if self.epsilon is None else f" eps={self.epsilon:g}"
@@ -108,7 +116,6 @@ class Suite:
 
 
 DEFAULTS: dict[str, Any] = {
-    "model": "minilm-l6",
     "epsilon": 8.0,
     "clip_norm": 1.0,
     "batch_size": 256,
@@ -130,7 +137,8 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
             raise BadInput(f"A run needs a {key}; give --{key} or set it in the suite.")
     task, method = registry.task(settings["task"]), registry.method(settings["method"])
     names = {f.name for f in fields(RunSpec)} - {"options", "task_version", "method_version", "decoder_version"}
-    merged = {**DEFAULTS, "head": task.default_head, "max_length": task.default_max_length, **method.defaults}
+    of_task = {"model": task.default_model, "head": task.default_head, "max_length": task.default_max_length}
+    merged = {**DEFAULTS, **of_task, **method.defaults}
     decoder = registry.decoder(_typed("decoder", settings.get("decoder", method.defaults.get("decoder", "mean"))))
     defaults = registry.options(method, decoder)
     options = dict(defaults)

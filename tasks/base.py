@@ -81,6 +81,7 @@ class Task:
     higher_is_better: ClassVar[bool] = True
     chance: ClassVar[float]
     threshold: ClassVar[float]
+    default_model: ClassVar[str] = "minilm-l6"
     default_head: ClassVar[str] = "mean"
     default_max_length: ClassVar[int] = 128
     hub: ClassVar[str | None] = None  # "id/config" on the hub, None when the data come from a package

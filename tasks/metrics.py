@@ -23,27 +23,41 @@ def scores(names: Sequence[str], predictions: Sequence[int], references: Sequenc
 
 
 def make(names: Sequence[str]) -> evaluate.Metric:
-    """A metric whose `compute(predictions=..., references=...)` gives a dict of `names`.
+    """A metric of integer labels whose `compute(predictions=..., references=...)` gives a dict of `names`."""
+    return _metric(f"{', '.join(names)}, as in scikit-learn", "int64", lambda p, r: scores(names, p, r))
 
-    The class is made here and not at module level because its base costs seconds to import.
-    """
+
+def make_r2() -> evaluate.Metric:
+    """A metric of lists of numbers that gives `r2`: over all outputs together, each weighted by its variance."""
+
+    def r2(predictions, references) -> dict[str, float]:
+        from sklearn.metrics import r2_score
+
+        return {"r2": float(r2_score(references, predictions, multioutput="variance_weighted"))}
+
+    return _metric("r2, as in scikit-learn, variance weighted", ["float32"], r2)
+
+
+def _metric(description: str, kind: str | list[str], compute) -> evaluate.Metric:
+    """The class is made here and not at module level because its base costs seconds to import."""
     import datasets
     import evaluate
 
-    class ClassificationScores(evaluate.Metric):
+    value = datasets.Value(kind) if isinstance(kind, str) else datasets.Sequence(datasets.Value(kind[0]))
+
+    class Scores(evaluate.Metric):
         def _info(self) -> evaluate.MetricInfo:
-            integers = {name: datasets.Value("int64") for name in ("predictions", "references")}
             return evaluate.MetricInfo(
-                description=f"{', '.join(names)}, as in scikit-learn",
+                description=description,
                 citation="",
-                inputs_description="integer labels",
-                features=datasets.Features(integers),
+                inputs_description="one prediction and one reference per example",
+                features=datasets.Features({name: value for name in ("predictions", "references")}),
             )
 
         def _build_data_dir(self) -> str:
             return ""  # kept in memory: the home folder may be read-only, and runs in parallel must not share files
 
-        def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-            return scores(names, predictions, references)
+        def _compute(self, predictions, references) -> dict[str, float]:
+            return compute(predictions, references)
 
-    return ClassificationScores(keep_in_memory=True, seed=0)  # a seed, so that NumPy's global state is not looked at
+    return Scores(keep_in_memory=True, seed=0)  # a seed, so that NumPy's global state is not looked at

@@ -47,10 +47,10 @@ DEFAULT_CELLS = "B32T64,B64T64,B64T128"
 class Job:
     """One process: `row` (line of the table) of `cell`, in `round`.
 
-    engine: key of ENGINES; method: a registered method in the engine's place (`--methods`); training: full or lora;
-    steps: timed ones, after WARMUP others; logical: examples per step, in microbatches; task: real sentences of this task
-    instead of random tokens; bucketed: microbatches of like length, else padded to the longest of the logical batch;
-    plugins: files to load first; optimizer: adamw, or sgd for comparing updates.
+    engine: key of ENGINES; method: a registered method in the engine's place (`--methods`); decoder: another than the method's;
+    training: full or lora; steps: timed ones, after WARMUP others; logical: examples per step, in microbatches; task: real
+    sentences of this task instead of random tokens; bucketed: microbatches of like length, else padded to the longest of the
+    logical batch; plugins: files to load first; optimizer: adamw, or sgd for comparing updates.
     """
 
     row: str
@@ -61,6 +61,7 @@ class Job:
     model: str = "minilm-l6"
     training: str = "full"
     method: str | None = None
+    decoder: str | None = None
     device: str = "cpu"
     precision: str = "fp32"
     steps: int = 2
@@ -125,6 +126,12 @@ def engine_rows(base: Job, engines: list[str]) -> list[Job]:
 def method_rows(base: Job, methods: list[str]) -> list[Job]:
     """One row per method, against non-private full fine-tuning."""
     return [base, *(replace(base, row=name, engine="factored", method=name) for name in methods)]
+
+
+def decoder_rows(base: Job, decoders: list[str]) -> list[Job]:
+    """One row per decoder of full fine-tuning; the first, against which the others are measured, takes the release as it is."""
+    names = ["mean", *(name for name in decoders if name != "mean")]
+    return [replace(base, row=name, engine="factored", method="dp-adam", decoder=name) for name in names]
 
 
 def text_rows(base: Job) -> list[Job]:

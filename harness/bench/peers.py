@@ -57,12 +57,12 @@ def _non_private(job: Job, model: nn.Module) -> Step:
     return step
 
 
-def _prepared(name: str, model: nn.Module, examples: int = 1):
+def _prepared(name: str, model: nn.Module, examples: int = 1, decoder: str | None = None):
     """(spec, method, model as it trains it). Raises Skipped."""
     from dpft.harness import registry
     from dpft.harness.spec import resolve
 
-    spec = resolve({"task": "sentences", "method": name, "batch_size": examples})
+    spec = resolve({"task": "sentences", "method": name, "batch_size": examples, "decoder": decoder})
     method = registry.make(spec.method, spec.decoder, spec.options)
     reason = method.skip(model)
     if reason is not None:
@@ -74,7 +74,7 @@ def _prepared(name: str, model: nn.Module, examples: int = 1):
 def _method(job: Job, model: nn.Module) -> Step:
     """A registered method with its own defaults, engine, encodings, decoder and optimizer."""
     head = frozenset(model.head_parameters)
-    spec, method, model = _prepared(job.method, model, job.examples)
+    spec, method, model = _prepared(job.method, model, job.examples, job.decoder)
     method.decoder.setup(model, trainable(model), head, spec)
     return _dpft(job, model, method, method.optimizer(trainable(model), head, spec))
 

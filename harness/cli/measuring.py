@@ -24,6 +24,7 @@ from dpft.harness.errors import BadInput
     "--logical", type=click.IntRange(1), help="Examples per step, in microbatches of B; noise and update once."
 )
 @click.option("--methods", is_flag=True, help="Rows are the private methods instead of engines.")
+@click.option("--decoders", is_flag=True, help="Rows are the decoders of a DP step, against the plain one.")
 @click.option("--text", is_flag=True, help="Rows are padded and bucketed batches of real sentences.")
 @click.option("--task", default="sentences", show_default=True, help="Where --text has its sentences from.")
 @click.option("--data-dir", type=click.Path(path_type=Path), envvar="DPFT_DATA", help="Local mirror of data sets.")
@@ -37,7 +38,7 @@ def bench(context, as_json, output, rounds, cells, **options):
     from dpft.harness.bench.cells import DEFAULT_CELLS, interleave, parse_cells
     from dpft.harness.run_settings import Settings
 
-    single = options["text"] or options["methods"]
+    single = options["text"] or options["methods"] or options["decoders"]
     grid = parse_cells(cells or ("B32T64" if single else DEFAULT_CELLS))
     rows = _rows(options, context.find_root().params.get("plugins", ()))
     if output is not None:
@@ -72,8 +73,8 @@ def _rows(options, plugins):
     from dpft.harness.run_settings import pick_device
     from dpft.tasks import models
 
-    if sum([options["text"], options["methods"], options["engines"] is not None]) > 1:
-        raise BadInput("--engines, --methods and --text choose different rows; give one of them.")
+    if sum([options["text"], options["methods"], options["decoders"], options["engines"] is not None]) > 1:
+        raise BadInput("--engines, --methods, --decoders and --text choose different rows; give one of them.")
     engines = cells.parse_engines(options["engines"])
     models.resolve(options["model"])
     base = cells.Job(
@@ -86,7 +87,7 @@ def _rows(options, plugins):
         device=pick_device(options["device"]),
         precision=options["precision"],
         steps=options["steps"],
-        logical=options["logical"] or (256 if options["text"] else None),
+        logical=options["logical"] or (256 if options["text"] or options["decoders"] else None),
         task=options["task"] if options["text"] else None,
         data_dir=None if options["data_dir"] is None else str(options["data_dir"]),
         plugins=tuple(plugins),
@@ -96,4 +97,6 @@ def _rows(options, plugins):
         return cells.text_rows(base)
     if options["methods"]:
         return cells.method_rows(base, [name for name, method in registry.methods().items() if method.private])
+    if options["decoders"]:
+        return cells.decoder_rows(base, list(registry.decoders()))
     return cells.engine_rows(base, engines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -15,13 +16,20 @@ from dpft.harness.errors import BadInput
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Markdown file with markers; default: print.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when --output is not up to date.")
 @click.option("--curves", is_flag=True, help="Also the metric by step.")
-def report(folder, output, check, curves):
+@click.option("--all-lr", is_flag=True, help="Every learning rate of a grid, not only the best of each method.")
+@click.option(
+    "--figures", type=click.Path(path_type=Path), help="Folder for pictures (SVG); they are linked in the text."
+)
+def report(folder, output, check, curves, all_lr, figures):
     """Print the tables of the runs in FOLDER, or put them between the markers of a markdown file."""
     from dpft.harness import report as reporting
     from dpft.harness.store import Store
 
-    store = Store(folder)
-    text = reporting.markdown(store.records(), store, curves)
+    store, pictures = Store(folder), None
+    if figures is not None:
+        link = os.path.relpath(figures, output.parent if output else ".")
+        pictures = reporting.Figures(None if check else figures, Path(link).as_posix())
+    text = reporting.markdown(store.records(), store, curves, all_lr, pictures)
     if output is None:
         if check:
             raise BadInput("--check needs a file to compare with; give it with -o.")

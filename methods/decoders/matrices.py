@@ -29,6 +29,16 @@ def check_scope(scope: str) -> None:
             ) from None
 
 
+def matrices_of(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[str]:
+    """Names of the trainable weights that are matrices, convolutions among them; embedding tables are not."""
+    from torch import nn
+
+    modules = list(model.modules())
+    tables = {id(p) for module in modules if isinstance(module, nn.Embedding) for p in module.parameters(recurse=False)}
+    filters = {id(module.weight) for module in modules if isinstance(module, nn.modules.conv._ConvNd)}
+    return [name for name, p in parameters.items() if id(p) not in tables and (p.dim() == 2 or id(p) in filters)]
+
+
 def matrix_names(
     model: nn.Module, parameters: dict[str, nn.Parameter], head: frozenset[str], scope: str
 ) -> frozenset[str]:
@@ -36,12 +46,7 @@ def matrix_names(
 
     scope: `all`, `body` (without the head) or a regular expression that a name must contain. Raises BadInput when none is left.
     """
-    from torch import nn
-
-    modules = list(model.modules())
-    tables = {id(p) for module in modules if isinstance(module, nn.Embedding) for p in module.parameters(recurse=False)}
-    filters = {id(module.weight) for module in modules if isinstance(module, nn.modules.conv._ConvNd)}
-    matrices = {name for name, p in parameters.items() if id(p) not in tables and (p.dim() == 2 or id(p) in filters)}
+    matrices = matrices_of(model, parameters)
     found = {
         name
         for name in matrices

@@ -1,0 +1,144 @@
+"""Tables about decoders: what they did to alignment, speed of learning and step time, and theory against measurement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpft.harness import registry
+from dpft.harness.report.rows import Row, name_of
+from dpft.harness.report.tables import median, reached, spread, target_of
+from dpft.harness.store import Store
+
+FRACTIONS = (0.9, 0.95)
+
+
+def comparison(rows: list[Row], store: Store) -> str | None:
+    """Every private row beside the baseline; None where all rows take the release as it is."""
+    from tabulate import tabulate
+
+    private = [row for row in rows if row.private]
+    if all(row.spec["decoder"] == "mean" for row in private):
+        return None
+    baselines = [row for row in private if row.baseline]
+    targets = [target_of(rows, fraction) for fraction in FRACTIONS]
+    first = [_first(baselines, store, target) for target in targets]
+    cells = []
+    for row in private:
+        alignment = [r["diagnostics"]["alignment"] for r in row.records]
+        cells.append(
+            {
+                "method": name_of(row, rows),
+                "lr": f"{row.spec['lr']:g}",
+                "final": spread([r["result"]["final"] for r in row.records]),
+                "alignment noisy": median([a["noisy"] for a in alignment], "{:.3f}"),
+                "decoded": median([a["decoded"] for a in alignment], "{:.3f}"),
+                "spikes per matrix": _spikes(row),
+                **{
+                    f"steps to {fraction:.0%} (ratio)": _ratio(row, store, target, base)
+                    for fraction, target, base in zip(FRACTIONS, targets, first, strict=True)
+                },
+                "decode": median([_decode_share(r["cost"]) for r in row.records], "{:.1%}"),
+            }
+        )
+    table = tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True, stralign="right")
+    return (
+        "Decoders. Steps: to that share of the way from chance to the best baseline, median over seeds; ratio: steps of the "
+        f"fastest baseline over these; decode: share of the step time.\n\n{table}"
+    )
+
+
+def _first(rows: list[Row], store: Store, target: float | None) -> float:
+    return min((found[0] for row in rows if (found := reached(row, store, target))), default=float("inf"))
+
+
+def _ratio(row: Row, store: Store, target: float | None, base: float) -> str:
+    found = reached(row, store, target)
+    if found is None:
+        return "–"
+    if found[0] == float("inf"):
+        return f"> {row.spec['steps']}"
+    return f"{found[0]}" + (f" ({base / found[0]:.2f})" if base < float("inf") else "")
+
+
+def _spikes(row: Row) -> str:
+    """Mean number of singular values that survived, over matrices, evaluated steps and seeds."""
+    found = [
+        seen["spikes"]
+        for record in row.records
+        for step in record["diagnostics"].get("decoder_by_parameter", [])
+        for seen in step.values()
+        if isinstance(seen, dict) and "spikes" in seen
+    ]
+    return f"{sum(found) / len(found):.2f}" if found else "–"
+
+
+def _decode_share(cost: dict[str, Any]) -> float | None:
+    total = sum(cost["phase_s"].values())
+    return cost["phase_s"].get("decode", 0.0) / total if total else None
+
+
+def theory(records: list[dict[str, Any]]) -> str | None:
+    """What the clean spectrum and the noise level predict of a release and of its shrinkage, beside what was seen.
+
+    One line per recorded matrix and step of every run whose decoder shrinks plain releases in the way the theory is about.
+    """
+    from tabulate import tabulate
+
+    cells = [cell for record in records if _in_theory(record) for cell in _predictions(record)]
+    if not cells:
+        return None
+    cells.sort(key=lambda cell: tuple(cell.pop("order")))
+    table = tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True, stralign="right")
+    return (
+        "### Theory against measurement\n\n"
+        "x1: the largest singular value of the clean gradient, in units of the detection threshold s (mn)^(1/4), below which it "
+        "leaves no trace (BBP). y1: the largest of the release, in units of the edge of the noise. Predicted (1103.2221, "
+        f"1405.7511) / seen; cosines to the clean gradient, of the release and of the decoded matrix. First seed.\n\n{table}"
+    )
+
+
+def _in_theory(record: dict[str, Any]) -> bool:
+    spec = record["spec"]
+    if spec["decoder"] != "rmt" or spec["seed"] != 0 or not record["diagnostics"].get("spectra"):
+        return False
+    if spec["method"] not in registry.methods():
+        return False
+    given = {**registry.options(registry.method(spec["method"]), registry.decoder("rmt")), **spec["options"]}
+    plain = {"input": "release", "shrinker": "frobenius", "threshold": "tracy-widom", "gate": False}
+    return all(given[key] == value for key, value in plain.items())
+
+
+def _predictions(record: dict[str, Any]) -> list[dict[str, Any]]:
+    from dpft.methods.decoders.spectral import bulk_edge, detection_threshold
+
+    spec, diagnostics, cells = record["spec"], record["diagnostics"], []
+    cosines = {row["step"]: row for row in diagnostics["alignment_by_parameter"]}
+    seen = {row["step"]: row for row in diagnostics["decoder_by_parameter"]}
+    for taken in diagnostics["spectra"]:
+        step = taken["step"]
+        for name, matrix in taken["matrices"].items():
+            (m, n), s, said = matrix["shape"], matrix["noise_std"], matrix["predicted"]
+            if said["first"] is None:
+                continue
+            edge, cosine = bulk_edge(m, n, s), cosines[step][name]
+            kept = seen.get(step, {}).get(name, {}).get("spikes")
+            cells.append(
+                {
+                    "order": (spec["task"], spec["epsilon"], spec["method"], spec["lr"], step),
+                    "task": spec["task"],
+                    "ε": f"{spec['epsilon']:g}",
+                    "lr": f"{spec['lr']:g}",
+                    "step": step,
+                    "matrix": name.removesuffix(".weight"),
+                    "x1": f"{matrix['clean'][0] / detection_threshold(m, n, s):.2f}",
+                    "spikes": f"{said['spikes']} / {'–' if kept is None else kept}",
+                    "y1": f"{said['first'] / edge:.3f} / {matrix['noisy'][0] / edge:.3f}",
+                    "cosine noisy": _pair(said["cosine_noisy"], cosine["noisy"]),
+                    "cosine decoded": _pair(said["cosine_decoded"], cosine["decoded"]),
+                }
+            )
+    return cells
+
+
+def _pair(said: float | None, seen: float | None) -> str:
+    return f"{said:.3f} / {0.0 if seen is None else seen:.3f}"

@@ -1,0 +1,113 @@
+"""Task `low-rank`: a linear map whose gradient has four singular values, so that spectral theory can be checked against it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpft.harness.errors import CannotRun
+from dpft.tasks.base import Data, ModelSpec, Prepared, Task
+
+if TYPE_CHECKING:
+    import evaluate
+    import torch
+    from torch import nn
+
+SIZE, TRAIN, VALIDATION = 256, 20_000, 256
+SINGULAR_VALUES = (1.0, 0.7, 0.5, 0.35)
+
+
+class LowRank(Task):
+    """Find W* of rank 4 (256 x 256) from pairs (x, W* x), x standard normal, by least squares from W = 0.
+
+    The gradient of an example at W is (W - W*) x x^T: at the start its columns lie in the four-dimensional column space of W*,
+    and so do those of every clipped sum. No label noise: what a release holds beyond rank 4 is the mechanism's noise.
+    """
+
+    name = "low-rank"
+    version = 1
+    kind = "regression"
+    description = "synthetic: a 256 x 256 linear map of rank 4; its gradient is low-rank by construction"
+    source = "drawn from a fixed seed; for checking the theory of Benaych-Georges and Nadakuditi, arXiv:1103.2221"
+    metric = "r2"
+    chance = 0.0
+    threshold = 0.5
+    default_model = "linear"
+    default_head = "native"
+    default_max_length = 1
+
+    def train_size(self, data_dir: Path | None) -> int:
+        """Number of training pairs; a constant."""
+        return TRAIN
+
+    def load(self, data_dir: Path | None) -> Data:
+        """Draw the pairs."""
+        import numpy
+
+        generator = numpy.random.Generator(numpy.random.PCG64(1103_2221))
+        left, right = (numpy.linalg.qr(generator.standard_normal((SIZE, len(SINGULAR_VALUES))))[0] for _ in "lr")
+        inputs = generator.standard_normal((TRAIN + VALIDATION, SIZE)).astype("float32")
+        targets = ((inputs @ right) * SINGULAR_VALUES @ left.T).astype("float32")
+        rows = [{"inputs": x, "targets": y} for x, y in zip(inputs, targets, strict=True)]
+        digest = hashlib.sha256(inputs.tobytes() + targets.tobytes()).hexdigest()
+        return Data(rows[:TRAIN], rows[TRAIN:], digest)
+
+    def prepare(self, data: Data, spec: ModelSpec, generator: torch.Generator) -> Prepared:
+        """A linear layer at zero. Raises CannotRun for another model."""
+        if spec.model != self.default_model:
+            raise CannotRun(f"The task {self.name} has a model of its own, not {spec.model!r}; leave model out.")
+        return Prepared(
+            model=_linear(),
+            train=data.train,
+            validation=data.validation,
+            train_lengths=[1] * len(data.train),
+            validation_lengths=[1] * len(data.validation),
+            collate=_collate,
+            data_fingerprint=data.fingerprint,
+            model_fingerprint=hashlib.sha256(b"zeros").hexdigest(),
+        )
+
+    def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Half the squared error of each example, [batch]."""
+        error = model(batch["inputs"]).float() - batch["targets"]
+        return error.square().sum(1) / 2
+
+    def predict(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[list, list]:
+        """(outputs, targets), a list of 256 numbers each."""
+        return model(batch["inputs"]).float().tolist(), batch["targets"].tolist()
+
+    def make_metric(self) -> evaluate.Metric:
+        """`r2`: the share of the targets' variance that is explained, over all outputs together."""
+        from dpft.tasks.metrics import make_r2
+
+        return make_r2()
+
+
+def _linear() -> nn.Module:
+    from torch import nn
+
+    class Linear(nn.Module):
+        head_parameters: tuple[str, ...] = ()
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(SIZE, SIZE, bias=False)
+            nn.init.zeros_(self.linear.weight)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.linear(inputs)
+
+    return Linear()
+
+
+def _collate(examples: Sequence[dict]) -> dict[str, torch.Tensor]:
+    import numpy
+    import torch
+
+    empty = numpy.zeros((0, SIZE), "float32")
+    return {
+        key: torch.from_numpy(numpy.stack([e[key] for e in examples]) if examples else empty)
+        for key in ("inputs", "targets")
+    }
