@@ -41,27 +41,43 @@ def _stack(matrices: dict[str, torch.Tensor], m: int, n: int, std: float, plan: 
 
     work = [view.float() if view.dtype.itemsize < 4 else view for view in matrices.values()]
     gram = torch.stack([view @ view.mT if m <= n else view.mT @ view for view in work])
-    squares = torch.linalg.eigvalsh(gram).double().clamp_(min=0)
-    y = squares.sqrt()
-    eta, slope, factor = shrunk(y, m, n, std, plan)
-    survives = (eta > 0).any(-1)
     judged = plan.observe or plan.settings["gate"]
-    seen = {name: _judge(y[i], eta[i], slope[i], m, n, std, plan) for i, name in enumerate(matrices)} if judged else {}
-    gain = (eta / y.clamp(min=1e-150)).where(y > 0, slope) * factor  # eta(y)/y tends to the slope at 0
-    kept = (gain > 0).sum(-1).tolist()  # a suffix: values ascend
-    uniform = (gain.amin(-1) == gain.amax(-1)).tolist()
+    quiet = _below(gram, plan.kappa * spectral.bulk_edge(m, n, std)).tolist()
+    loud = [i for i in range(len(work)) if judged or not quiet[i]]
+    seen, found = {}, {}
+    if loud:
+        y = torch.linalg.eigvalsh(gram[loud]).double().clamp_(min=0).sqrt()
+        eta, slope, factor = shrunk(y, m, n, std, plan)
+        gain = (eta / y.clamp(min=1e-150)).where(y > 0, slope) * factor  # eta(y)/y tends to the slope at 0
+        found = dict(zip(loud, gain, strict=True))
+        names = list(matrices)
+        seen = {names[i]: _judge(y[k], eta[k], slope[k], m, n, std, plan) for k, i in enumerate(loud) if judged}
     for i, (name, view) in enumerate(matrices.items()):
-        if judged and plan.settings["gate"] and seen[name]["raw_is_better"]:
+        if plan.settings["gate"] and seen[name]["raw_is_better"]:
             continue
-        if not survives[i]:
+        kept = 0 if quiet[i] else int((found[i] > 0).sum())  # a suffix: values ascend
+        if not kept:
             view.mul_(float(plan.settings["empty"] == "raw"))
-        elif uniform[i]:
-            view.mul_(float(gain[i, 0]))
+        elif float(found[i].amin()) == float(found[i].amax()):
+            view.mul_(float(found[i][0]))
         else:
-            vectors = torch.linalg.eigh(gram[i]).eigenvectors[:, -kept[i] :]
-            scaled = vectors * gain[i, -kept[i] :].to(vectors.dtype)
+            vectors = torch.linalg.eigh(gram[i]).eigenvectors[:, -kept:]
+            scaled = vectors * found[i][-kept:].to(vectors.dtype)
             view.copy_(scaled @ (vectors.mT @ work[i]) if m <= n else (work[i] @ vectors) @ scaled.mT)
     return seen if plan.observe else {}
+
+
+def _below(gram: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Whether all singular values are below `threshold`, [matrices].
+
+    Then, and only then, threshold^2 - Gram has a Cholesky factor. Mostly nothing stands out of the noise, and to know that
+    takes a small part of what the spectrum takes.
+    """
+    import torch
+
+    shifted = -gram
+    shifted.diagonal(dim1=-2, dim2=-1).add_(threshold**2)
+    return torch.linalg.cholesky_ex(shifted).info == 0
 
 
 def shrunk(y: torch.Tensor, m: int, n: int, std: float, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
