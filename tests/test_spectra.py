@@ -73,20 +73,20 @@ def store(tmp_path_factory):
     """Runs on the low-rank task: a grid of rates of the baseline and of rmt."""
     place = Store(tmp_path_factory.mktemp("runs"))
     for method in ("dp-adam", "rmt"):
-        for lr in (0.01, 0.02):
+        for lr in (0.1, 0.2):
             one = spec.resolve({**SIZE, "method": method, "lr": lr, "epsilon": 4.0})
             place.write(*run.execute(one, Settings(), lambda step, row: None))
     return place
 
 
 def test_the_low_rank_task_has_the_rank_it_says_and_is_learned(store):
-    record = next(r for r in store.records() if r["spec"]["method"] == "rmt" and r["spec"]["lr"] == 0.02)
+    record = next(r for r in store.records() if r["spec"]["method"] == "rmt" and r["spec"]["lr"] == 0.2)
     assert record["status"] == "done", record["error"]
     first, last = record["diagnostics"]["spectra"]
     clean = first["matrices"]["linear.weight"]["clean"]
     assert clean[3] > 0.1 * clean[0] and clean[4] < 1e-4 * clean[0]
     assert last["matrices"]["linear.weight"]["clean"][4] > 1e-4 * clean[0], "noise moved the weights"
-    assert record["result"]["final"] > 0.02
+    assert record["result"]["final"] > 0.05
     cosines = record["diagnostics"]["alignment_by_parameter"][0]["linear.weight"]
     said = first["matrices"]["linear.weight"]["predicted"]
     assert cosines["noisy"] == pytest.approx(said["cosine_noisy"], abs=0.05)
@@ -102,14 +102,14 @@ def test_other_models_are_refused_on_the_low_rank_task():
 
 def test_a_method_stands_in_the_table_at_its_best_rate_and_the_baseline_at_all(store):
     text = report.markdown(store.records(), store)
-    assert "dp-adam (lr=0.01)" in text and "dp-adam (lr=0.02)" in text
+    assert "dp-adam (lr=0.1)" in text and "dp-adam (lr=0.2)" in text
     assert text.count("| rmt (lr=") <= text.count("rmt (lr=")
     (group,) = reading.groups(store.records())
     best = [row for row in reading.best_rates(group) if row.method == "rmt"]
-    assert len(group) == 4 and len(best) == 1 and best[0].grid == (0.01, 0.02)
+    assert len(group) == 4 and len(best) == 1 and best[0].grid == (0.1, 0.2)
     assert best[0].final == max(row.final for row in group if row.method == "rmt")
-    assert "(0.01, 0.02), of the baseline all" in text
-    assert "rmt (lr=0.01)" in report.markdown(store.records(), store, rates=True)
+    assert "(0.1, 0.2), of the baseline all" in text
+    assert "rmt (lr=0.1)" in report.markdown(store.records(), store, rates=True)
 
 
 def test_decoders_and_theory_have_tables(store):
