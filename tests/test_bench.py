@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dpft.harness import cli
-from dpft.harness.bench import cells, floor, launch, peers, subject, table
+from dpft.harness.bench import cells, floor, launch, peers, subject, table, worker
 from dpft.harness.bench.cells import Cell, Job
 from dpft.harness.errors import BadInput
 
@@ -213,3 +213,20 @@ def test_ratios_are_paired_within_a_round():
     machine = {"versions": dict.fromkeys(("torch", "opacus", "transformers", "dpft"), "1"), "git": None}
     text = table.markdown(records, "non-private", {**machine, "hardware": {"cpu": "abacus"}})
     assert "| 1.20 (1.10-2.00) / 1.20 | 83% " in text and "| 2.00 " in text and "abacus" in text
+
+
+def test_a_row_is_measured_by_phases_too(tiny_bert):
+    decoders = {row.row: row for row in cells.decoder_rows(job("factored", tiny_bert, steps=1), ["mean", "rmt"])}
+    assert list(decoders) == ["mean", "rmt"] and decoders["rmt"].method == "dp-adam"
+    records = []
+    for one in decoders.values():
+        model, source = subject.build(one)
+        result = worker.measure(one, model, source)
+        assert set(result["phases"]) == {"forward", "backward", "clip", "noise", "decode", "optimizer"}
+        assert 0.2 * result["median_s"] < sum(result["phases"].values()) <= result["median_s"]
+        records.append(launch.Record(one, {"status": "done", "reason": None, **result}))
+    machine = {"versions": dict.fromkeys(("torch", "opacus", "transformers", "dpft"), "1"), "git": None}
+    text = table.markdown(records, "mean", {**machine, "hardware": {"cpu": "abacus"}})
+    line = next(line for line in text.split("Where the time goes")[1].splitlines() if line.startswith("| rmt"))
+    share = records[1].result["phases"]["decode"] / records[0].result["median_s"]
+    assert float(line.split("|")[7]) == pytest.approx(share, abs=1e-3)

@@ -1,5 +1,6 @@
 """One function per engine: it takes (job, model) and returns `step(microbatches)`, one whole training step.
 
+A step that can tell its phases apart has a `clock`.
 Every engine ends in the same fused AdamW. The peers are called as their own documentation says: Opacus 1.6, fastDP
 (awslabs/fast-differential-privacy) and private-transformers (lxuechen/private-transformers).
 """
@@ -14,6 +15,7 @@ from torch import nn
 from dpft.harness.bench.cells import Job
 from dpft.harness.bench.subject import Batch, loss_of
 from dpft.harness.engine import NAMES, engine_class
+from dpft.harness.probes import Clock
 from dpft.tasks.classification import logits
 
 Step = Callable[[list[Batch]], None]
@@ -46,14 +48,19 @@ def _optimizer(job: Job, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _non_private(job: Job, model: nn.Module) -> Step:
-    optimizer, loss = _optimizer(job, model), loss_of(job)
+    optimizer, loss, clock = _optimizer(job, model), loss_of(job), Clock(torch.device(job.device))
 
     def step(batches):
         for batch in batches:
-            (loss(model, batch).sum() / job.examples).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            with clock("forward"):
+                total = loss(model, batch).sum() / job.examples
+            with clock("backward"):
+                total.backward()
+        with clock("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
+    step.clock = clock
     return step
 
 
@@ -83,13 +90,13 @@ def _dpft(job: Job, model: nn.Module, method=None, optimizer: torch.optim.Optimi
     """dpft's own path, as the loop takes it; by default without encodings, decoded to the noisy mean."""
     from dpft.harness.engine.base import RunningSums, ZeroEngine
     from dpft.harness.mechanism import GaussianMechanism, stream
-    from dpft.harness.probes import Clock
     from dpft.methods.base import Method
 
     method, optimizer = method or Method(), optimizer or _optimizer(job, model)
     parameters = trainable(model)
     kind = ZeroEngine if method.query == "none" else engine_class(job.engine)
-    engine = kind(model, loss_of(job), parameters, Clock(torch.device(job.device)))
+    clock = Clock(torch.device(job.device))
+    engine = kind(model, loss_of(job), parameters, clock)
     mechanism = GaussianMechanism(job.noise_multiplier, job.clip_norm, job.examples, stream(job.device, "bench"))
     count = 0
 
@@ -100,13 +107,18 @@ def _dpft(job: Job, model: nn.Module, method=None, optimizer: torch.optim.Optimi
         total = RunningSums(parameters, encodings)
         for batch in batches:
             engine.accumulate(batch, total, job.clip_norm, encodings)
-        update = method.decode(mechanism.release(total.complete()), count)
-        for name, p in parameters.items():
-            p.grad = update[name].to(p.dtype)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with clock("noise"):
+            noisy = mechanism.release(total.complete())
+        with clock("decode"):
+            update = method.decode(noisy, count)
+        with clock("optimizer"):
+            for name, p in parameters.items():
+                p.grad = update[name].to(p.dtype)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         count += 1
 
+    step.clock = clock
     return step
 
 

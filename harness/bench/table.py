@@ -9,6 +9,7 @@ from typing import Any
 from dpft.harness.bench.cells import BASELINE, WARMUP, Cell
 from dpft.harness.bench.launch import Record
 
+PHASES = ("forward", "backward", "clip", "noise", "decode", "optimizer")  # those of probes, which imports torch
 MARKERS = ("<!-- dpft bench: begin -->", "<!-- dpft bench: end -->")
 
 
@@ -94,6 +95,7 @@ def markdown(records: list[Record], baseline: str, machine: dict[str, Any]) -> s
     entries = aggregate(records, baseline)
     lengths = list(dict.fromkeys(entry.cell.length for entry in entries))
     tables = [_table([e for e in entries if e.cell.length == length], records) for length in lengths]
+    tables.append(_phases(records, entries, baseline))
     parts = [_header(records, entries, baseline, machine), *tables, _troubles(entries)]
     return "\n\n".join(part for part in parts if part)
 
@@ -114,6 +116,28 @@ def _table(entries: list[Entry], records: list[Record]) -> str:
     if kind == "engine":
         lines.append(["counted floor", *(text for cell in cells for text in (_counted_floor(records, cell), ""))])
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def _phases(records: list[Record], entries: list[Entry], baseline: str) -> str:
+    """Where the time of the rows goes that know it: seconds as shares of the baseline's whole step."""
+    from tabulate import tabulate
+
+    base = {e.cell: e.seconds for e in entries if e.row == baseline and e.seconds}
+    lines = []
+    for entry in entries:
+        found = [
+            r.result["phases"]
+            for r in records
+            if _done(r) and (r.job.row, r.job.cell) == (entry.row, entry.cell) and r.result.get("phases")
+        ]
+        if found and entry.cell in base:
+            shares = {name: statistics.median(p.get(name, 0.0) for p in found) / base[entry.cell] for name in PHASES}
+            lines.append([entry.row, entry.cell.name, *(f"{shares[name]:.3f}" for name in PHASES)])
+    if not lines:
+        return ""
+    headers = [_kind(records), "cell", *PHASES]
+    table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+    return f"Where the time goes, as shares of the `{baseline}` step:\n\n{table}"
 
 
 def _kind(records: list[Record]) -> str:

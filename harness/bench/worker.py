@@ -62,6 +62,9 @@ def measure(job: Job, model: torch.nn.Module, source: subject.Source) -> dict[st
     for _ in range(WARMUP):
         step(source(0))
     floor.wait(job.device)
+    clock = getattr(step, "clock", None)
+    if clock is not None:
+        clock.take()  # of the warm-up
     seconds = []
     for index in range(1, job.steps + 1):
         start = time.perf_counter()
@@ -74,6 +77,7 @@ def measure(job: Job, model: torch.nn.Module, source: subject.Source) -> dict[st
         "before_bytes": before,
         "peak_bytes": memory(job.device)[1],
         "threads": torch.get_num_threads(),
+        "phases": None if clock is None else {name: s / job.steps for name, s in clock.take().items()},
     }
     if job.engine == BASELINE and job.task is None:
         result["floor"] = _floor(job, model, source(0)[0])
