@@ -57,7 +57,10 @@ class Method:
         return None
 
     def decode(self, noisy: NoisySum, step: int) -> dict[str, torch.Tensor]:
-        """Post-processing: the update direction of each parameter, in the parameter's shape. Default: the decoder's."""
+        """Post-processing: the update direction of each parameter, in the parameter's shape. Default: the decoder's.
+
+        A method that overrides this (to map an encoding back) calls `self.decoder` itself, or has no choice of decoders.
+        """
         return self.decoder.decode(noisy, step)
 
     def optimizer(
