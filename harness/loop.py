@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dpft.harness import checkpoint, probes, spectra
+from dpft.harness import checkpoint, probes, spectra, updates
 from dpft.harness.engine.agreement import check
 from dpft.harness.engine.base import Engine, RunningSums, Sums
 from dpft.harness.errors import Diverged
@@ -203,16 +203,13 @@ def _book(setup: Setup, ledger: Ledger, step: int) -> None:
     ledger.append(step, setup.sampler.sampling_probability, [release])
 
 
-def _apply(setup: Setup, optimizer, update: Sums, step: int) -> None:
+def _apply(setup: Setup, optimizer, update: updates.Updates, step: int) -> None:
     """Hand the update to the optimizer at this step's learning rate."""
-    if not torch.isfinite(torch.stack([t.sum() for t in update.values()])).all():  # a sum hides no nan and no inf
+    if not updates.finite(update):
         raise Diverged("An update is not finite; lower lr or the clip norm.")
-    for name, p in setup.parameters.items():
-        p.grad = update[name].to(p.dtype)
     for group in optimizer.param_groups:
         group["lr"] = setup.spec.lr * group.get("lr_factor", 1.0) * setup.spec.lr_factor(step)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    updates.apply(optimizer, setup.parameters, update)
 
 
 @torch.no_grad()
