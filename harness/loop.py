@@ -16,6 +16,7 @@ import torch
 from dpft.harness import checkpoint, probes, spectra, updates
 from dpft.harness.engine.agreement import check
 from dpft.harness.engine.base import Engine, RunningSums, Sums
+from dpft.harness.engine.encoding import Encoding
 from dpft.harness.errors import Diverged
 from dpft.harness.mechanism import GaussianMechanism
 from dpft.harness.privacy import Ledger, Release
@@ -90,7 +91,8 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     saved = time.monotonic()
     setup.prepared.model.train()
     if setup.engine.needs_per_example:
-        check(setup.engine, _batch(setup, setup.prepared.validation, _spread(len(setup.prepared.validation), 4)))
+        few = _batch(setup, setup.prepared.validation, _spread(len(setup.prepared.validation), 4))
+        check(setup.engine, few, _encodings(setup, state.step))
         setup.clock.take()
     while state.step < spec.steps:
         if setup.deadline is not None and time.monotonic() > setup.deadline:
@@ -134,10 +136,7 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     """Sample, accumulate the clipped sum over microbatches, release, decode, apply."""
     spec, clock, step = setup.spec, setup.clock, state.step
     indices = setup.sampler.sample()
-    encodings = {}
-    for name, p in setup.parameters.items():
-        if (encoding := setup.method.encoding(name, p, step)) is not None:
-            encodings[name] = encoding
+    encodings = _encodings(setup, step)
     sums = RunningSums(setup.parameters, encodings)
     losses, norms = _accumulate(setup, indices, sums, encodings)
     total = sums.complete()
@@ -175,6 +174,11 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
         **dict.fromkeys(("alignment_noisy", "alignment_decoded", "snr")),
         **(look.row if look is not None else {}),
     }
+
+
+def _encodings(setup: Setup, step: int) -> dict[str, Encoding]:
+    found = {name: setup.method.encoding(name, p, step) for name, p in setup.parameters.items()}
+    return {name: encoding for name, encoding in found.items() if encoding is not None}
 
 
 def _accumulate(setup: Setup, indices: list[int], total: Sums, encodings) -> tuple[torch.Tensor, torch.Tensor]:
