@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from dpft.harness import checkpoint, probes, spectra
+from dpft.harness import checkpoint, probes, spectra, updates
 from dpft.harness.engine.agreement import check
 from dpft.harness.engine.base import Engine, RunningSums, Sums
+from dpft.harness.engine.encoding import Encoding
 from dpft.harness.errors import Diverged
 from dpft.harness.mechanism import GaussianMechanism
 from dpft.harness.privacy import Ledger, Release
@@ -90,7 +91,8 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     saved = time.monotonic()
     setup.prepared.model.train()
     if setup.engine.needs_per_example:
-        check(setup.engine, _batch(setup, setup.prepared.validation, _spread(len(setup.prepared.validation), 4)))
+        few = _batch(setup, setup.prepared.validation, _spread(len(setup.prepared.validation), 4))
+        check(setup.engine, few, _encodings(setup, state.step))
         setup.clock.take()
     while state.step < spec.steps:
         if setup.deadline is not None and time.monotonic() > setup.deadline:
@@ -134,10 +136,7 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     """Sample, accumulate the clipped sum over microbatches, release, decode, apply."""
     spec, clock, step = setup.spec, setup.clock, state.step
     indices = setup.sampler.sample()
-    encodings = {}
-    for name, p in setup.parameters.items():
-        if (encoding := setup.method.encoding(name, p, step)) is not None:
-            encodings[name] = encoding
+    encodings = _encodings(setup, step)
     sums = RunningSums(setup.parameters, encodings)
     losses, norms = _accumulate(setup, indices, sums, encodings)
     total = sums.complete()
@@ -177,6 +176,11 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     }
 
 
+def _encodings(setup: Setup, step: int) -> dict[str, Encoding]:
+    found = {name: setup.method.encoding(name, p, step) for name, p in setup.parameters.items()}
+    return {name: encoding for name, encoding in found.items() if encoding is not None}
+
+
 def _accumulate(setup: Setup, indices: list[int], total: Sums, encodings) -> tuple[torch.Tensor, torch.Tensor]:
     """The clipped sum of one logical batch, over microbatches of like length. Raises Diverged before any release."""
     losses, norms = [], []
@@ -203,16 +207,13 @@ def _book(setup: Setup, ledger: Ledger, step: int) -> None:
     ledger.append(step, setup.sampler.sampling_probability, [release])
 
 
-def _apply(setup: Setup, optimizer, update: Sums, step: int) -> None:
+def _apply(setup: Setup, optimizer, update: updates.Updates, step: int) -> None:
     """Hand the update to the optimizer at this step's learning rate."""
-    if not torch.isfinite(torch.stack([t.sum() for t in update.values()])).all():  # a sum hides no nan and no inf
+    if not updates.finite(update):
         raise Diverged("An update is not finite; lower lr or the clip norm.")
-    for name, p in setup.parameters.items():
-        p.grad = update[name].to(p.dtype)
     for group in optimizer.param_groups:
         group["lr"] = setup.spec.lr * group.get("lr_factor", 1.0) * setup.spec.lr_factor(step)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    updates.apply(optimizer, setup.parameters, update)
 
 
 @torch.no_grad()

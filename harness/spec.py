@@ -160,7 +160,7 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
         options={key: value for key, value in options.items() if value != defaults[key]},
     )
     _validate(spec)
-    registry.make(spec.method, spec.decoder, spec.options).decoder.validate(spec)
+    registry.make(spec.method, spec.decoder, spec.options).validate(spec)
     return spec
 
 

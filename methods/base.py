@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dpft.methods.decoders.base import Decoder, Mean
+from dpft.methods.decoders.base import Decoder, Mean, check_options
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dpft.harness.engine.encoding import Encoding
     from dpft.harness.mechanism import NoisySum
     from dpft.harness.spec import RunSpec
+    from dpft.harness.updates import Updates
 
 
 class Method:
@@ -23,7 +24,9 @@ class Method:
     `summary`, `reference` (arXiv id), `private` (False: no clipping, no noise, never ranked), `control` (shown beside
     the methods, never ranked), `query` (`gradient`, or `none`: the sum is zero before noise), `defaults` (settings of
     RunSpec; `decoder` may be among them), `options` (the method's own settings with their defaults), `decoder_options`
-    (other defaults for its decoder's options; they hold as long as the run keeps that decoder).
+    (other defaults for its decoder's options; they hold as long as the run keeps that decoder), `choices` and `ranges` (of
+    its own options, as decoders have them).
+    `preconditions`: its `decode` hands over a finished direction, so plain SGD with the run's lr applies it.
     """
 
     name: ClassVar[str]
@@ -36,10 +39,18 @@ class Method:
     defaults: ClassVar[dict[str, Any]] = {"lr": 1e-3}
     options: ClassVar[dict[str, Any]] = {}
     decoder_options: ClassVar[dict[str, Any]] = {}
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {}
+    preconditions: bool = False
 
     def __init__(self, options: dict[str, Any] | None = None, decoder: Decoder | None = None):
         self.settings = {**self.options, **(options or {})}
         self.decoder = decoder or Mean()
+
+    def validate(self, spec: RunSpec) -> None:
+        """Refuse settings that cannot work, before anything is loaded. Raises BadInput."""
+        check_options(self.settings, self.choices, self.ranges)
+        self.decoder.validate(spec)
 
     def skip(self, model: nn.Module) -> str | None:
         """A one-sentence reason why this method cannot run on `model`, or None."""
@@ -56,10 +67,11 @@ class Method:
         """Linear, data-independent map of one example's gradient of one parameter; None: identity."""
         return None
 
-    def decode(self, noisy: NoisySum, step: int) -> dict[str, torch.Tensor]:
+    def decode(self, noisy: NoisySum, step: int) -> Updates:
         """Post-processing: the update direction of each parameter, in the parameter's shape. Default: the decoder's.
 
         A method that overrides this (to map an encoding back) calls `self.decoder` itself, or has no choice of decoders.
+        LazyUpdates where one at a time is to be held in that shape.
         """
         return self.decoder.decode(noisy, step)
 
@@ -69,8 +81,8 @@ class Method:
         """The optimizer that applies the updates to `parameters`; `head` names those of the task's head.
 
         Default: the one the run asks for, the head at `head_lr_factor` times the learning rate: a head that starts at zero
-        needs steps that would tear a pretrained body apart. A group's `lr_factor` multiplies the schedule. Where the decoder
-        preconditions it is plain SGD, and weight decay is decoupled, as in AdamW.
+        needs steps that would tear a pretrained body apart. A group's `lr_factor` multiplies the schedule. Where method or
+        decoder preconditions it is plain SGD, and weight decay is decoupled, as in AdamW.
         """
         import torch
 
@@ -78,7 +90,7 @@ class Method:
         body = {"params": [p for name, p in parameters.items() if name not in head], "lr_factor": 1.0}
         top = {"params": [p for name, p in parameters.items() if name in head], "lr_factor": factor}
         groups = [group for group in (body, top) if group["params"]]
-        if self.decoder.preconditions:
+        if self.preconditions or self.decoder.preconditions:
             return torch.optim.SGD(groups, lr=spec.lr, weight_decay=spec.weight_decay)
         if spec.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)

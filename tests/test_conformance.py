@@ -26,6 +26,11 @@ def decoder_of(method):
     return registry.make(method, registry.methods()[method].defaults.get("decoder", "mean"), {}).decoder
 
 
+def encodings_of(setup, step=0):
+    found = {name: setup.method.encoding(name, p, step) for name, p in setup.parameters.items()}
+    return {name: encoding for name, encoding in found.items() if encoding is not None}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_is_recorded_spends_its_budget_and_trains_what_it_says(method, tiny_bert, settings, setup_of):
     one = a_spec(method, tiny_bert)
@@ -101,7 +106,7 @@ def test_a_damaged_or_foreign_checkpoint_is_not_used(setup_of, tmp_path):
 @pytest.mark.parametrize("method", PARAMETERISED)
 def test_engines_agree_and_microbatches_do_not_matter(method, setup_of):
     setup = setup_of(method)
-    encodings = {n: e for n, p in setup.parameters.items() if (e := setup.method.encoding(n, p, 0)) is not None}
+    encodings = encodings_of(setup)
     examples = setup.prepared.train[:12]
     sums, norms = {}, {}
     for name, groups in {
@@ -175,9 +180,8 @@ def test_noise_and_decode_happen_once_per_logical_step_whatever_the_microbatches
 def test_the_update_is_divided_by_the_expected_batch_size(method, setup_of):
     """Twice the same batch, in one run half of it empty rows of the sampler: the update must not be rescaled."""
     setup = setup_of(method)
-    noisy = GaussianMechanism(0.0, 1.0, 60, stream("cpu", 0)).release(
-        {name: torch.ones_like(p) for name, p in setup.parameters.items()}
-    )
+    sums = zero_sums(setup.parameters, encodings_of(setup))
+    noisy = GaussianMechanism(0.0, 1.0, 60, stream("cpu", 0)).release({name: t + 1 for name, t in sums.items()})
     for name, update in setup.method.decode(noisy, 0).items():
         assert update.shape == setup.parameters[name].shape
     realised = []

@@ -276,5 +276,5 @@ def test_the_check_before_a_run_sees_through_a_head_of_zeros():
         engine = engine_class("factored")(model, loss, dict(model.named_parameters()), no_clock)
         before = {name: p.clone() for name, p in model.named_parameters()}
         with pytest.raises(CannotRun, match="mixes examples") if mixes else contextlib.nullcontext():
-            check(engine, batch)
+            check(engine, batch, {})
         assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

@@ -88,6 +88,7 @@ def _method(job: Job, model: nn.Module) -> Step:
 
 def _dpft(job: Job, model: nn.Module, method=None, optimizer: torch.optim.Optimizer | None = None) -> Step:
     """dpft's own path, as the loop takes it; by default without encodings, decoded to the noisy mean."""
+    from dpft.harness import updates
     from dpft.harness.engine.base import RunningSums, ZeroEngine
     from dpft.harness.mechanism import GaussianMechanism, stream
     from dpft.methods.base import Method
@@ -112,10 +113,7 @@ def _dpft(job: Job, model: nn.Module, method=None, optimizer: torch.optim.Optimi
         with clock("decode"):
             update = method.decode(noisy, count)
         with clock("optimizer"):
-            for name, p in parameters.items():
-                p.grad = update[name].to(p.dtype)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            updates.apply(optimizer, parameters, update)
         count += 1
 
     step.clock = clock

@@ -14,8 +14,10 @@ TOLERANCE, HALF_TOLERANCE = 5e-2, 0.2
 FLOOR, LEAST_LOSS = 1e-2, 0.1
 
 
-def check(engine: Engine, batch: Batch) -> None:
+def check(engine: Engine, batch: Batch, encodings: dict[str, Encoding]) -> None:
     """Compare the engine with plain autograd on `batch` before a run; nothing is trained, and nothing is left changed.
+
+    encodings: those of the run, so that what is compared is what will be clipped, and takes no more room.
 
     Parameters that are all zero (a fresh head, LoRA's B) hold random values meanwhile: nothing would flow past them.
     Raises CannotRun as `agree` does.
@@ -26,7 +28,7 @@ def check(engine: Engine, batch: Batch) -> None:
         for p in zeros:
             p.copy_(0.1 * torch.randn(p.shape, generator=generator))
     try:
-        engine.accumulate(batch, zero_sums(engine.parameters, {}), 1.0, {})
+        engine.accumulate(batch, zero_sums(engine.parameters, encodings), 1.0, encodings)
     finally:
         with torch.no_grad():
             for p in zeros:

@@ -97,20 +97,34 @@ def zero_sums(parameters: dict[str, nn.Parameter], encodings: dict[str, Encoding
 
 
 def example_gradient(engine: Engine, example: Batch, encodings: dict[str, Encoding]) -> tuple[torch.Tensor, Sums]:
-    """(loss, encoded gradient by name) of a batch that holds one example, by plain autograd."""
+    """(loss, encoded gradient by name) of a batch that holds one example, by plain autograd.
+
+    A gradient is encoded and let go as soon as it is there: all of them at once may be more than the method itself ever holds.
+    """
     with engine.clock("forward"):
         loss = engine.losses(example)[0]
-    for p in engine.parameters.values():
-        p.grad = None
-    with engine.clock("backward"):
-        loss.backward()  # not autograd.grad, which reentrant checkpoints refuse
-    encoded = {}
+    encoded: Sums = {}
+
+    def take(name: str, p: nn.Parameter) -> None:
+        gradient, p.grad = encodings.get(name, IDENTITY).dense(p.grad[None])[0], None
+        encoded[name] = (
+            encoded[name] + gradient if name in encoded else gradient
+        )  # reentrant checkpoints bring it in parts
+
+    handles = []
     for name, p in engine.parameters.items():
-        gradient, p.grad = p.grad, None
-        if gradient is None:
+        p.grad = None
+        handles.append(p.register_post_accumulate_grad_hook(lambda p, name=name: take(name, p)))
+    try:
+        with engine.clock("backward"):
+            loss.backward()  # not autograd.grad, which reentrant checkpoints refuse
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in engine.parameters:
+        if name not in encoded:
             raise unused(name)
-        encoded[name] = encodings.get(name, IDENTITY).dense(gradient[None])[0]
-    return loss.detach(), encoded
+    return loss.detach(), {name: encoded[name] for name in engine.parameters}
 
 
 class PlainEngine(Engine):

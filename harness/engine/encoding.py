@@ -15,10 +15,12 @@ class Encoding:
     For a Linear weight m is the output and n the input dimension, and the map acts on the factors of
     `G = E^T A`: `(E L)^T (A R)`, so G itself is never formed. One-dimensional parameters take `left` only; weights of
     convolutions [m, ...] are seen as [m, n] with all further dimensions in n, and their encoded gradient stays so.
+    scale: what is kept by a vector is multiplied by it.
     """
 
     left: torch.Tensor | None = None
     right: torch.Tensor | None = None
+    scale: float = 1.0
 
     def shape(self, shape: torch.Size) -> tuple[int, ...]:
         """The encoded shape of a parameter of `shape`."""
@@ -31,11 +33,11 @@ class Encoding:
 
     def rows(self, factor: torch.Tensor) -> torch.Tensor:
         """`left` applied to a factor whose last dimension is m."""
-        return _side(self.left, factor)
+        return self._side(self.left, factor)
 
     def columns(self, factor: torch.Tensor) -> torch.Tensor:
         """`right` applied to a factor whose last dimension is n."""
-        return _side(self.right, factor)
+        return self._side(self.right, factor)
 
     def dense(self, per_example: torch.Tensor) -> torch.Tensor:
         """Applied to materialised gradients, shape [batch, m] or [batch, m, n, ...]."""
@@ -45,13 +47,28 @@ class Encoding:
             return self.rows(per_example)
         return self.columns(self.rows(per_example.flatten(2).mT).mT)
 
+    def lift(self, encoded: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The transpose of the map: what is encoded, back in `shape`, `L X R^T`. With vectors: put back among zeros."""
+        size = shape[1:].numel()
+        lifted = encoded if len(shape) == 1 else self._back(self.right, encoded, 1, size)
+        return self._back(self.left, lifted, 0, shape[0]).reshape(shape)
 
-def _side(side: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor:
-    if side is None:
-        return factor
-    if side.dim() == 1:
-        return factor.index_select(-1, side)
-    return factor @ side.to(factor.dtype)
+    def _side(self, side: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor:
+        if side is None:
+            return factor
+        if side.dim() == 2:
+            return factor @ side.to(factor.dtype)
+        kept = factor.index_select(-1, side)
+        return kept if self.scale == 1 else kept * self.scale
+
+    def _back(self, side: torch.Tensor | None, encoded: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+        if side is None:
+            return encoded
+        if side.dim() == 2:
+            side = side.to(encoded.dtype)
+            return side @ encoded if dim == 0 else encoded @ side.mT
+        shape = (*encoded.shape[:dim], size, *encoded.shape[dim + 1 :])
+        return encoded.new_zeros(shape).index_copy_(dim, side, encoded if self.scale == 1 else encoded * self.scale)
 
 
 IDENTITY = Encoding()

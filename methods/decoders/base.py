@@ -45,19 +45,18 @@ class Decoder:
         return False
 
     @property
+    def carries(self) -> bool:
+        """Whether one step's update depends on the releases of steps before it."""
+        return self.preconditions
+
+    @property
     def withholds(self) -> bool:
         """Whether a parameter may get no update at all in a step, because no signal was seen in it."""
         return False
 
     def validate(self, spec: RunSpec) -> None:
         """Refuse settings that cannot work, before anything trains. Raises BadInput."""
-        for key, allowed in self.choices.items():
-            if self.settings[key] not in allowed:
-                raise unknown(key, self.settings[key], allowed)
-        for key, (least, greatest) in self.ranges.items():
-            if not least <= self.settings[key] <= greatest:  # a nan is refused, too
-                reach = f"between {least:g} and {greatest:g}" if greatest < float("inf") else f"{least:g} or more"
-                raise BadInput(f"{key} must be {reach}, not {self.settings[key]}; correct it.")
+        check_options(self.settings, self.choices, self.ranges)
 
     def setup(self, model: nn.Module, parameters: dict[str, nn.Parameter], head: frozenset[str], spec: RunSpec) -> None:
         """Look at what trains, once before the run: names, shapes and other public information, never data."""
@@ -72,6 +71,19 @@ class Decoder:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned."""
+
+
+def check_options(
+    settings: dict[str, Any], choices: dict[str, tuple[str, ...]], ranges: dict[str, tuple[float, float]]
+) -> None:
+    """Raises BadInput for a setting that is none of its choices or outside its range."""
+    for key, allowed in choices.items():
+        if settings[key] not in allowed:
+            raise unknown(key, settings[key], allowed)
+    for key, (least, greatest) in ranges.items():
+        if not least <= settings[key] <= greatest:  # a nan is refused, too
+            reach = f"between {least:g} and {greatest:g}" if greatest < float("inf") else f"{least:g} or more"
+            raise BadInput(f"{key} must be {reach}, not {settings[key]}; correct it.")
 
 
 class Mean(Decoder):

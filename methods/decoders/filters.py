@@ -30,6 +30,7 @@ class Doppler(Decoder):
     reference = "arXiv:2408.13460"
     options: ClassVar = {"pole": 0.9, "delayed": 0.5}
     ranges: ClassVar = {"pole": (0.0, BELOW_ONE), "delayed": (-1.0, 0.5)}
+    carries = True
 
     def __init__(self, options=None):
         super().__init__(options)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 Tensors = dict[str, "torch.Tensor"]
+EPSILON = 1e-8  # Adam's
 
 
 class Moment:
@@ -42,6 +44,35 @@ class Moment:
     def load_state_dict(self, state: Tensors) -> None:
         start = f"{self.label}|"
         self.tensors = {key[len(start) :]: tensor for key, tensor in state.items() if key.startswith(start)}
+
+
+class Adam:
+    """Adam's direction, from moments of its own in whatever shape the releases have (Kingma & Ba, 1412.6980)."""
+
+    def __init__(self, beta: float = 0.9, beta2: float = 0.999):
+        self._moments = (Moment("adam_first", beta), Moment("adam_second", beta2, squared=True))
+
+    def precondition(self, releases: Tensors, steps: Callable[[str], int]) -> None:
+        """Turn releases into directions, in place. steps(name): how many of them its moments have seen, with this one."""
+        first, second = self._moments
+        for moment in self._moments:
+            moment.update(releases)
+        for name, release in releases.items():
+            root = (second.tensors[name] / second.correction(steps(name))).sqrt_().add_(EPSILON)
+            release.copy_(first.tensors[name]).div_(first.correction(steps(name))).div_(root)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Let the moments of these parameters start anew."""
+        for name in names:
+            for moment in self._moments:
+                moment.tensors.pop(name, None)
+
+    def state_dict(self) -> Tensors:
+        return self._moments[0].state_dict() | self._moments[1].state_dict()
+
+    def load_state_dict(self, state: Tensors) -> None:
+        for moment in self._moments:
+            moment.load_state_dict(state)
 
 
 def mean_noise_factor(beta: float, steps: int) -> float:

@@ -82,8 +82,13 @@ class RMT(Decoder):
     def withholds(self) -> bool:
         return self.settings["empty"] == "zero"
 
+    @property
+    def carries(self) -> bool:
+        return self.settings["input"] == "ema"
+
     def validate(self, spec) -> None:
         super().validate(spec)
+        self.preconditions = self._is_adam(spec)
         check_scope(self.settings["scope"])
         if self.settings["gate"] and self.settings["shrinker"] not in spectral.CONTINUOUS:
             raise BadInput(
@@ -93,7 +98,10 @@ class RMT(Decoder):
 
     def setup(self, model, parameters, head, spec) -> None:
         self._matrices = matrix_names(model, parameters, head, self.settings["scope"])
-        self.preconditions = self.settings["input"] == "ema" and spec.optimizer != "sgd"
+        self.preconditions = self._is_adam(spec)
+
+    def _is_adam(self, spec) -> bool:
+        return self.settings["input"] == "ema" and spec.optimizer != "sgd"
 
     def decode(self, noisy: NoisySum, step: int) -> dict[str, torch.Tensor]:
         updates, std = noisy.mean(), noisy.mean_noise_std

@@ -1,0 +1,60 @@
+"""How updates reach the parameters: all at once, or made and applied a few at a time where all of them would need room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+_TOGETHER = 1 << 22  # entries of the updates that are made and applied at once (16 MiB of fp32)
+
+
+class LazyUpdates(Mapping):
+    """Updates that are made when they are asked for: what `make(name, part)` returns, in the parameter's shape.
+
+    parts: what they are made of, by name; a method that trains in a subspace keeps these small and never holds a gradient of
+    the model's size.
+    """
+
+    def __init__(self, parts: dict[str, torch.Tensor], make: Callable[[str, torch.Tensor], torch.Tensor]):
+        self.parts, self._make = parts, make
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._make(name, self.parts[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+Updates = dict[str, torch.Tensor] | LazyUpdates
+
+
+def finite(updates: Updates) -> bool:
+    """Whether no entry is nan or infinite; of updates yet to be made, whether none is in what they are made of."""
+    parts = updates.parts if isinstance(updates, LazyUpdates) else updates
+    return bool(torch.isfinite(torch.stack([t.sum() for t in parts.values()])).all())  # a sum hides no nan and no inf
+
+
+def apply(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], updates: Updates) -> None:
+    """One step of `optimizer` on `parameters`. Its state must be kept by parameter, as that of torch's optimizers is."""
+    for names in _bundles(parameters) if isinstance(updates, LazyUpdates) else [list(parameters)]:
+        for name in names:
+            parameters[name].grad = updates[name].to(parameters[name].dtype)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _bundles(parameters: dict[str, nn.Parameter]) -> Iterator[list[str]]:
+    bundle, size = [], 0
+    for name, p in parameters.items():
+        if bundle and size + p.numel() > _TOGETHER:
+            yield bundle
+            bundle, size = [], 0
+        bundle.append(name)
+        size += p.numel()
+    if bundle:
+        yield bundle
