@@ -113,10 +113,11 @@ def test_a_method_stands_in_the_table_at_its_best_rate_and_the_baseline_at_all(s
 
 
 def test_decoders_and_theory_have_tables(store):
-    text = report.markdown(store.records(), store)
-    assert "steps to 90% (ratio)" in text and "### Theory against measurement" in text
+    assert "steps to 90% (ratio)" in report.markdown(store.records(), store)
+    text = report.theory(store.records())
     line = next(line for line in text.splitlines() if line.startswith("|") and "linear" in line and "low-rank" in line)
     assert " / " in line
+    assert "There are no runs to compare" in report.theory([])
     plain = [r for r in store.records() if r["spec"]["decoder"] == "mean"]
     assert "spikes per matrix" not in report.markdown(plain, store)
 
@@ -125,9 +126,10 @@ def test_pictures_are_written_and_are_the_same_every_time(store, tmp_path):
     figures = report.Figures(tmp_path / "pictures", "pictures")
     text = report.markdown(store.records(), store, figures=figures)
     names = sorted(path.name for path in figures.folder.iterdir())
-    assert names == ["low-rank-linear-eps4-alignment.svg", "low-rank-linear-eps4-singular-values.svg"]
+    assert names == ["low-rank-linear-eps4-alignment.svg", "low-rank-rmt-eps4-singular-values.svg"]
     assert all(f"](pictures/{name})" in text for name in names)
     before = [path.read_bytes() for path in sorted(figures.folder.iterdir())]
     assert report.markdown(store.records(), store, figures=figures) == text
     assert [path.read_bytes() for path in sorted(figures.folder.iterdir())] == before
     assert report.markdown(store.records(), store, figures=report.Figures(None, "pictures")) == text
+    assert names[1] in report.theory(store.records(), figures)

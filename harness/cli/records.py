@@ -20,7 +20,10 @@ from dpft.harness.errors import BadInput
 @click.option(
     "--figures", type=click.Path(path_type=Path), help="Folder for pictures (SVG); they are linked in the text."
 )
-def report(folder, output, check, curves, all_lr, figures):
+@click.option(
+    "--theory", is_flag=True, help="Only what random matrix theory predicts of spectra, beside what was seen."
+)
+def report(folder, output, check, curves, all_lr, figures, theory):
     """Print the tables of the runs in FOLDER, or put them between the markers of a markdown file."""
     from dpft.harness import report as reporting
     from dpft.harness.store import Store
@@ -29,13 +32,19 @@ def report(folder, output, check, curves, all_lr, figures):
     if figures is not None:
         link = os.path.relpath(figures, output.parent if output else ".")
         pictures = reporting.Figures(None if check else figures, Path(link).as_posix())
-    text = reporting.markdown(store.records(), store, curves, all_lr, pictures)
+    if theory:
+        text, markers = reporting.theory(store.records(), pictures), reporting.THEORY
+    else:
+        text, markers = (
+            reporting.markdown(store.records(), store, curves, all_lr, pictures),
+            (reporting.BEGIN, reporting.END),
+        )
     if output is None:
         if check:
             raise BadInput("--check needs a file to compare with; give it with -o.")
         click.echo(text)
         return 0
-    fresh = reporting.write(text, output, check)
+    fresh = reporting.write(text, output, check, markers)
     click.echo(f"{output} {'is up to date' if fresh else 'is stale' if check else 'was rewritten'}.", err=True)
     return 1 if check and not fresh else 0
 

@@ -12,6 +12,7 @@ from dpft.harness.report.plots import Figures
 from dpft.harness.spec import completed
 from dpft.harness.store import Store, atomic
 
+THEORY = ("<!-- dpft report --theory: begin -->", "<!-- dpft report --theory: end -->")
 BEGIN, END = "<!-- dpft report: begin -->", "<!-- dpft report: end -->"
 
 
@@ -41,8 +42,6 @@ def markdown(
             parts.append(tables.curves(rows, store))
         if figures is not None:
             parts += plots.of_group(rows, store, figures)
-    if (text := decoders.theory(done)) is not None:
-        parts.append(text)
     failed = [r for r in records if r["status"] != "done"]
     if failed:
         lines = [
@@ -51,6 +50,19 @@ def markdown(
         ]
         parts.append("Not in a table:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def theory(records: list[dict[str, Any]], figures: Figures | None = None) -> str:
+    """Spectra that theory predicts beside those that were seen, and a picture of the run with the largest budget."""
+    done = [{**r, "spec": completed(r["spec"])} for r in records if r["status"] == "done"]
+    text = decoders.theory(done)
+    if text is None:
+        return "There are no runs to compare with theory; make some with `dpft run spectral-theory`."
+    if figures is not None:
+        text += "\n\n" + plots.spectra_of(
+            max(filter(decoders.in_theory, done), key=lambda r: r["spec"]["epsilon"]), figures
+        )
+    return text
 
 
 def write(text: str, path: Path, check: bool, markers: tuple[str, str] = (BEGIN, END)) -> bool:

@@ -84,7 +84,7 @@ def theory(records: list[dict[str, Any]]) -> str | None:
     """
     from tabulate import tabulate
 
-    cells = [cell for record in records if _in_theory(record) for cell in _predictions(record)]
+    cells = [cell for record in records if in_theory(record) for cell in _predictions(record)]
     if not cells:
         return None
     cells.sort(key=lambda cell: tuple(cell.pop("order")))
@@ -97,7 +97,8 @@ def theory(records: list[dict[str, Any]]) -> str | None:
     )
 
 
-def _in_theory(record: dict[str, Any]) -> bool:
+def in_theory(record: dict[str, Any]) -> bool:
+    """Whether the run shrinks plain releases in the way the theory is about, and its spectra were recorded."""
     spec = record["spec"]
     if spec["decoder"] != "rmt" or spec["seed"] != 0 or not record["diagnostics"].get("spectra"):
         return False

@@ -37,13 +37,18 @@ def of_group(rows: list[Row], store: Store, figures: Figures) -> list[str]:
         )
     profiled = [row for row in rows if row.spec["decoder"] == "rmt" and row.records[0]["diagnostics"].get("spectra")]
     if profiled:
-        spectra = profiled[0].records[0]["diagnostics"]["spectra"]
-        title = (
-            f"Singular values at step {spectra[0]['step']} and {spectra[-1]['step']} of {name_of(profiled[0], rows)}"
-        )
-        draw = _profiles(spectra)
-        found.append(_image(figures, f"{stem}-singular-values.svg", title, draw, (2, len(spectra[0]["matrices"]))))
+        found.append(spectra_of(profiled[0].records[0], figures))
     return found
+
+
+def spectra_of(record: dict[str, Any], figures: Figures) -> str:
+    """The singular values of one run at the first and the last recorded step."""
+    spec, spectra = record["spec"], record["diagnostics"]["spectra"]
+    title = (
+        f"Singular values at step {spectra[0]['step']} and {spectra[-1]['step']} of {spec['method']}, {spec['task']}"
+    )
+    name = f"{spec['task']}-{spec['method']}-eps{spec['epsilon']:g}-singular-values.svg"
+    return _image(figures, name, title, _profiles(spectra), (2, len(spectra[0]["matrices"])))
 
 
 def _image(figures: Figures, name: str, title: str, draw, grid: tuple[int, int] = (1, 1)) -> str:
@@ -56,7 +61,7 @@ def _image(figures: Figures, name: str, title: str, draw, grid: tuple[int, int] 
         figures.folder.mkdir(parents=True, exist_ok=True)
         settings = {"svg.hashsalt": "dpft", "svg.fonttype": "none", "font.size": 9}
         with pyplot.style.context(STYLE), matplotlib.rc_context(settings), atomic(figures.folder / name) as temporary:
-            size = (3.2 * grid[1] if grid[1] > 1 else 7.5, 2.6 * grid[0] if grid[0] > 1 else 4.0)
+            size = (max(7.5, 3.2 * grid[1]), max(4.0, 2.6 * grid[0]))
             figure, axes = pyplot.subplots(*grid, figsize=size, squeeze=False, layout="constrained")
             try:
                 draw(axes)
@@ -82,8 +87,9 @@ def _alignment(axes, aligned: list[Row], rows: list[Row], store: Store) -> None:
                 axis.plot(steps, [mean(points[s]) for s in steps], line, color=f"C{i % 10}", label=label, linewidth=1.5)
     axis.set(xlabel="step", ylabel="cosine to the clean clipped sum")
     axis.set_title("dotted: released; solid: decoded", fontsize=8)
+    if axis.lines:
+        axis.legend(fontsize=7, ncols=2)
     axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    axis.legend(fontsize=7, ncols=2)
 
 
 def _profiles(spectra: list[dict[str, Any]]):
