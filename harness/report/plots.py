@@ -105,7 +105,7 @@ def _profiles(spectra: list[dict[str, Any]]):
                 axis.axhline(
                     bulk_edge(*matrix["shape"], matrix["noise_std"]), color="0.5", linestyle="--", linewidth=0.8
                 )
-                axis.set(yscale="log", xlabel="index", title=f"{_short(name)}, step {taken['step']}")
+                axis.set(xlabel="index", title=f"{_short(name)}, step {taken['step']}")
                 axis.title.set_fontsize(7)
         axes[0][0].set_ylabel("singular value")
         axes[0][0].legend(fontsize=7, title="dashed: edge of the noise", title_fontsize=6)
