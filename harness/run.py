@@ -20,7 +20,7 @@ from dpft.harness.mechanism import GaussianMechanism, stream
 from dpft.harness.plan import PrivacyPlan, plan
 from dpft.harness.privacy import ADJACENCY, SAMPLING, certify
 from dpft.harness.probes import Clock
-from dpft.harness.run_settings import MAX_TOKENS, Settings, keep_freed_memory
+from dpft.harness.run_settings import MAX_TOKENS, Settings, exact_fp32, keep_freed_memory
 from dpft.harness.sampling import PoissonSampler
 from dpft.harness.spec import RunSpec
 from dpft.harness.store import SCHEMA
@@ -33,6 +33,7 @@ def execute(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Make one run; returns (record, curve). Only KeyboardInterrupt and the like leave as exceptions."""
     keep_freed_memory()
+    exact_fp32()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     state, status, error = loop.State(), "done", None
     setup = privacy_plan = None

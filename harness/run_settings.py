@@ -41,6 +41,17 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, -1)
 
 
+def exact_fp32() -> None:
+    """fp32 means fp32: no TF32 in matrix products and convolutions, which would round factors and sums differently.
+
+    The default of PyTorch allows it in convolutions. Who wants speed asks for bf16, where the bound on norms is kept.
+    """
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def pick_device(name: str) -> str:
     """A torch device name; `auto` is `cuda` where there is one. Raises BadInput for a device that is not there."""
     import torch

@@ -133,3 +133,16 @@ def test_pictures_are_written_and_are_the_same_every_time(store, tmp_path):
     assert [path.read_bytes() for path in sorted(figures.folder.iterdir())] == before
     assert report.markdown(store.records(), store, figures=report.Figures(None, "pictures")) == text
     assert names[1] in report.theory(store.records(), figures)
+
+
+def test_fp32_means_fp32():
+    """Singular values near the edge, norms and sums must not depend on TF32, whatever was set before."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cudnn.allow_tf32 = True
+        run.execute(spec.resolve({**SIZE, "steps": 1}), Settings(), lambda step, row: None)
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -18,7 +18,7 @@ import torch
 from dpft.harness.bench import floor, peers, subject
 from dpft.harness.bench.cells import BASELINE, WARMUP, Job
 from dpft.harness.errors import BadInput
-from dpft.harness.run_settings import keep_freed_memory
+from dpft.harness.run_settings import exact_fp32, keep_freed_memory
 
 PR_SET_PDEATHSIG = 1
 
@@ -33,6 +33,7 @@ def main() -> None:
 def run(job: Job) -> dict[str, Any]:
     """The result of one job. status: `done`, `skipped`, `out of memory`, `failed` or `bad input`."""
     keep_freed_memory()  # for every engine: it is how `dpft run` runs
+    exact_fp32()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     torch.manual_seed(0)
     try:

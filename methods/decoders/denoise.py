@@ -1,8 +1,10 @@
-"""The work of the spectral decoder on matrices of one shape: Gram, spectrum, shrinkage, in place."""
+"""The work of the spectral decoder on matrices of one shape: Gram, spectrum, shrinkage, in place.
+
+Runs compute fp32 products as fp32 (`exact_fp32`): TF32's ten bits would move singular values across the edge.
+"""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +31,9 @@ def denoise(matrices: dict[str, torch.Tensor], m: int, n: int, std: float, plan:
         return {}
     names, seen = list(matrices), {}
     together = max(1, _STACK // min(m, n) ** 2)
-    with _full_precision():
-        for start in range(0, len(names), together):
-            some = names[start : start + together]
-            seen |= _stack({name: matrices[name] for name in some}, m, n, std, plan)
+    for start in range(0, len(names), together):
+        some = names[start : start + together]
+        seen |= _stack({name: matrices[name] for name in some}, m, n, std, plan)
     return seen
 
 
@@ -124,16 +125,3 @@ def _judge(
         "trusted": found.trusted,
         "raw_is_better": found.trusted and valid and raw > (decoded or 0.0),
     }
-
-
-@contextmanager
-def _full_precision():
-    """fp32 products as fp32: TF32's ten bits would move singular values across the edge."""
-    import torch
-
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
