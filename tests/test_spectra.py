@@ -146,3 +146,13 @@ def test_fp32_means_fp32():
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_a_file_has_several_sections_and_each_report_writes_its_own(tmp_path):
+    page = tmp_path / "page.md"
+    plain, named = report.markers(), report.markers("theory")
+    page.write_text("\n".join(["a", *plain, "b", *named, "c"]))
+    assert not report.write("one", page, False, plain) and not report.write("two", page, False, named)
+    text = page.read_text()
+    assert text.index("one") < text.index("\nb\n") < text.index("two") < text.index("\nc")
+    assert report.write("one", page, True, plain) and not report.write("three", page, True, named)

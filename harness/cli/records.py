@@ -23,7 +23,8 @@ from dpft.harness.errors import BadInput
 @click.option(
     "--theory", is_flag=True, help="Only what random matrix theory predicts of spectra, beside what was seen."
 )
-def report(folder, output, check, curves, all_lr, figures, theory):
+@click.option("--section", help="Name in the markers, where a file has several: <!-- dpft report NAME: begin -->.")
+def report(folder, output, check, curves, all_lr, figures, theory, section):
     """Print the tables of the runs in FOLDER, or put them between the markers of a markdown file."""
     from dpft.harness import report as reporting
     from dpft.harness.store import Store
@@ -33,18 +34,15 @@ def report(folder, output, check, curves, all_lr, figures, theory):
         link = os.path.relpath(figures, output.parent if output else ".")
         pictures = reporting.Figures(None if check else figures, Path(link).as_posix())
     if theory:
-        text, markers = reporting.theory(store.records(), pictures), reporting.THEORY
+        text = reporting.theory(store.records(), pictures)
     else:
-        text, markers = (
-            reporting.markdown(store.records(), store, curves, all_lr, pictures),
-            (reporting.BEGIN, reporting.END),
-        )
+        text = reporting.markdown(store.records(), store, curves, all_lr, pictures)
     if output is None:
         if check:
             raise BadInput("--check needs a file to compare with; give it with -o.")
         click.echo(text)
         return 0
-    fresh = reporting.write(text, output, check, markers)
+    fresh = reporting.write(text, output, check, reporting.markers(section))
     click.echo(f"{output} {'is up to date' if fresh else 'is stale' if check else 'was rewritten'}.", err=True)
     return 1 if check and not fresh else 0
 

@@ -12,8 +12,11 @@ from dpft.harness.report.plots import Figures
 from dpft.harness.spec import completed
 from dpft.harness.store import Store, atomic
 
-THEORY = ("<!-- dpft report --theory: begin -->", "<!-- dpft report --theory: end -->")
-BEGIN, END = "<!-- dpft report: begin -->", "<!-- dpft report: end -->"
+
+def markers(section: str | None = None) -> tuple[str, str]:
+    """The lines between which a section of a markdown file belongs to `dpft report`."""
+    name = "dpft report" if section is None else f"dpft report {section}"
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
 
 
 def markdown(
@@ -65,7 +68,7 @@ def theory(records: list[dict[str, Any]], figures: Figures | None = None) -> str
     return text
 
 
-def write(text: str, path: Path, check: bool, markers: tuple[str, str] = (BEGIN, END)) -> bool:
+def write(text: str, path: Path, check: bool, markers: tuple[str, str]) -> bool:
     """Put `text` between the `markers` of `path`; with `check` only compare. Returns whether the file was up to date.
 
     Raises BadInput when the file has no markers or cannot be read or written.
