@@ -81,7 +81,8 @@ def best_rates(rows: list[Row]) -> list[Row]:
         if len(grid) == 1 or grid[0].baseline:
             kept += grid
         else:
-            best = ordered(grid)[0]
+            seeds = max(len(row.records) for row in grid)  # a rate that has seen fewer seeds is not finished
+            best = ordered([row for row in grid if len(row.records) == seeds])[0]
             kept.append(Row(best.spec, best.records, tuple(sorted(row.spec["lr"] for row in grid))))
     return kept
 
