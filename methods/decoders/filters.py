@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.errors import BadInput
 from dpft.methods.decoders.base import Decoder
-from dpft.methods.decoders.moments import Moment
+from dpft.methods.decoders.moments import EPSILON, Moment
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from dpft.harness.mechanism import NoisySum
 
 BELOW_ONE = 1 - 1e-9
-EPSILON = 1e-8  # Adam's
 
 
 class Doppler(Decoder):

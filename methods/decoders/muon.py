@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 from dpft.harness.errors import BadInput
 from dpft.methods.decoders.base import Decoder
 from dpft.methods.decoders.matrices import check_scope, matrix_names, views
-from dpft.methods.decoders.moments import Moment
+from dpft.methods.decoders.moments import Adam, Moment
 
 if TYPE_CHECKING:
     import torch
 
     from dpft.harness.mechanism import NoisySum
 
-EPSILON = 1e-8  # Adam's
 # Odd polynomials a X + b (X X^T) X + c (X X^T)^2 X: `fast` brings singular values from .003 near one in five rounds but leaves
 # them within .7 .. 1.2 (Jordan et al. 2024); `taylor` (2605.12994, kappa = 2) converges, slowly for small values.
 POLYNOMIALS = {"fast": (3.4445, -4.7750, 2.0315), "taylor": (15 / 8, -10 / 8, 3 / 8)}
@@ -51,8 +50,7 @@ class Muon(Decoder):
     def __init__(self, options=None):
         super().__init__(options)
         self._momentum = Moment("momentum", self.settings["beta"])
-        self._first = Moment("first", self.settings["adam_beta"])
-        self._second = Moment("second", self.settings["adam_beta2"], squared=True)
+        self._adam = Adam(self.settings["adam_beta"], self.settings["adam_beta2"])
 
     def validate(self, spec) -> None:
         super().validate(spec)
@@ -69,26 +67,21 @@ class Muon(Decoder):
         matrices = {name: updates[name] for name, found in parts.items() if found}
         rest = {name: update for name, update in updates.items() if name not in matrices}
         self._momentum.update(matrices)
-        self._first.update(rest)
-        self._second.update(rest)
         for name, update in matrices.items():
             update.copy_(self._momentum.tensors[name])
             for view in parts[name].values():
                 polynomial = POLYNOMIALS[self.settings["polynomial"]]
                 scale = 0.2 * max(view.shape) ** 0.5
                 view.copy_(orthogonalised(view, self.settings["iterations"], polynomial)).mul_(scale)
-        for name, update in rest.items():
-            square = self._second.tensors[name] / self._second.correction(step + 1)
-            update.copy_(self._first.tensors[name]).div_(self._first.correction(step + 1))
-            update.div_(square.sqrt_().add_(EPSILON))
+        self._adam.precondition(rest, lambda name: step + 1)
         return updates
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return self._momentum.state_dict() | self._first.state_dict() | self._second.state_dict()
+        return self._momentum.state_dict() | self._adam.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        for moment in (self._momentum, self._first, self._second):
-            moment.load_state_dict(state)
+        self._momentum.load_state_dict(state)
+        self._adam.load_state_dict(state)
 
 
 def orthogonalised(matrix: torch.Tensor, iterations: int, polynomial: tuple[float, float, float]) -> torch.Tensor:

@@ -10,14 +10,12 @@ from dpft.methods.decoders import spectral
 from dpft.methods.decoders.base import Decoder
 from dpft.methods.decoders.denoise import Plan, denoise
 from dpft.methods.decoders.matrices import check_scope, matrix_names, views
-from dpft.methods.decoders.moments import Moment, mean_noise_factor
+from dpft.methods.decoders.moments import EPSILON, Moment, mean_noise_factor
 
 if TYPE_CHECKING:
     import torch
 
     from dpft.harness.mechanism import NoisySum
-
-EPSILON = 1e-8  # Adam's
 
 
 class RMT(Decoder):
