@@ -92,7 +92,8 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     setup.prepared.model.train()
     if setup.engine.needs_per_example:
         few = _batch(setup, setup.prepared.validation, _spread(len(setup.prepared.validation), 4))
-        check(setup.engine, few, _encodings(setup, state.step))
+        with setup.method.rehearsal():
+            check(setup.engine, few, _encodings(setup, state.step))
         setup.clock.take()
     while state.step < spec.steps:
         if setup.deadline is not None and time.monotonic() > setup.deadline:

@@ -111,7 +111,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
     method.decoder.setup(model, parameters, head, spec)
     clock = Clock(device)
     engine = _engine(spec, settings, method)(
-        model, _loss(spec, task, device), parameters, clock, Clipping(spec.clipping, spec.clip_groups)
+        model, method.objective(_loss(spec, task, device)), parameters, clock, Clipping(spec.clipping, spec.clip_groups)
     )
     return loop.Setup(
         spec=spec,

@@ -3,6 +3,7 @@ how a released noisy sum becomes an update. It never sees a clean gradient, the 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpft.methods.decoders.base import Decoder, Mean, check_options
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from dpft.harness.engine.base import Loss
     from dpft.harness.engine.encoding import Encoding
     from dpft.harness.mechanism import NoisySum
     from dpft.harness.spec import RunSpec
@@ -62,6 +64,18 @@ class Method:
         The head's parameters (`model.head_parameters`) keep their names.
         """
         return model
+
+    def objective(self, loss: Loss) -> Loss:
+        """The loss of each example whose gradient is queried; default: the task's, at the present weights.
+
+        It may be evaluated at other weights that are public or functions of releases, as often as wanted: whatever comes of
+        it, one example's gradient is clipped once.
+        """
+        return loss
+
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """A context in which the objective is as in the middle of a run: engines are checked in it before the first step."""
+        return nullcontext()
 
     def encoding(self, name: str, parameter: nn.Parameter, step: int) -> Encoding | None:
         """Linear, data-independent map of one example's gradient of one parameter; None: identity."""

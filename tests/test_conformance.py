@@ -116,7 +116,7 @@ def test_engines_agree_and_microbatches_do_not_matter(method, setup_of):
         "opacus": [examples],
     }.items():
         engine = engine_class("factored" if name == "pieces" else name)(
-            setup.prepared.model, setup.task.loss, setup.parameters, setup.clock
+            setup.prepared.model, setup.engine.loss, setup.parameters, setup.clock
         )
         total, found = zero_sums(setup.parameters, encodings), []
         for group in groups:
@@ -137,7 +137,7 @@ def test_zero_noise_and_infinite_clip_is_the_non_private_optimizer(method, setup
     private = dataclasses.replace(
         private, mechanism=silent, spec=unclipped, epsilon_curve=None
     )  # zero noise has no epsilon
-    engine = PlainEngine(plain.prepared.model, plain.task.loss, plain.parameters, plain.clock)
+    engine = PlainEngine(plain.prepared.model, plain.engine.loss, plain.parameters, plain.clock)
     plain = dataclasses.replace(plain, mechanism=silent, engine=engine, epsilon_curve=None)
     for one in (private, plain):  # plain SGD: Adam would turn rounding of a zero gradient into a full step
         one.method.optimizer = lambda parameters, head, spec: torch.optim.SGD(parameters.values(), lr=0.5)
@@ -250,7 +250,7 @@ def test_every_head_trains_and_the_engines_agree_on_it(method, head, tiny_bert, 
     batch = setup.prepared.collate(setup.prepared.train[:8])
     found = {}
     for name in ("factored", "reference"):
-        engine = engine_class(name)(setup.prepared.model, setup.task.loss, setup.parameters, setup.clock)
+        engine = engine_class(name)(setup.prepared.model, setup.engine.loss, setup.parameters, setup.clock)
         total = zero_sums(setup.parameters, {})
         _, norms = engine.accumulate(batch, total, 0.1, {})
         engine.close()

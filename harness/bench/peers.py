@@ -97,7 +97,7 @@ def _dpft(job: Job, model: nn.Module, method=None, optimizer: torch.optim.Optimi
     parameters = trainable(model)
     kind = ZeroEngine if method.query == "none" else engine_class(job.engine)
     clock = Clock(torch.device(job.device))
-    engine = kind(model, loss_of(job), parameters, clock)
+    engine = kind(model, method.objective(loss_of(job)), parameters, clock)
     mechanism = GaussianMechanism(job.noise_multiplier, job.clip_norm, job.examples, stream(job.device, "bench"))
     count = 0
 

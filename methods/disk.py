@@ -1,0 +1,109 @@
+"""DiSK: the gradient is tracked by a simplified Kalman filter (Zhang et al., 2410.03883)."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar
+
+from dpft.harness.errors import BadInput
+from dpft.methods.full import DPAdam
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dpft.harness.mechanism import NoisySum
+    from dpft.harness.spec import RunSpec
+
+
+class DiSK(DPAdam):
+    """DP-Adam on filtered releases of a gradient that looks ahead along the last step (2410.03883, Algorithm 1).
+
+    Example i's loss is `a f_i(w + gamma d) + (1 - a) f_i(w)` with d the last step of the weights and
+    `a = (1 - kappa)/(kappa gamma)`: to first order its gradient is that at w plus (1 - kappa)/kappa times how far the gradient
+    moved in the last step, which is what the filter `m <- (1 - kappa) m + kappa release` lags behind by. The mixture is clipped
+    once, as one gradient, and released with noise sigma C like any other: the noise multiplier is not rescaled. d is a function
+    of releases. Two forward and backward passes per step, and a copy of the weights. The filter starts at the first release, so
+    that without noise and clipping it is the gradient itself wherever that is linear. kappa = 1 is dp-adam.
+    """
+
+    name = "disk"
+    summary = "dp-adam on Kalman-filtered releases of a look-ahead gradient"
+    reference = "arXiv:2410.03883"
+    options: ClassVar = {**DPAdam.options, "kappa": 0.7, "gamma": 0.5}
+    ranges: ClassVar = {"kappa": (1e-3, 1.0), "gamma": (1e-3, float("inf"))}
+
+    def __init__(self, options=None, decoder=None):
+        super().__init__(options, decoder)
+        self._filtered: dict[str, torch.Tensor] = {}
+        self._before: dict[str, torch.Tensor] = {}  # the weights one step ago; empty in the first step
+
+    def validate(self, spec: RunSpec) -> None:
+        super().validate(spec)
+        if self.decoder.name != "mean":
+            raise BadInput(f"disk filters releases itself; leave out decoder={self.decoder.name}.")
+
+    def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        return model
+
+    def objective(self, loss):
+        from torch import nn
+        from torch.func import functional_call
+
+        kappa, gamma = self.settings["kappa"], self.settings["gamma"]
+        share = (1 - kappa) / (kappa * gamma)
+
+        class Elsewhere(nn.Module):
+            """The whole loss as a module, so that it can be called with other weights."""
+
+            def __init__(self, model: nn.Module):
+                super().__init__()
+                self.model = model
+
+            def forward(self, batch) -> torch.Tensor:
+                return loss(self.model, batch)
+
+        def mixed(model: nn.Module, batch) -> torch.Tensor:
+            if not self._before or share == 0:
+                return loss(model, batch)
+            ahead = {f"model.{n}": p + gamma * (p.detach() - self._before[n]) for n, p in self._parameters.items()}
+            return share * functional_call(Elsewhere(model), ahead, (batch,)) + (1 - share) * loss(model, batch)
+
+        return mixed
+
+    @contextmanager
+    def rehearsal(self):
+        """The engine is checked at weights that differ from those of the step before, as they will in every step but the first."""
+        import torch
+
+        kept, generator = self._before, torch.Generator().manual_seed(0)
+        self._before = {
+            n: p.detach() + 0.01 * torch.randn(p.shape, generator=generator).to(p) for n, p in self._parameters.items()
+        }
+        try:
+            yield
+        finally:
+            self._before = kept
+
+    def decode(self, noisy: NoisySum, step: int) -> dict[str, torch.Tensor]:
+        updates, kappa = noisy.mean(), self.settings["kappa"]
+        if kappa == 1:
+            return updates
+        for name, update in updates.items():
+            kept = self._filtered.get(name)
+            self._filtered[name] = update.clone() if kept is None else kept.lerp_(update, kappa)
+            update.copy_(self._filtered[name])
+        for name, p in self._parameters.items():  # the optimizer moves p after this
+            self._before[name] = p.detach().clone()
+        return updates
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        kept = {"filtered": self._filtered, "before": self._before}
+        return {f"{label}|{name}": tensor for label, tensors in kept.items() for name, tensor in tensors.items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        for key, tensor in state.items():
+            label, name = key.split("|", 1)
+            own = self._filtered if label == "filtered" else self._before
+            own[name] = tensor.to(self._parameters[name].device)
