@@ -155,7 +155,8 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     with clock("decode"):
         update = setup.method.decode(noisy, step)
     if look is not None:
-        look.at_update(update)
+        estimate, setup.method.decoder.estimate = setup.method.decoder.estimate, None
+        look.at_update(update if estimate is None else estimate)
         state.alignment_by_parameter.append({"step": step + 1, **look.by_parameter})
         if look.spectra:
             state.spectra.append({"step": step + 1, "matrices": look.spectra})

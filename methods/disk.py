@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 class DiSK(DPAdam):
     """DP-Adam on filtered releases of a gradient that looks ahead along the last step (2410.03883, Algorithm 1).
 
-    Example i's loss is `a f_i(w + gamma d) + (1 - a) f_i(w)` with d the last step of the weights and
-    `a = (1 - kappa)/(kappa gamma)`: to first order its gradient is that at w plus (1 - kappa)/kappa times how far the gradient
-    moved in the last step, which is what the filter `m <- (1 - kappa) m + kappa release` lags behind by. The mixture is clipped
+    Example i's loss is `a f_i(w + gamma d) + (1 - a) f_i(w)` with d the last step of the weights, gamma the `lookahead`, kappa the
+    `gain` and `a = (1 - kappa)/(kappa gamma)`: to first order its gradient is that at w plus (1 - kappa)/kappa times how far the
+    gradient moved in the last step, which is what the filter `m <- (1 - kappa) m + kappa release` lags behind by. The mixture is clipped
     once, as one gradient, and released with noise sigma C like any other: the noise multiplier is not rescaled. d is a function
     of releases. Two forward and backward passes per step, and a copy of the weights. The filter starts at the first release, so
-    that without noise and clipping it is the gradient itself wherever that is linear. kappa = 1 is dp-adam.
+    that without noise and clipping it is the gradient itself wherever that is linear. gain = 1 is dp-adam.
     """
 
     name = "disk"
     summary = "dp-adam on Kalman-filtered releases of a look-ahead gradient"
     reference = "arXiv:2410.03883"
-    options: ClassVar = {**DPAdam.options, "kappa": 0.7, "gamma": 0.5}
-    ranges: ClassVar = {"kappa": (1e-3, 1.0), "gamma": (1e-3, float("inf"))}
+    options: ClassVar = {**DPAdam.options, "gain": 0.7, "lookahead": 0.5}
+    ranges: ClassVar = {"gain": (1e-3, 1.0), "lookahead": (1e-3, float("inf"))}
 
     def __init__(self, options=None, decoder=None):
         super().__init__(options, decoder)
@@ -51,7 +51,7 @@ class DiSK(DPAdam):
         from torch import nn
         from torch.func import functional_call
 
-        kappa, gamma = self.settings["kappa"], self.settings["gamma"]
+        kappa, gamma = self.settings["gain"], self.settings["lookahead"]
         share = (1 - kappa) / (kappa * gamma)
 
         class Elsewhere(nn.Module):
@@ -74,7 +74,7 @@ class DiSK(DPAdam):
 
     @contextmanager
     def rehearsal(self):
-        """The engine is checked at weights that differ from those of the step before, as they will in every step but the first."""
+        """Engines are checked at weights that differ from those of the step before, as they will in every step but the first."""
         import torch
 
         kept, generator = self._before, torch.Generator().manual_seed(0)
@@ -87,7 +87,7 @@ class DiSK(DPAdam):
             self._before = kept
 
     def decode(self, noisy: NoisySum, step: int) -> dict[str, torch.Tensor]:
-        updates, kappa = noisy.mean(), self.settings["kappa"]
+        updates, kappa = noisy.mean(), self.settings["gain"]
         if kappa == 1:
             return updates
         for name, update in updates.items():

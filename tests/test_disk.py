@@ -49,7 +49,7 @@ def gradient(model, batch):
 
 
 def test_one_example_is_asked_for_the_mixture_of_both_points_and_clipped_once():
-    model, method, batch = made(kappa=0.6, gamma=0.25)
+    model, method, batch = made(gain=0.6, lookahead=0.25)
     a = 0.4 / (0.6 * 0.25)
     with method.rehearsal():
         moved = copy.deepcopy(model)
@@ -106,5 +106,5 @@ def test_where_the_gradient_is_linear_the_filter_is_the_gradient_and_without_loo
 def test_disk_takes_no_second_filter():
     with pytest.raises(BadInput, match="filters releases itself"):
         resolve({"task": "sentences", "method": "disk", "decoder": "doppler"})
-    with pytest.raises(BadInput, match="kappa must be"):
-        resolve({"task": "sentences", "method": "disk", "kappa": 0.0})
+    with pytest.raises(BadInput, match="gain must be"):
+        resolve({"task": "sentences", "method": "disk", "gain": 0.0})

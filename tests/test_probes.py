@@ -5,6 +5,8 @@ import time
 import pytest
 import torch
 
+from small_runs import trained
+
 from dpft.harness.probes import Clock, LiveBytes, alignment, cosine, signal_to_noise
 from dpft.harness.thresholds import crossing, relative_target, smoothed
 
@@ -93,3 +95,11 @@ def test_targets_and_smoothing():
     assert smoothed([1.0, 2.0, 3.0, 4.0]) == [1.0, 1.5, 2.0, 3.0]
     assert relative_target(0.9, 0.9) == pytest.approx(0.81)
     assert relative_target(0.9, 0.9, chance=0.5) == pytest.approx(0.86)
+
+
+def test_what_a_preconditioning_decoder_takes_for_the_gradient_is_what_is_aligned(setup_of):
+    """In the first step the running mean of releases is the release; Adam's direction, its sign, is something else."""
+    setup = setup_of("dp-adambc", eval_every=1, steps=1)
+    row = trained(setup).curve[0]
+    assert row["alignment_decoded"] == pytest.approx(row["alignment_noisy"], rel=1e-6)
+    assert setup.method.decoder.estimate is None

@@ -22,7 +22,8 @@ class Decoder:
     `reference` (arXiv id), `options` (settings with their defaults), `choices` (option -> the values it may have),
     `ranges` (option -> (least, greatest)).
     `preconditions`: the update is a finished direction, so plain SGD with the run's lr applies it. `observing`: the loop
-    wants `observed` of this step, numbers by parameter that are functions of the release alone.
+    wants `observed` of this step, numbers by parameter that are functions of the release alone, and, of a decoder that
+    preconditions, its `estimate` of the gradient before it does (None: the update is that).
     """
 
     name: ClassVar[str]
@@ -38,6 +39,7 @@ class Decoder:
         self.settings = {**self.options, **(options or {})}
         self.observing = False
         self.observed: dict[str, dict[str, float | int | bool | None]] = {}
+        self.estimate: dict[str, torch.Tensor] | None = None
 
     @property
     def exact_without_noise(self) -> bool:
@@ -64,6 +66,13 @@ class Decoder:
     def decode(self, noisy: NoisySum, step: int) -> dict[str, torch.Tensor]:
         """The update of each parameter, from the release of step `step` (from 0). May work in place of its tensors."""
         raise NotImplementedError
+
+    def note(self, estimate: dict[str, torch.Tensor]) -> None:
+        """Keep a copy of `estimate` where the loop observes, for its alignment; call it before preconditioning in place."""
+        from dpft.harness.probes import uncounted
+
+        with uncounted():
+            self.estimate = {name: tensor.clone() for name, tensor in estimate.items()} if self.observing else None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Tensors the decoder carries from step to step, for checkpoints."""

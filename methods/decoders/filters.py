@@ -90,6 +90,7 @@ class AdamBC(Decoder):
         updates, variance = noisy.mean(), noisy.mean_noise_std**2
         self._first.update(updates)
         self._second.update(updates)
+        self.note(self._first.tensors)
         noise = variance if self.settings["correct"] else 0.0
         for name, update in updates.items():
             square = self._second.tensors[name] / self._second.correction(step + 1) - noise

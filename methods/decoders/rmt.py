@@ -113,6 +113,7 @@ class RMT(Decoder):
             update.copy_(self._first.tensors[name]).div_(self._first.correction(step + 1))
         self._denoise(updates, std * mean_noise_factor(self.settings["beta"], step + 1))
         if self.preconditions:
+            self.note(updates)
             least = std**2 if self.settings["floor"] else 0.0
             for name, update in updates.items():
                 square = self._second.tensors[name] / self._second.correction(step + 1)
