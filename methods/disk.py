@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 class DiSK(DPAdam):
     """DP-Adam on filtered releases of a gradient that looks ahead along the last step (2410.03883, Algorithm 1).
 
-    Example i's loss is `a f_i(w + gamma d) + (1 - a) f_i(w)` with d the last step of the weights, gamma the `lookahead`, kappa the
-    `gain` and `a = (1 - kappa)/(kappa gamma)`: to first order its gradient is that at w plus (1 - kappa)/kappa times how far the
-    gradient moved in the last step, which is what the filter `m <- (1 - kappa) m + kappa release` lags behind by. The mixture is clipped
-    once, as one gradient, and released with noise sigma C like any other: the noise multiplier is not rescaled. d is a function
-    of releases. Two forward and backward passes per step, and a copy of the weights. The filter starts at the first release, so
-    that without noise and clipping it is the gradient itself wherever that is linear. gain = 1 is dp-adam.
+    Example i's loss is `a f_i(w + gamma d) + (1 - a) f_i(w)` with d the last step of the weights, gamma the `lookahead`, kappa
+    the `gain` and `a = (1 - kappa)/(kappa gamma)`: to first order its gradient is that at w plus (1 - kappa)/kappa times how far
+    the gradient moved in the last step, which is what the filter `m <- (1 - kappa) m + kappa release` lags behind by. The mixture
+    is clipped once, as one gradient, and released with noise sigma C like any other: the noise multiplier is not rescaled. d is
+    a function of releases. Two forward and backward passes per step, and a copy of the weights. The filter starts at the first
+    release, so that without noise and clipping it is the gradient itself wherever that is linear. gain = 1 is dp-adam.
     """
 
     name = "disk"

@@ -4,7 +4,6 @@ import time
 
 import pytest
 import torch
-
 from small_runs import trained
 
 from dpft.harness.probes import Clock, LiveBytes, alignment, cosine, signal_to_noise
