@@ -233,8 +233,8 @@ def _diagnostics(state: loop.State) -> dict[str, Any]:
     return {
         "private": False,
         "alignment": {"noisy": mean("alignment_noisy"), "decoded": mean("alignment_decoded"), "snr": mean("snr")},
-        "alignment_by_parameter": state.alignment_by_parameter,
-        "decoder_by_parameter": state.decoder_by_parameter,
+        "alignment_by_parameter": spectra.shortened(state.alignment_by_parameter),
+        "decoder_by_parameter": spectra.shortened(state.decoder_by_parameter),
         "spectra": state.spectra,
         "clipped_fraction": mean("clipped_fraction"),
     }

@@ -80,7 +80,16 @@ def predict(x: torch.Tensor, m: int, n: int, s: float) -> dict[str, float | int 
 
 
 def _short(values: torch.Tensor) -> list[float]:
-    return [float(f"{v:.4g}") for v in values[:VALUES].tolist()]
+    return shortened(values[:VALUES].tolist())
+
+
+def shortened(value: Any) -> Any:
+    """The same nested lists and dictionaries, floats to four digits: there are thousands of them in a record."""
+    if isinstance(value, dict):
+        return {key: shortened(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [shortened(inner) for inner in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _spread(items: list, count: int) -> list:
