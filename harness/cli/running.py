@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -23,7 +24,16 @@ from dpft.harness.errors import BadInput
     "--max-tokens", type=click.IntRange(1), help="Padded tokens per microbatch.  [default: 2048; on CUDA 16384]"
 )
 @click.option("--shard", default="1/1", metavar="I/N", help="Make every N-th run, from the I-th.")
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the runs.")
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Runs at once.  [default: 1; on ray as many as there are GPUs, or CPUs]"
+)
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Here, or on the Ray cluster of RAY_ADDRESS.",
+)
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds per run.")
 @click.option(
     "--checkpoint-every", type=float, default=300, show_default=True, help="Seconds between checkpoints of a run."
@@ -33,11 +43,11 @@ from dpft.harness.errors import BadInput
 @click.option("--overwrite", is_flag=True, help="Make runs again that are there already.")
 @click.option("--quiet", is_flag=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON document instead of the table.")
-def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, jobs, timeout, checkpoint_every,
-        resume, retry_failed, overwrite, quiet, as_json):  # fmt: skip
+def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, jobs, executor, timeout,
+        checkpoint_every, resume, retry_failed, overwrite, quiet, as_json):  # fmt: skip
     """Make the missing runs of SUITE (or of --task/--method ...) and print the table."""
+    from dpft.harness import cluster, execution, progress, report
     from dpft.harness import engine as engines
-    from dpft.harness import execution, progress, report
     from dpft.harness import jobs as processes
     from dpft.harness.errors import unknown
     from dpft.harness.run_settings import Settings, pick_device
@@ -50,11 +60,15 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     single = suite is None and len(runs) == 1
     policy = execution.Policy(retry_failed or single, overwrite, resume, _shard(shard), processes.began())
     pending = [s for s in execution.shard(runs, policy.shard) if execution.is_pending(store, s, policy)]
-    with processes.siblings(min(jobs, max(1, len(pending))), sys.argv[1:]):
-        settings = Settings(
-            data_dir, engine, pick_device(device) if pending else "cpu", max_tokens, timeout, checkpoint_every
-        )
-        records = execution.run_all(runs, store, settings, policy, progress.reporter(len(pending), quiet))
+    settings = Settings(data_dir, engine, device, max_tokens, timeout, checkpoint_every)
+    reporter = progress.reporter(len(pending), quiet)
+    if executor == "ray":
+        plugins = click.get_current_context().find_root().params.get("plugins", ())
+        records = cluster.run_all(runs, store, settings, policy, reporter, jobs, plugins)
+    else:
+        with processes.siblings(min(jobs or 1, max(1, len(pending))), sys.argv[1:]):
+            settings = dataclasses.replace(settings, device=pick_device(device) if pending else "cpu")
+            records = execution.run_all(runs, store, settings, policy, reporter)
     failed = [r for r in records if r["status"] not in ("done", "skipped")]
     if as_json:
         click.echo(json.dumps(records, indent=1, allow_nan=False))
