@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dpft.harness.values import has_values
+
 # Noise is drawn block by block, each block from the next of a fixed number of streams: on a CPU the streams run side by side,
 # and no schedule changes what is drawn. A CPU's blocks are small enough for the cache (and for torch not to split them over
 # threads again); on a GPU every block costs three launches, so there they are as large as a buffer may be.
@@ -64,7 +66,8 @@ class GaussianMechanism:
             count, block = len(self._generators), _BLOCK[self._generators[0].device.type]
             blocks = [part for tensor in clipped_sum.values() for part in tensor.view(-1).split(block)]
             work = [(generator, blocks[i::count], std, size) for i, generator in enumerate(self._generators)]
-            for _ in map(_add_noise, work) if self._workers is None else self._workers.map(_add_noise, work):
+            aside = self._workers is not None and all(map(has_values, clipped_sum.values()))
+            for _ in (self._workers.map if aside else map)(_add_noise, work):
                 pass
         else:
             torch._foreach_div_(list(clipped_sum.values()), size)

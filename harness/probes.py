@@ -149,18 +149,26 @@ class LiveBytes(TorchDispatchMode):
         "optimizer": "optimizer_state",
     }
 
-    def __init__(self, clock: Clock):
+    def __init__(self, clock: Clock, shapes: dict[tuple[int, ...], str] | None = None):
+        """shapes: category of tensors of these shapes that are made in the backward pass or in the clip, where it is known."""
         super().__init__()
-        self.clock = clock
+        self.clock, self._shapes = clock, shapes or {}
         self.live: dict[str, int] = defaultdict(int)
         self.peak: dict[str, int] = {}
         self._total = self._peak_total = 0
-        self._known: dict[int, weakref.ref] = {}
+        self._known: dict[int, tuple[weakref.ref, list[str]]] = {}
 
     def label(self, category: str, tensors) -> None:
-        """Count the storages of `tensors` under `category` from now on."""
+        """Count the storages of `tensors` under `category` from now on, also those that were counted under another."""
         for tensor in tensors:
-            self._add(tensor, category)
+            known = self._known.get(tensor.untyped_storage()._cdata)
+            if known is None:
+                self._add(tensor, category)
+            else:
+                size, holder = tensor.untyped_storage().nbytes(), known[1]
+                self.live[holder[0]] -= size
+                self.live[category] += size
+                holder[0] = category
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -169,7 +177,8 @@ class LiveBytes(TorchDispatchMode):
         category = self.CATEGORIES.get(self.clock.phase or "", "other")
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor):
-                self._add(tensor, category)
+                known = self._shapes.get(tuple(tensor.shape)) if self.clock.phase in ("backward", "clip") else None
+                self._add(tensor, known or category)
         return out
 
     def _add(self, tensor: torch.Tensor, category: str) -> None:
@@ -177,7 +186,8 @@ class LiveBytes(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if size == 0 or key in self._known:
             return
-        self._known[key] = weakref.ref(storage, lambda _: self._remove(key, category, size))
+        holder = [category]
+        self._known[key] = (weakref.ref(storage, lambda _: self._remove(key, holder[0], size)), holder)
         self.live[category] += size
         self._total += size
         if self._total > self._peak_total:

@@ -11,10 +11,12 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dpft.harness.bench.cells import Job
 from dpft.harness.bench.subject import Batch, loss_of
 from dpft.harness.engine import NAMES, engine_class
+from dpft.harness.engine.base import Engine, Loss
 from dpft.harness.probes import Clock
 from dpft.tasks.classification import logits
 
@@ -32,7 +34,7 @@ def step_of(job: Job, model: nn.Module) -> Step:
     if job.training == "lora":
         model = _prepared("dp-lora", model)[2]
     if job.engine in NAMES:
-        return _dpft(job, model)
+        return dpft_step(job, model)
     return PEERS[job.engine](job, model)
 
 
@@ -47,8 +49,9 @@ def _optimizer(job: Job, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=job.lr, fused=True)
 
 
-def _non_private(job: Job, model: nn.Module) -> Step:
-    optimizer, loss, clock = _optimizer(job, model), loss_of(job), Clock(torch.device(job.device))
+def non_private_step(job: Job, model: nn.Module, loss: Loss | None = None) -> Step:
+    optimizer, clock = _optimizer(job, model), Clock(torch.device(job.device))
+    loss = loss or loss_of(job)
 
     def step(batches):
         for batch in batches:
@@ -83,11 +86,21 @@ def _method(job: Job, model: nn.Module) -> Step:
     head = frozenset(model.head_parameters)
     spec, method, model = _prepared(job.method, model, job.examples, job.decoder)
     method.decoder.setup(model, trainable(model), head, spec)
-    return _dpft(job, model, method, method.optimizer(trainable(model), head, spec))
+    return dpft_step(job, model, method, method.optimizer(trainable(model), head, spec))
 
 
-def _dpft(job: Job, model: nn.Module, method=None, optimizer: torch.optim.Optimizer | None = None) -> Step:
-    """dpft's own path, as the loop takes it; by default without encodings, decoded to the noisy mean."""
+def dpft_step(
+    job: Job,
+    model: nn.Module,
+    method=None,
+    optimizer: torch.optim.Optimizer | None = None,
+    kind: type[Engine] | None = None,
+    loss: Loss | None = None,
+) -> Step:
+    """dpft's own path, as the loop takes it; by default without encodings, decoded to the noisy mean.
+
+    kind, loss: in place of the job's engine and of the cross entropy of its classes.
+    """
     from dpft.harness import updates
     from dpft.harness.engine.base import RunningSums, ZeroEngine
     from dpft.harness.mechanism import GaussianMechanism, stream
@@ -95,10 +108,11 @@ def _dpft(job: Job, model: nn.Module, method=None, optimizer: torch.optim.Optimi
 
     method, optimizer = method or Method(), optimizer or _optimizer(job, model)
     parameters = trainable(model)
-    kind = ZeroEngine if method.query == "none" else engine_class(job.engine)
+    kind = kind or (ZeroEngine if method.query == "none" else engine_class(job.engine))
     clock = Clock(torch.device(job.device))
-    engine = kind(model, method.objective(loss_of(job)), parameters, clock)
-    mechanism = GaussianMechanism(job.noise_multiplier, job.clip_norm, job.examples, stream(job.device, "bench"))
+    engine = kind(model, method.objective(loss or loss_of(job)), parameters, clock)
+    with unset_fake_temporarily():  # a generator has a seed also where tensors have only shapes
+        mechanism = GaussianMechanism(job.noise_multiplier, job.clip_norm, job.examples, stream(job.device, "bench"))
     count = 0
 
     def step(batches):
@@ -213,7 +227,7 @@ def _private_transformers(job: Job, model: nn.Module) -> Step:
 
 
 PEERS: dict[str, Callable[[Job, nn.Module], Step]] = {
-    "non-private": _non_private,
+    "non-private": non_private_step,
     "opacus-hooks": _opacus_hooks,
     "opacus-ghost": _opacus_ghost,
     "fastdp": _fastdp,

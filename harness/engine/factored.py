@@ -19,6 +19,8 @@ from dpft.harness.engine.pieces import Grams, Measured, Piece, charged, measured
 from dpft.harness.engine.rules import rule_for
 from dpft.harness.engine.taps import Recorder, Use
 from dpft.harness.errors import CannotRun
+from dpft.harness.probes import uncounted
+from dpft.harness.values import has_values
 
 
 class FactoredEngine(Engine):
@@ -62,8 +64,9 @@ class FactoredEngine(Engine):
             for group in list(self._groups):
                 self._settle(group)
         done, self._pass = self._pass, None
-        if not self._agreed and len(losses) > 1:
-            self._agreed = agree(self, batch, encodings, losses, done.squares, done.half)
+        if not self._agreed and len(losses) > 1 and has_values(losses):
+            with uncounted():
+                self._agreed = agree(self, batch, encodings, losses, done.squares, done.half)
         return losses, overall(done.norms)
 
     def close(self):
@@ -113,10 +116,14 @@ class FactoredEngine(Engine):
         pieces: list[Piece] = [
             self._rules[group[0].module](group, local, encoding) for (local, _), group in kinds.items()
         ]
-        now.found[name] = measured(name, pieces, now.grams)
+        now.found[name] = self._measured(name, pieces)
         group = self.clipping.group_of(name)
         if group and all(member in now.found for member in self._groups[group]):
             self._settle(group)
+
+    def _measured(self, name: str, pieces: list[Piece]) -> Measured:
+        """What is kept of one parameter until its group's norms are known."""
+        return measured(name, pieces, self._pass.grams)
 
     def _settle(self, group: str) -> None:
         """Clip a group whose norms are all known and add it to the sum; its factors are free after that."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dpft.harness.errors import CannotRun
+from dpft.harness.values import has_values
 
 # In units of the roundoff: what a gram's squared norm is raised by, times (sum_t |a_t||e_t|)^2 (the largest error seen on
 # random factors is 0.034), and what the norm is raised by, times sum_t |a_t||e_t|, for the rounding of the sum itself.
@@ -56,7 +57,7 @@ class Grams:
         self._size = size
 
     def of(self, factor: torch.Tensor) -> Gram:
-        key = (factor.data_ptr(), factor.shape, factor.stride())
+        key = (factor.untyped_storage()._cdata, factor.storage_offset(), factor.shape, factor.stride())
         if key not in self._kept:
             self._kept[key] = (factor, Gram(factor))
             if len(self._kept) > self._size:
@@ -193,9 +194,8 @@ def charged(found: list[Measured], shapes: list[torch.Size]) -> torch.Tensor:
         )
     )
     factored += GRAM_ROUNDING * count.square() * roundoff * sizes.square()
-    if (
-        squares.device.type == "cpu"
-    ):  # elsewhere looking would wait for the device; there such examples are clipped more
+    # looking would wait for another device: there such examples are clipped more
+    if squares.device.type == "cpu" and has_values(squares):
         for k, example in (factored * CANCELS < sizes.square()).nonzero().tolist():
             pieces, shape = found[rows[k]].pieces, shapes[rows[k]]
             factored[k, example] = sum(piece.dense(example, shape) for piece in pieces).square().sum()

@@ -1,0 +1,174 @@
+"""One step of a real engine on tensors without values: what it would hold, and when it would hold the most."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from dpft.harness import registry
+from dpft.harness.bench.cells import Job
+from dpft.harness.bench.peers import dpft_step, non_private_step, trainable
+from dpft.harness.engine.encoding import IDENTITY
+from dpft.harness.errors import BadInput, unknown
+from dpft.harness.memory import models
+from dpft.harness.memory.engines import Materialised, TwoPasses
+from dpft.harness.probes import LiveBytes
+from dpft.harness.spec import resolve
+
+ENGINES = {"materialised": Materialised, "ghost": TwoPasses}
+ZEROTH = "zeroth-order"
+ROWS = ("non-private", *ENGINES, ZEROTH)  # beside the registered methods
+CATEGORIES = (
+    "parameters",
+    "optimizer_state",
+    "gradients",
+    "per_example",
+    "activations",
+    "backward",
+    "noise",
+    "update",
+    "other",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: the memory of one step.
+
+    method: a registered method, or one of ROWS, which all train everything with AdamW; batch: examples at once; length: tokens
+    (images have a size of their own); options: settings of the method, its decoder and its run, as in a RunSpec.
+    """
+
+    model: str
+    method: str
+    batch: int
+    length: int = 128
+    precision: str = "fp32"
+    head: str | None = None
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """peak: live bytes by category at the moment of the largest total; parameters, trainable: numbers of the model."""
+
+    peak: dict[str, int]
+    parameters: int
+    trainable: int
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.peak.values())
+
+
+def predict(question: Question) -> Answer:
+    """The peak of two steps on fake tensors: nothing is allocated and nothing computed.
+
+    The second step has the optimizer's state. Raises BadInput for what is not known, CannotRun where the engine refuses.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return _peak(question, mode)
+
+
+def measure(question: Question) -> Answer:
+    """The same of two real steps, on random weights: what `predict` is tested against."""
+    return _peak(question, None)
+
+
+def _peak(question: Question, mode: FakeTensorMode | None) -> Answer:
+    if question.batch < 1 or question.length < 2:
+        raise BadInput("A batch has at least 1 example of at least 2 tokens; correct --batch or --length.")
+    inside = contextlib.nullcontext() if mode is None else mode
+    with inside:
+        model = models.build(question.model, question.head)
+        batch = models.batch(model, question.batch, question.length)
+    step, model, shapes = _step(question, model, mode)
+    live = LiveBytes(getattr(step, "clock", _Idle()), shapes)
+    live.label("parameters", model.parameters())
+    live.label("parameters", model.buffers())
+    with inside, live:
+        step([batch])
+        live.label("optimizer_state", getattr(step, "kept", dict)().values())  # moments that the method holds itself
+        step([batch])
+    names = {name: p.numel() for name, p in model.named_parameters()}
+    return Answer(
+        {category: live.peak[category] for category in CATEGORIES if live.peak.get(category)},
+        sum(names.values()),
+        sum(names[name] for name in trainable(model)),
+    )
+
+
+def _step(question: Question, model: nn.Module, mode: FakeTensorMode | None):
+    """(step, the model as it is trained, categories of shapes). Outside of the fake mode: seeds are drawn here."""
+    job = Job(question.method, "factored", question.batch, question.length, precision=question.precision)
+    loss = models.loss(question.precision)
+    if question.method in ROWS:
+        shapes = _shapes(trainable(model), {}, question.batch)
+        if question.method == ZEROTH:
+            return _zeroth(model, loss), model, {}
+        if question.method == "non-private":
+            return non_private_step(job, model, loss), model, shapes
+        return dpft_step(job, model, kind=ENGINES[question.method], loss=loss), model, shapes
+    if question.method not in registry.methods():
+        raise unknown("method", question.method, {*registry.methods(), *ROWS})
+    spec = resolve({"task": "sentences", "method": question.method, "batch_size": question.batch, **question.options})
+    method = registry.make(spec.method, spec.decoder, spec.options)
+    reason = method.skip(model)
+    if reason is not None:
+        raise BadInput(reason)
+    head = frozenset(model.head_parameters)
+    model = method.prepare(model, torch.Generator().manual_seed(0))
+    if mode is not None:
+        _fake(model, mode)  # what the method has added
+    parameters = trainable(model)
+    method.decoder.setup(model, parameters, head, spec)
+    encodings = {name: method.encoding(name, p, 0) or IDENTITY for name, p in parameters.items()}
+    shapes = _shapes(parameters, encodings, question.batch)
+    optimizer = method.optimizer(parameters, head, spec)
+    step = dpft_step(job, model, method, optimizer, loss=loss)
+    step.kept = method.state_dict
+    return step, model, shapes
+
+
+def _fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and not isinstance(p, FakeTensor):
+                module._parameters[name] = nn.Parameter(mode.from_tensor(p.data), requires_grad=p.requires_grad)
+
+
+def _shapes(parameters: dict[str, nn.Parameter], encodings: dict[str, Any], batch: int) -> dict[tuple[int, ...], str]:
+    """Categories of tensors that are told by their shapes: sums of gradients, and materialised ones."""
+    encoded = [tuple(encodings.get(name, IDENTITY).shape(p.shape)) for name, p in parameters.items()]
+    return {(batch, *shape): "per_example" for shape in encoded} | dict.fromkeys(encoded, "gradients")
+
+
+class _Idle:
+    """A clock that is in no phase."""
+
+    phase = None
+
+
+def _zeroth(model: nn.Module, loss) -> Callable[[list[dict[str, torch.Tensor]]], None]:
+    """Two forward passes at weights moved along a random direction, which is drawn again to move them back (2401.04343)."""
+    model.requires_grad_(False)
+
+    def moved(distance: float) -> None:
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=distance)
+
+    def step(batches) -> None:
+        for batch in batches:
+            for distance in (1e-3, -2e-3):
+                moved(distance)
+                loss(model, batch)
+            moved(1e-3)
+
+    return step
