@@ -138,6 +138,7 @@ def test_bad_questions_are_answered_in_one_sentence(tmp_path):
         (Question("small-vit", "dp-adam", 4, head="tokens"), "leave out --head"),
         (Question("small-vit", "dp-adam", 4, head="tail"), "no head 'tail'"),
         (Question(str(tmp_path), "dp-adam", 4), "holds no transformers model"),
+        (Question("small-roberta", "rmt", 4, 24), "depends on values"),
     ):
         with pytest.raises(BadInput, match=message):
             predict(question)

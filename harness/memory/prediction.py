@@ -9,13 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 from dpft.harness import registry
 from dpft.harness.bench.cells import Job
 from dpft.harness.bench.peers import dpft_step, non_private_step, trainable
 from dpft.harness.engine.encoding import IDENTITY
-from dpft.harness.errors import BadInput, unknown
+from dpft.harness.errors import BadInput, CannotRun, unknown
 from dpft.harness.memory import models
 from dpft.harness.memory.engines import Materialised, TwoPasses
 from dpft.harness.probes import LiveBytes
@@ -73,8 +78,13 @@ def predict(question: Question) -> Answer:
 
     The second step has the optimizer's state. Raises BadInput for what is not known, CannotRun where the engine refuses.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    return _peak(question, mode)
+    try:
+        return _peak(question, FakeTensorMode(allow_non_fake_inputs=True))
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        raise CannotRun(
+            f"What {question.method} holds depends on values (it looks at spectra, say), which a prediction has not; take its "
+            "method without that decoder, or see peak_bytes in the record of a run."
+        ) from None
 
 
 def measure(question: Question) -> Answer:
