@@ -30,11 +30,12 @@ from dpft.harness.errors import BadInput
 )
 @click.option("--resume/--no-resume", default=True, help="Continue a run from its checkpoint, or start it again.")
 @click.option("--retry-failed", is_flag=True, help="Make runs again that ended with a failure.")
+@click.option("--secure-noise", is_flag=True, help="Batches and noise from the system's entropy; not repeatable.")
 @click.option("--overwrite", is_flag=True, help="Make runs again that are there already.")
 @click.option("--quiet", is_flag=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON document instead of the table.")
 def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, jobs, timeout, checkpoint_every,
-        resume, retry_failed, overwrite, quiet, as_json):  # fmt: skip
+        resume, retry_failed, secure_noise, overwrite, quiet, as_json):  # fmt: skip
     """Make the missing runs of SUITE (or of --task/--method ...) and print the table."""
     from dpft.harness import engine as engines
     from dpft.harness import execution, progress, report
@@ -52,7 +53,13 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     pending = [s for s in execution.shard(runs, policy.shard) if execution.is_pending(store, s, policy)]
     with processes.siblings(min(jobs, max(1, len(pending))), sys.argv[1:]):
         settings = Settings(
-            data_dir, engine, pick_device(device) if pending else "cpu", max_tokens, timeout, checkpoint_every
+            data_dir,
+            engine,
+            pick_device(device) if pending else "cpu",
+            max_tokens,
+            timeout,
+            checkpoint_every,
+            secure_noise,
         )
         records = execution.run_all(runs, store, settings, policy, progress.reporter(len(pending), quiet))
     failed = [r for r in records if r["status"] not in ("done", "skipped")]

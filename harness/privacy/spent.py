@@ -29,7 +29,8 @@ def epsilon(events: Sequence[dict[str, Any]], delta: float, target: float) -> tu
     if covered is not None:
         lower, estimate, upper = prv_epsilon(covered, delta, target)
     else:
-        estimate = upper = mixture_epsilon(kinds_of(ledger), delta, target)
+        estimate = mixture_epsilon(kinds_of(ledger), delta, target)
+        upper = certified(estimate, delta, target)
         lower = 0.0
     if not all(event["mechanism"] == "gaussian" for event in ledger.events):
         bound = fisher_epsilon(ledger, delta, target)
@@ -76,20 +77,27 @@ def kinds_of(ledger: Ledger) -> mixtures.Kinds:
     return tuple((q, mechanism, steps) for (q, mechanism), steps in sorted(counts.items()))
 
 
+def certified(estimate: float, delta: float, target: float) -> float:
+    """The upper epsilon that belongs to an estimate by mixtures. Raises CannotRun above MAX_EPSILON.
+
+    The estimate is an upper bound already; the tolerance is added so that no mechanism gains by its accountant.
+    """
+    if not estimate <= MAX_EPSILON:
+        raise CannotRun(
+            f"Cannot certify: epsilon {estimate:.4g} is above {MAX_EPSILON:g}; increase the noise, or decrease q or T."
+        )
+    return estimate + (tolerance(target, delta)[0] if estimate > 0 else 0.0)
+
+
 @functools.lru_cache(maxsize=512)
 def mixture_epsilon(kinds: mixtures.Kinds, delta: float, target: float) -> float:
-    """The certified (upper) epsilon of a composition of mixtures. Raises CannotRun as `epsilon` does."""
+    """Epsilon of a composition of mixtures, not below the truth. Raises CannotRun where there is no number for it."""
     checked = _numbers(kinds, delta, target)
     if not kinds:
         return 0.0
     with guarded(checked, delta):
         parts = mixtures.distributions(kinds, delta, tolerance(target, delta)[0])
-        value = mixtures.composed_epsilon(parts, [steps for _, _, steps in kinds], delta)
-    if not value <= MAX_EPSILON:
-        raise CannotRun(
-            f"Cannot certify: epsilon {value:.4g} is above {MAX_EPSILON:g}; increase the noise, or decrease q or T."
-        )
-    return value
+        return mixtures.composed_epsilon(parts, [steps for _, _, steps in kinds], delta)
 
 
 def _numbers(kinds: mixtures.Kinds, delta: float, target: float) -> Composition:
