@@ -1,7 +1,7 @@
 """Privacy accounting: the ledger of what was released, its epsilon, the certificate of a run and its verification.
 
-Example-level, zero-out neighbours with public N, Poisson sampling, Gaussian noise or noise of random scale. Nothing here imports torch, and the
-accounting libraries are imported when first used.
+Example-level, zero-out neighbours with public N, Poisson sampling, Gaussian noise or noise of random scale. Nothing here
+imports torch, and the accounting libraries are imported when first used.
 """
 
 from dpft.harness.privacy.accountant import calibrate, tolerance

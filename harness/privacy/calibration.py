@@ -19,6 +19,8 @@ from dpft.harness.privacy.scale_law import ScaleLaw, parse
 from dpft.harness.privacy.spent import certified, kinds_of, mixture_epsilon
 
 CURVE_POINTS = 24
+# lmo_eps_0.3.json of github.com/rayhanul/lmo-dp, as its accountant reads it
+PUBLISHED_LAW = "0.4*gamma(2,1)+0.1*exponential(5)+0.3*uniform(0,1)"
 CERTIFIED = 3  # laws of the search that are calibrated, of those with the least noise at equal Fisher information
 
 

@@ -56,7 +56,9 @@ def merged_noise_multiplier(releases: Iterable[Release]) -> float:
         raise ValueError("a step of the ledger needs at least one release")
     others = sorted({release.mechanism for release in releases} - {"gaussian"})
     if len(sigmas) > 1 and others:
-        raise ValueError(f"several releases on one batch can be accounted only if all are gaussian, not with {others[0]}")
+        raise ValueError(
+            f"several releases on one batch can be accounted only if all are gaussian, not with {others[0]}"
+        )
     if len(sigmas) == 1:
         return sigmas[0]  # exactly: (s^-2)^(-1/2) is not s in floating point
     smallest = min(sigmas)  # scaled, so that no square overflows

@@ -77,7 +77,9 @@ def family_law(mechanism: str, text: str) -> ScaleLaw:
         raise ValueError(f"the law of plrv is one gamma term, not {text!r}")
     for term in law.terms:
         if term.kind not in FAMILIES[mechanism]:
-            raise ValueError(f"the law of {mechanism} is made of {' and '.join(FAMILIES[mechanism])}, not of {term.kind}")
+            raise ValueError(
+                f"the law of {mechanism} is made of {' and '.join(FAMILIES[mechanism])}, not of {term.kind}"
+            )
     if not math.isfinite(law.inverse_mean_square):
         raise ValueError(f"noise with the law {text!r} has infinite variance; give u less mass near 0")
     return law

@@ -69,9 +69,7 @@ def _quantiles(kind: str, values: tuple[float, ...]) -> tuple[Any, Any, Any, flo
     below, above = special.expit(odds), special.expit(-odds)  # each exact where it is small
     if kind == "gamma":
         shape, scale = values
-        edges = scale * numpy.where(
-            odds < 0, special.gammaincinv(shape, below), special.gammainccinv(shape, above)
-        )
+        edges = scale * numpy.where(odds < 0, special.gammaincinv(shape, below), special.gammainccinv(shape, above))
     elif kind == "exponential":
         edges = numpy.where(odds < 0, -numpy.log1p(-below), -numpy.log(above)) / values[0]
     else:
@@ -93,7 +91,9 @@ def _merge(values: Any, masses: Any, up: bool) -> tuple[Any, Any]:
     if len(values) > ATOMS:
         below = numpy.cumsum(masses)
         above = numpy.cumsum(masses[::-1])[::-1]
-        odds = numpy.where(below < 0.5, special.logit(numpy.clip(below, 1e-15, 0.5)), -special.logit(numpy.clip(above, 1e-15, 0.5)))
+        odds = numpy.where(
+            below < 0.5, special.logit(numpy.clip(below, 1e-15, 0.5)), -special.logit(numpy.clip(above, 1e-15, 0.5))
+        )
         group = numpy.floor((odds + 35) / 70 * ATOMS).astype(int)
         first = numpy.flatnonzero(numpy.diff(group, prepend=-1))
         masses = numpy.add.reduceat(masses, first)

@@ -15,7 +15,9 @@ from typing import Any
 
 ARGUMENTS = {"gamma": 2, "exponential": 1, "uniform": 2, "constant": 1}
 TERM = re.compile(r"(?:([^*()+]+)\*)?([a-z]+)\(([^()]*)\)")
-FORM = "a sum of WEIGHT*gamma(SHAPE,SCALE), WEIGHT*exponential(RATE), WEIGHT*uniform(LOW,HIGH) and WEIGHT*constant(VALUE)"
+FORM = (
+    "a sum of WEIGHT*gamma(SHAPE,SCALE), WEIGHT*exponential(RATE), WEIGHT*uniform(LOW,HIGH) and WEIGHT*constant(VALUE)"
+)
 LARGEST = 1e9
 
 
