@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpft.harness.cache import cached
-from dpft.harness.errors import BadInput, CannotRun
+from dpft.harness.errors import CannotRun
 from dpft.harness.privacy import mechanisms, mixtures
 from dpft.harness.privacy.accountant import Unmet, bracket, calibrate, check_numbers, library_version, tolerance
 from dpft.harness.privacy.curve import epsilon_curve
@@ -70,7 +70,7 @@ def fit(wanted: Wanted, mechanism: str, shape: str, law: str | None, dimension: 
     """The least noise of a mechanism that meets `wanted`; cached on disk.
 
     law: of u for lmo and plrv, whose scale is then fitted; None: searched (`search`). dimension: coordinates of the
-    released sum, for spherical noise. Raises CannotRun as `calibrate` does.
+    released sum, for spherical noise. Raises CannotRun as `calibrate` does, ValueError for a law outside its family.
     """
     if mechanism == "gaussian" or shape == "coordinates":
         sigma = calibrate(wanted.target, wanted.delta, wanted.sampling_probability, wanted.steps)
@@ -133,10 +133,7 @@ def _spherical(wanted: Wanted, mechanism: str, law: str | None, dimension: int |
 
 def _to_spread(mechanism: str, law: str, dimension: int, multiplier: float) -> ScaleLaw:
     """The law scaled so that one coordinate of the noise has that standard deviation."""
-    try:
-        found = mechanisms.family_law(mechanism, law)
-    except ValueError as problem:
-        raise BadInput(f"{str(problem)[0].upper()}{str(problem)[1:]}; correct noise_law.") from None
+    found = mechanisms.family_law(mechanism, law)
     return found.scaled(mechanisms.spread(found, dimension) / multiplier)
 
 

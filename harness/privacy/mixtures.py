@@ -34,7 +34,7 @@ def scales(law: ScaleLaw, dimension: int) -> tuple[Any, Any, float]:
     """
     import numpy
 
-    if not any(term.kind != "constant" for term in law.terms):
+    if all(term.kind == "constant" for term in law.terms):
         values, masses, lost = numpy.array([-math.log(law.mean)]), numpy.ones(1), 0.0
     else:
         values, masses, lost = _upper(law.terms[0])
