@@ -79,7 +79,7 @@ def _formal_mgf(law: ScaleLaw, t: float) -> float:
     for term in law.terms:
         inside = term.weight * t * term.values[-1]
         if term.kind == "gamma":
-            power = (1 - inside + 0j) ** -term.values[0]
+            power = math.inf if inside == 1 else (1 - inside + 0j) ** -term.values[0]
             value *= power.real if abs(power.imag) < 1e-12 * abs(power) else math.nan
         elif term.kind == "exponential":
             value *= (
