@@ -18,8 +18,8 @@ from dpft.harness.engine.agreement import check
 from dpft.harness.engine.base import Engine, RunningSums, Sums
 from dpft.harness.engine.encoding import Encoding
 from dpft.harness.errors import Diverged
-from dpft.harness.mechanism import GaussianMechanism
-from dpft.harness.privacy import Ledger, Release
+from dpft.harness.mechanism import Mechanism
+from dpft.harness.privacy import Ledger
 from dpft.harness.sampling import PoissonSampler, buckets
 from dpft.harness.spec import RunSpec
 from dpft.methods.base import Method
@@ -37,7 +37,8 @@ class Setup:
     """What one run trains with.
 
     parameters: what trains, by name; head: names of the task head's parameters, trained or not; epsilon_curve:
-    epsilon [upper] after 0..steps steps, None when not private; matrices: parameters whose singular values are recorded.
+    epsilon [upper] after 0..steps steps, None when not private; matrices: parameters whose singular values are recorded;
+    secure_noise: no generator's state is written to disk, and a resumed run goes on with new entropy.
     """
 
     spec: RunSpec
@@ -49,7 +50,7 @@ class Setup:
     engine: Engine
     clock: probes.Clock
     sampler: PoissonSampler
-    mechanism: GaussianMechanism
+    mechanism: Mechanism
     epsilon_curve: list[float] | None
     device: torch.device
     max_tokens: int
@@ -57,6 +58,7 @@ class Setup:
     deadline: float | None = None
     checkpoint_path: Path | None = None
     checkpoint_seconds: float = 300.0
+    secure_noise: bool = False
 
 
 @dataclass
@@ -203,10 +205,7 @@ def _book(setup: Setup, ledger: Ledger, step: int) -> None:
     """Charge the step before its noise is drawn. Refuses a step outside the certified plan."""
     if step >= setup.spec.steps or setup.epsilon_curve[step + 1] > setup.spec.epsilon:
         raise RuntimeError(f"Step {step} is outside the certified plan.")
-    release = Release(
-        name="gradient", mechanism=setup.mechanism.name, noise_multiplier=setup.mechanism.noise_multiplier
-    )
-    ledger.append(step, setup.sampler.sampling_probability, [release])
+    ledger.append(step, setup.sampler.sampling_probability, [setup.mechanism.noise.entry("gradient")])
 
 
 def _apply(setup: Setup, optimizer, update: updates.Updates, step: int) -> None:
@@ -268,8 +267,9 @@ def _save(setup: Setup, state: State, optimizer) -> None:
     tensors = {f"parameter|{name}": p for name, p in setup.parameters.items()}
     tensors |= {f"optimizer|{k}": t for k, t in checkpoint.optimizer_tensors(optimizer, setup.parameters).items()}
     tensors |= {f"method|{k}": t for k, t in setup.method.state_dict().items()}
-    tensors["sampler"] = setup.sampler.generator.get_state()
-    tensors["noise"] = setup.mechanism.state()
+    if not setup.secure_noise:
+        tensors["sampler"] = setup.sampler.generator.get_state()
+        tensors["noise"] = setup.mechanism.state()
     plain = {key: value for key, value in vars(state).items() if key != "ledger"}
     checkpoint.save(setup.checkpoint_path, setup.spec.run_id, tensors, {**plain, "ledger": state.ledger.events})
 
@@ -279,6 +279,8 @@ def _restore(setup: Setup, state: State, optimizer) -> None:
     if found is None:
         return
     tensors, plain = found
+    if setup.secure_noise != ("noise" not in tensors):
+        return  # the steps so far had noise of the other kind: what the record says of it must hold for all of them
     groups: dict[str, Sums] = {"parameter": {}, "optimizer": {}, "method": {}}
     for key, tensor in tensors.items():
         kind, _, rest = key.partition("|")
@@ -289,7 +291,8 @@ def _restore(setup: Setup, state: State, optimizer) -> None:
             p.copy_(groups["parameter"][name])
     checkpoint.restore_optimizer(optimizer, setup.parameters, groups["optimizer"])
     setup.method.load_state_dict(groups["method"])
-    setup.sampler.generator.set_state(tensors["sampler"])
-    setup.mechanism.set_state(tensors["noise"])
+    if not setup.secure_noise:
+        setup.sampler.generator.set_state(tensors["sampler"])
+        setup.mechanism.set_state(tensors["noise"])
     for key, value in plain.items():
         setattr(state, key, Ledger.from_events(value) if key == "ledger" else value)

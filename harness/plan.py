@@ -1,13 +1,14 @@
-"""From a spec to its privacy parameters: q, sigma, delta and the epsilon of every step. Needs no torch."""
+"""From a spec to its privacy parameters: q, sigma, delta and the epsilon of every step. Needs no torch itself."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dpft.harness import registry
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy import calibrate, epsilon_curve
+from dpft.harness.privacy.calibration import Noise, Wanted, curve_of, fit
 from dpft.harness.spec import RunSpec
 
 
@@ -18,12 +19,20 @@ class PrivacyPlan:
     num_examples: int
     sampling_probability: float
     delta: float | None
-    noise_multiplier: float | None
+    noise: Noise | None
     epsilon_curve: list[float] | None
 
+    @property
+    def noise_multiplier(self) -> float | None:
+        """Standard deviation of one coordinate of the noise in units of the clip norm."""
+        return None if self.noise is None else self.noise.noise_multiplier
 
-def plan(spec: RunSpec, data_dir: Path | None) -> PrivacyPlan:
-    """Calibrate `spec`. Raises CannotRun when the budget cannot be reached or the batch is larger than the data."""
+
+def plan(spec: RunSpec, data_dir: Path | None, dimension: Callable[[], int] | None = None) -> PrivacyPlan:
+    """Calibrate `spec`. Raises CannotRun when the budget cannot be reached or the batch is larger than the data.
+
+    dimension: says how many coordinates the released sum has, for noise whose epsilon depends on it.
+    """
     n = registry.task(spec.task)().train_size(data_dir)
     if spec.batch_size > n:
         raise CannotRun(
@@ -37,5 +46,9 @@ def plan(spec: RunSpec, data_dir: Path | None) -> PrivacyPlan:
         raise CannotRun(
             f"delta = {delta:g} is not below 1/N = {1 / n:g}, so it protects nobody; choose 1/(2N) or less."
         )
-    sigma = calibrate(spec.epsilon, delta, q, spec.steps)
-    return PrivacyPlan(n, q, delta, sigma, epsilon_curve(sigma, q, spec.steps, delta, spec.epsilon))
+    wanted = Wanted(spec.epsilon, delta, q, spec.steps)
+    spherical = spec.mechanism != "gaussian" and spec.noise_shape == "spherical"
+    if spherical and dimension is None:
+        raise CannotRun(f"Noise of mechanism {spec.mechanism} can be calibrated only where the model is known.")
+    noise = fit(wanted, spec.mechanism, spec.noise_shape, spec.noise_law, dimension() if spherical else None)
+    return PrivacyPlan(n, q, delta, noise, curve_of(noise, wanted))

@@ -34,7 +34,7 @@ def overview(runs: list[RunSpec], store: Store, data_dir: Path | None) -> list[d
 def _budget(spec: RunSpec, data_dir: Path | None) -> dict[str, Any]:
     row = {"epsilon": None, "delta": None, "sigma": None, "q": None, "T": spec.steps, "problem": None}
     try:
-        found = plan(spec, data_dir)
+        found = plan(spec, data_dir, lambda: _dimension(spec, data_dir))
     except CannotRun as error:
         return row | {"problem": str(error)}
     curve = found.epsilon_curve
@@ -44,6 +44,13 @@ def _budget(spec: RunSpec, data_dir: Path | None) -> dict[str, Any]:
         "sigma": found.noise_multiplier,
         "q": found.sampling_probability,
     }
+
+
+def _dimension(spec: RunSpec, data_dir: Path | None) -> int:
+    from dpft.harness.run import release_dimension  # torch and the model, for noise whose epsilon depends on them alone
+    from dpft.harness.run_settings import Settings
+
+    return release_dimension(spec, Settings(data_dir))
 
 
 def _estimate(spec: RunSpec, records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import json
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,10 +15,10 @@ import torch
 
 from dpft.harness import loop, provenance, registry, spectra
 from dpft.harness.engine import engine_class
-from dpft.harness.engine.base import PlainEngine, ZeroEngine
+from dpft.harness.engine.base import PlainEngine, ZeroEngine, zero_sums
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.errors import BadInput, CannotRun, Diverged
-from dpft.harness.mechanism import GaussianMechanism, stream
+from dpft.harness.mechanism import Mechanism, secret_stream, stream
 from dpft.harness.plan import PrivacyPlan, plan
 from dpft.harness.privacy import ADJACENCY, SAMPLING, certify
 from dpft.harness.probes import Clock
@@ -39,7 +41,7 @@ def execute(
     setup = privacy_plan = None
     begin = time.perf_counter()
     try:
-        privacy_plan = plan(spec, settings.data_dir)
+        privacy_plan = plan(spec, settings.data_dir, lambda: release_dimension(spec, settings))
         with contextlib.ExitStack() as stack:
             setup = build(spec, settings, privacy_plan, checkpoint_path)
             stack.callback(setup.engine.close)
@@ -53,7 +55,7 @@ def execute(
         "run_id": spec.run_id,
         "status": status,
         "spec": spec.to_dict(),
-        "privacy": _privacy(spec, privacy_plan, state),
+        "privacy": _privacy(spec, privacy_plan, state, settings),
         "result": _result(spec, state) if status == "done" else None,
         "cost": _cost(spec, setup, state, seconds),
         "diagnostics": _diagnostics(state),
@@ -85,20 +87,32 @@ def classify(error: Exception) -> tuple[str, str]:
     return "error", f"{type(error).__name__}{place}: {text[:500]}"
 
 
-def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoint_path: Path | None) -> loop.Setup:
-    """Model, data, engine, sampler and mechanism of a run. Raises CannotRun or Skipped with one sentence."""
-    device = torch.device(settings.device)
+def release_dimension(spec: RunSpec, settings: Settings) -> int:
+    """How many coordinates a run's released sum has; the mechanism holds every release against it.
+
+    Raises CannotRun or Skipped as `build` does.
+    """
+    alike = dataclasses.replace(spec, seed=0, lr=1.0, epsilon=1.0, noise_law=None)
+    return _dimension(alike.canonical(), settings)
+
+
+@functools.lru_cache(maxsize=64)
+def _dimension(canonical: str, settings: Settings) -> int:
+    spec = RunSpec(**json.loads(canonical))
+    method, _, parameters, _ = _model(spec, settings, torch.device("cpu"))
+    found = {name: method.encoding(name, p, 0) for name, p in parameters.items()}
+    sums = zero_sums(parameters, {name: encoding for name, encoding in found.items() if encoding is not None})
+    return sum(tensor.numel() for tensor in sums.values())
+
+
+def _model(spec: RunSpec, settings: Settings, device: torch.device):
+    """(method, task's data with the model to train, trainable parameters by name, names of the head's)."""
     task, method = registry.task(spec.task)(), registry.make(spec.method, spec.decoder, spec.options)
     prepared = task.prepare(
         task.load(settings.data_dir),
         ModelSpec(spec.model, spec.head, spec.max_length),
         stream("cpu", "head", spec.task, spec.seed),
     )
-    if len(prepared.train) != privacy_plan.num_examples:
-        raise CannotRun(
-            f"The task says N = {privacy_plan.num_examples} but {len(prepared.train)} training examples were loaded; "
-            "the accounting would be wrong, so mend the data."
-        )
     reason = method.skip(prepared.model)
     if reason is not None:
         raise Skipped(reason)
@@ -108,6 +122,19 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise CannotRun(f"{spec.method} leaves nothing trainable in {spec.model}; mend its `prepare`.")
+    return method, prepared, parameters, head
+
+
+def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoint_path: Path | None) -> loop.Setup:
+    """Model, data, engine, sampler and mechanism of a run. Raises CannotRun or Skipped with one sentence."""
+    device, secure = torch.device(settings.device), settings.secure_noise
+    method, prepared, parameters, head = _model(spec, settings, device)
+    task, model = registry.task(spec.task)(), prepared.model
+    if len(prepared.train) != privacy_plan.num_examples:
+        raise CannotRun(
+            f"The task says N = {privacy_plan.num_examples} but {len(prepared.train)} training examples were loaded; "
+            "the accounting would be wrong, so mend the data."
+        )
     method.decoder.setup(model, parameters, head, spec)
     clock = Clock(device)
     engine = _engine(spec, settings, method)(
@@ -122,12 +149,14 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
         head=head,
         engine=engine,
         clock=clock,
-        sampler=PoissonSampler(len(prepared.train), spec.batch_size, spec.task, spec.seed),
-        mechanism=GaussianMechanism(
-            privacy_plan.noise_multiplier or 0.0,
+        sampler=PoissonSampler(
+            len(prepared.train), spec.batch_size, spec.task, spec.seed, secret_stream("cpu") if secure else None
+        ),
+        mechanism=Mechanism(
+            privacy_plan.noise,
             spec.clip_norm or 0.0,
             spec.batch_size,
-            stream(device, "noise", spec.task, spec.method, spec.seed),
+            secret_stream(device) if secure else stream(device, "noise", spec.task, spec.method, spec.seed),
         ),
         epsilon_curve=privacy_plan.epsilon_curve,
         device=device,
@@ -136,6 +165,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
         deadline=None if settings.timeout is None else time.monotonic() + settings.timeout,
         checkpoint_path=checkpoint_path,
         checkpoint_seconds=settings.checkpoint_seconds,
+        secure_noise=secure,
     )
 
 
@@ -156,7 +186,9 @@ def _loss(spec: RunSpec, task, device: torch.device):
     return loss
 
 
-def _privacy(spec: RunSpec, privacy_plan: PrivacyPlan | None, state: loop.State) -> dict[str, Any] | None:
+def _privacy(
+    spec: RunSpec, privacy_plan: PrivacyPlan | None, state: loop.State, settings: Settings
+) -> dict[str, Any] | None:
     if privacy_plan is None or spec.epsilon is None:
         return None
     certificate = certify(state.ledger.events, privacy_plan.delta, spec.epsilon)
@@ -169,7 +201,9 @@ def _privacy(spec: RunSpec, privacy_plan: PrivacyPlan | None, state: loop.State)
         "num_examples": privacy_plan.num_examples,
         "sampling_probability": privacy_plan.sampling_probability,
         "expected_batch_size": spec.batch_size,
+        "mechanism": privacy_plan.noise.mechanism,
         "noise_multiplier": privacy_plan.noise_multiplier,
+        "noise_seed": "os" if settings.secure_noise else "seed of the run",
         "releases_per_step": 1,
         "steps_planned": spec.steps,
         "steps_run": state.ledger.steps,

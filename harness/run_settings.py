@@ -15,7 +15,8 @@ MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
 @dataclass(frozen=True)
 class Settings:
     """max_tokens: padded tokens per microbatch, None: MAX_TOKENS of the device; timeout: seconds per run;
-    checkpoint_seconds: between checkpoints.
+    checkpoint_seconds: between checkpoints. secure_noise: batches and noise from the operating system's entropy, which no
+    file holds; such a run cannot be repeated.
     """
 
     data_dir: Path | None = None
@@ -24,6 +25,7 @@ class Settings:
     max_tokens: int | None = None
     timeout: float | None = None
     checkpoint_seconds: float = 300.0
+    secure_noise: bool = False
 
 
 def keep_freed_memory() -> None:

@@ -14,17 +14,24 @@ class PoissonSampler:
     """Includes each of N examples independently with probability q = expected_batch_size / N, each step.
 
     The stream depends on (task, seed) only, so methods share batches; the draws are 64-bit, so the q that is used is
-    the q that is accounted to 2^-53. A batch may be empty.
+    the q that is accounted to 2^-53. A batch may be empty. generator: another one than that of the stream.
     """
 
-    def __init__(self, num_examples: int, expected_batch_size: int, task: str, seed: int):
+    def __init__(
+        self,
+        num_examples: int,
+        expected_batch_size: int,
+        task: str,
+        seed: int,
+        generator: torch.Generator | None = None,
+    ):
         if expected_batch_size > num_examples:
             raise BadInput(
                 f"The batch size {expected_batch_size} is larger than the {num_examples} training examples; choose a smaller one."
             )
         self.num_examples = num_examples
         self.sampling_probability = expected_batch_size / num_examples
-        self.generator = stream("cpu", "sampler", task, seed)
+        self.generator = generator if generator is not None else stream("cpu", "sampler", task, seed)
 
     def sample(self) -> list[int]:
         """The indices of the next batch, ascending."""

@@ -13,6 +13,8 @@ from typing import Any
 
 from dpft.harness import registry
 from dpft.harness.errors import BadInput, unknown
+from dpft.harness.privacy.mechanisms import MECHANISMS, family_law
+from dpft.harness.privacy.mechanisms import SHAPES as NOISE_SHAPES
 from dpft.tasks.base import HEADS
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -34,6 +36,8 @@ class RunSpec:
     eval_examples: validation examples used for the curve (the final value always uses all); null: all.
     clipping: function of the norm, and clip_groups: what is clipped together (harness/engine/clipping.py).
     decoder: what becomes of the release (methods/decoders).
+    mechanism, noise_shape: what noise (harness/privacy/mechanisms.py); noise_law: of the inverse scale of lmo and plrv, up to
+    a factor that is fitted to epsilon; null: searched.
     options: settings of the method (LoRA rank, ...) and of its decoder where they differ from their defaults.
     """
 
@@ -63,6 +67,9 @@ class RunSpec:
     clip_groups: str = "flat"
     decoder: str = "mean"
     decoder_version: int = 1
+    mechanism: str = "gaussian"
+    noise_shape: str = "spherical"
+    noise_law: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def canonical(self) -> str:
@@ -152,6 +159,7 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
             raise unknown(f"setting of {both}", key, names | options.keys())
     if not method.private:
         merged["epsilon"] = merged["clip_norm"] = None
+        merged |= {"mechanism": "gaussian", "noise_shape": "spherical", "noise_law": None}  # there is no noise
     spec = RunSpec(
         **{k: _typed(k, v) for k, v in merged.items()},
         task_version=task.version,
@@ -207,6 +215,8 @@ def _validate(spec: RunSpec) -> None:
         ("clipping", CLIPPINGS),
         ("clip_groups", CLIP_GROUPS),
         ("head", HEADS),
+        ("mechanism", MECHANISMS),
+        ("noise_shape", NOISE_SHAPES),
     ):
         if getattr(spec, key) not in allowed:
             raise unknown(key, getattr(spec, key), allowed)
@@ -220,8 +230,24 @@ def _validate(spec: RunSpec) -> None:
             raise BadInput(f"{key} must be zero or more, not {getattr(spec, key)}; correct it.")
     if spec.warmup_steps >= spec.steps:
         raise BadInput(f"warmup_steps ({spec.warmup_steps}) must be fewer than steps ({spec.steps}); lower it.")
+    _validate_noise(spec)
     if spec.delta is not None and not 0 < spec.delta < 1:
         raise BadInput(f"delta must lie between 0 and 1, not {spec.delta}; 1/(2N) is the usual choice.")
+
+
+def _validate_noise(spec: RunSpec) -> None:
+    if spec.noise_shape == "coordinates" and spec.mechanism != "laplace":
+        raise BadInput(
+            f"Noise of mechanism {spec.mechanism} with noise_shape coordinates has no certificate under L2 clipping that "
+            "differs from spherical; leave noise_shape out."
+        )
+    if spec.noise_law is not None:
+        if spec.mechanism not in ("lmo", "plrv"):
+            raise BadInput(f"Mechanism {spec.mechanism} has no noise_law; use mechanism lmo or plrv, or leave it out.")
+        try:
+            family_law(spec.mechanism, spec.noise_law)
+        except ValueError as problem:
+            raise BadInput(f"noise_law cannot be used: {problem}.") from None
 
 
 def load_suite(name: str, overrides: dict[str, Any] | None = None) -> Suite:

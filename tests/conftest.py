@@ -85,7 +85,8 @@ def setup_of(tiny_bert, settings):
 
     def make(method, checkpoint_path=None, **more):
         one = a_spec(method, tiny_bert, **more)
-        made.append(run.build(one, settings, plan(one, settings.data_dir), checkpoint_path))
+        budget = plan(one, settings.data_dir, lambda: run.release_dimension(one, settings))
+        made.append(run.build(one, settings, budget, checkpoint_path))
         return made[-1]
 
     yield make

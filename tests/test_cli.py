@@ -41,6 +41,22 @@ def small(tiny_bert, mirror, tmp_path):
     return Small(["--task", "sst2", "--model", tiny_bert, "--data-dir", mirror, "--results", Small.results, *SMALL])
 
 
+def test_noise_says_what_mechanisms_need_and_what_a_published_one_leaks(dpft, monkeypatch, tmp_path):
+    monkeypatch.setenv("DPFT_CACHE", str(tmp_path))
+    code, out, err = dpft("noise", "--epsilon", "3", "--dimension", "50", "--json")
+    assert code == 0, err
+    rows = {row["mechanism"]: row["over Gaussian, d = 50"] for row in json.loads(out)}
+    assert rows["gaussian"] == 1 and min(rows.values()) == 1
+    assert rows["laplace, coordinates"] == pytest.approx(1.7725, abs=1e-3) and rows["lmo, published law"] > 3
+    code, out, err = dpft("noise", "--published", "0.4*gamma(2,1)+0.1*exponential(5)", "--json")
+    assert code == 0 and json.loads(out)[1]["epsilon"] > json.loads(out)[0]["epsilon"]
+    for bad, words in (("gamma(3)", "takes 2 numbers"), ("exponential(1)", "infinite variance")):
+        code, out, err = dpft("noise", "--published", bad)
+        assert code == 2 and words in one_sentence(err)
+    code, out, err = dpft("noise", "--batch-size", "9", "--examples", "8")
+    assert code == 2 and "larger than the 8 examples" in one_sentence(err)
+
+
 def one_sentence(err):
     lines = [line for line in err.splitlines() if line.startswith(("dpft:", "Error:"))]
     assert len(lines) == 1 and "Traceback" not in err

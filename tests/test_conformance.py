@@ -1,17 +1,20 @@
 """Every registered method, without being asked: what holds for all of them."""
 
+import copy
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
 from small_runs import a_spec, quiet, trained, weights
 
-from dpft.harness import loop, registry, run
+from dpft.harness import checkpoint, loop, registry, run
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import PlainEngine, zero_sums
 from dpft.harness.mechanism import GaussianMechanism, stream
-from dpft.harness.privacy import Ledger
+from dpft.harness.plan import plan
+from dpft.harness.privacy import Ledger, verify_record
 
 METHODS = sorted(registry.methods())
 PRIVATE = [name for name in METHODS if registry.methods()[name].private]
@@ -209,6 +212,87 @@ def test_a_nan_example_ends_the_run_before_anything_is_released(method, tiny_ber
     assert curve == [] and record["result"] is None
     if record["privacy"] is not None:
         assert record["privacy"]["steps_run"] == 0 and record["privacy"]["ledger"] == []
+
+
+NOISES = {
+    "laplace": {"mechanism": "laplace"},
+    "coordinates": {"mechanism": "laplace", "noise_shape": "coordinates"},
+    "plrv": {"mechanism": "plrv", "noise_law": "gamma(9,1)"},
+    "lmo": {"mechanism": "lmo", "noise_law": "0.4*gamma(2,1)+0.1*exponential(5)+0.3*uniform(0,1)"},
+}
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_every_mechanism_is_recorded_verified_and_resumed(name, tiny_bert, settings, setup_of, tmp_path):
+    one = a_spec("last-layer", tiny_bert, **NOISES[name])
+    record, curve = run.execute(one, settings, quiet)
+    assert record["status"] == "done", record["error"]
+    record = json.loads(json.dumps(record))
+    privacy = record["privacy"]
+    (release,) = privacy["ledger"][0]["releases"]
+    assert privacy["mechanism"] == release["mechanism"] == NOISES[name]["mechanism"]
+    assert release["parameters"].get("dimension") in (None, record["cost"]["trainable_parameters"])
+    assert privacy["epsilon"][2] <= 3 and curve[-1]["epsilon"] == pytest.approx(privacy["epsilon"][2], abs=1e-9)
+    assert verify_record(record, 4) == []
+    path = tmp_path / "run.ckpt"
+
+    def interrupt(step, row):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    cut = dataclasses.replace(setup_of("last-layer", path, **NOISES[name]), checkpoint_seconds=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(cut, loop.State(), interrupt)
+    state = loop.State()
+    loop.train(setup_of("last-layer", path, **NOISES[name]), state, quiet)
+    assert [row["loss"] for row in state.curve] == [row["loss"] for row in curve], "a resumed run goes on bit for bit"
+    for change in ({"dimension": 10**6}, {"shape": "coordinates"}, {"law": "1*gamma(9,2)"}, {"b": 1}):
+        forged = copy.deepcopy(record)
+        forged["privacy"]["ledger"][0]["releases"][0]["parameters"].update(change)
+        assert verify_record(forged, 4) or change == {"shape": release["parameters"]["shape"]}
+    forged = copy.deepcopy(record)
+    forged["privacy"]["ledger"][0]["releases"][0]["mechanism"] = forged["privacy"]["ledger"][0]["mechanism"] = "cauchy"
+    assert any("cannot be accounted" in finding for finding in verify_record(forged, 4))
+    forged = copy.deepcopy(record)
+    forged["privacy"]["cross_checks"]["fisher"] = 0.01
+    assert any("cross-check fisher" in finding for finding in verify_record(forged, 4))
+
+
+def test_secure_noise_cannot_be_repeated_and_leaves_no_state_behind(tiny_bert, settings, setup_of, tmp_path):
+    one, secret = a_spec("last-layer", tiny_bert), dataclasses.replace(settings, secure_noise=True)
+    records, curves = zip(*(run.execute(one, secret, quiet) for _ in range(2)), strict=True)
+    assert records[0]["run_id"] == records[1]["run_id"] and curves[0] != curves[1]
+    assert {r["privacy"]["noise_seed"] for r in records} == {"os"} and verify_record(records[0], 4) == []
+    assert run.execute(one, settings, quiet)[0]["privacy"]["noise_seed"] == "seed of the run"
+    path = tmp_path / "run.ckpt"
+    budget = plan(one, settings.data_dir)
+
+    def begun(some):
+        return dataclasses.replace(run.build(one, some, budget, path), checkpoint_seconds=0.0)
+
+    def steps(setup):
+        seen = []
+
+        def observe(step, row):
+            seen.append(step)
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(setup, loop.State(), observe)
+        return seen
+
+    first = begun(secret)
+    assert steps(first) == [1, 2]
+    stored, _ = checkpoint.load(path, one.run_id)
+    assert not {"sampler", "noise"} & set(stored), "a generator's state would give the noise away"
+    resumed = begun(secret)
+    assert resumed.mechanism.state().ne(first.mechanism.state()).any()
+    assert steps(resumed) == [2, 3]
+    assert steps(begun(settings)) == [1, 2], (
+        "steps with secret noise are not continued with known noise, nor vice versa"
+    )
+    assert steps(begun(secret)) == [1, 2]
 
 
 def test_methods_share_batches_and_not_noise(setup_of):

@@ -31,6 +31,13 @@ def test_run_id_is_pinned():
     assert pinned.run_id == "56ee0f23306f382a"
 
 
+def test_mechanisms_leave_old_run_ids_alone():
+    assert a_spec(mechanism="gaussian", noise_shape="spherical").run_id == a_spec().run_id
+    laplace = [a_spec(mechanism="laplace", noise_shape=shape).run_id for shape in ("spherical", "coordinates")]
+    assert len({a_spec().run_id, *laplace}) == 3
+    assert spec.resolve({"task": "sst2", "method": "non-private", "mechanism": "lmo"}).mechanism == "gaussian"
+
+
 def test_defaults_are_general_then_the_tasks_then_the_methods_then_given():
     assert a_spec().lr == registry.method("dp-adam").defaults["lr"]
     assert a_spec(lr=0.25).lr == 0.25
@@ -58,6 +65,16 @@ def test_a_method_that_is_not_private_has_no_budget():
         ({"optimizer": "adamm"}, "did you mean 'adam'"),
         ({"warmup_steps": 100, "steps": 100}, "must be fewer than steps"),
         ({"method": "dp-lora", "rank": "many"}, "must look like its default 8"),
+        ({"mechanism": "laplas"}, "did you mean 'laplace'"),
+        ({"mechanism": "laplace", "noise_shape": "scalar"}, "no noise_shape called 'scalar'"),
+        ({"noise_shape": "coordinates"}, "gaussian with noise_shape coordinates has no certificate"),
+        ({"mechanism": "lmo", "noise_shape": "coordinates"}, "lmo with noise_shape coordinates has no certificate"),
+        ({"noise_law": "gamma(3,1)"}, "Mechanism gaussian has no noise_law"),
+        ({"mechanism": "laplace", "noise_law": "gamma(3,1)"}, "Mechanism laplace has no noise_law"),
+        ({"mechanism": "plrv", "noise_law": "gamma(3,1)+gamma(4,1)"}, "plrv is one gamma term"),
+        ({"mechanism": "plrv", "noise_law": "uniform(1,2)"}, "made of gamma, not of uniform"),
+        ({"mechanism": "lmo", "noise_law": "gamma(3)"}, "takes 2 numbers"),
+        ({"mechanism": "lmo", "noise_law": "exponential(1)"}, "infinite variance"),
     ],
 )
 def test_bad_settings_are_one_sentence(settings, message):

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from dpft.harness.cli import catalogue, measuring, memory, records, running
+from dpft.harness.cli import catalogue, measuring, memory, noise, records, running
 from dpft.harness.errors import BadInput
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -55,5 +55,6 @@ for command in (
     catalogue.describe,
     measuring.bench,
     memory.memory,
+    noise.noise,
 ):
     cli.add_command(command)

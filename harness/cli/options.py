@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 
-def _grid(convert):
+def grid(convert):
     """A callback that reads `a,b,c` as a grid axis and `a` as a value."""
 
     def callback(context, parameter, text):
@@ -43,14 +43,14 @@ def spec_options(command):
     options = [
         click.option("--task"),
         click.option("--model", help="Packaged name, local folder or hub id."),
-        click.option("--method", callback=_grid(str), help="One, or several separated by commas."),
-        click.option("--epsilon", callback=_grid(float), help="Target epsilon; several separated by commas."),
+        click.option("--method", callback=grid(str), help="One, or several separated by commas."),
+        click.option("--epsilon", callback=grid(float), help="Target epsilon; several separated by commas."),
         click.option("--delta", type=float, help="Default 1/(2N)."),
         click.option("--steps", type=int),
         click.option("--batch-size", type=int, help="Expected batch size of Poisson sampling."),
-        click.option("--lr", callback=_grid(float), help="One, or several separated by commas."),
-        click.option("--clip-norm", callback=_grid(float), help="One, or several separated by commas."),
-        click.option("--seeds", "seed", callback=_grid(int), help="Seeds separated by commas."),
+        click.option("--lr", callback=grid(float), help="One, or several separated by commas."),
+        click.option("--clip-norm", callback=grid(float), help="One, or several separated by commas."),
+        click.option("--seeds", "seed", callback=grid(int), help="Seeds separated by commas."),
         click.option(
             "--set", "more", multiple=True, callback=pairs, metavar="KEY=VALUE", help="Any other setting (repeatable)."
         ),

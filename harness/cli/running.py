@@ -40,11 +40,12 @@ from dpft.harness.errors import BadInput
 )
 @click.option("--resume/--no-resume", default=True, help="Continue a run from its checkpoint, or start it again.")
 @click.option("--retry-failed", is_flag=True, help="Make runs again that ended with a failure.")
+@click.option("--secure-noise", is_flag=True, help="Batches and noise from the system's entropy; not repeatable.")
 @click.option("--overwrite", is_flag=True, help="Make runs again that are there already.")
 @click.option("--quiet", is_flag=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON document instead of the table.")
 def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, jobs, executor, timeout,
-        checkpoint_every, resume, retry_failed, overwrite, quiet, as_json):  # fmt: skip
+        checkpoint_every, resume, retry_failed, secure_noise, overwrite, quiet, as_json):  # fmt: skip
     """Make the missing runs of SUITE (or of --task/--method ...) and print the table."""
     from dpft.harness import cluster, execution, progress, report
     from dpft.harness import engine as engines
@@ -60,7 +61,7 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     single = suite is None and len(runs) == 1
     policy = execution.Policy(retry_failed or single, overwrite, resume, _shard(shard), processes.began())
     pending = [s for s in execution.shard(runs, policy.shard) if execution.is_pending(store, s, policy)]
-    settings = Settings(data_dir, engine, device, max_tokens, timeout, checkpoint_every)
+    settings = Settings(data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise)
     reporter = progress.reporter(len(pending), quiet)
     if executor == "ray":
         plugins = click.get_current_context().find_root().params.get("plugins", ())

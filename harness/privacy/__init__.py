@@ -1,13 +1,14 @@
 """Privacy accounting: the ledger of what was released, its epsilon, the certificate of a run and its verification.
 
-Example-level, zero-out neighbours with public N, Poisson sampling, Gaussian noise. Nothing here imports torch, and the
-accounting libraries are imported when first used.
+Example-level, zero-out neighbours with public N, Poisson sampling, Gaussian noise or noise of random scale. Nothing here
+imports torch, and the accounting libraries are imported when first used.
 """
 
-from dpft.harness.privacy.accountant import calibrate, epsilon, tolerance
+from dpft.harness.privacy.accountant import calibrate, tolerance
 from dpft.harness.privacy.certificate import ADJACENCY, SAMPLING, certify, matched
 from dpft.harness.privacy.curve import epsilon_curve
 from dpft.harness.privacy.ledger import Ledger, Release, merged_noise_multiplier
+from dpft.harness.privacy.spent import epsilon
 from dpft.harness.privacy.verify import verify_record
 
 __all__ = [

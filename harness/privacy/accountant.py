@@ -14,7 +14,6 @@ from typing import Any
 
 from dpft.harness.cache import cached
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy.ledger import Ledger
 
 SLACK = 0.025  # "matched": target * (1 - SLACK) <= estimate and upper <= target
 MIN_SIGMA, MAX_EPSILON, MAX_CELLS = 0.3, 20.0, 2e7
@@ -31,27 +30,6 @@ Composition = tuple[tuple[float, float, int], ...]
 def tolerance(target_epsilon: float, delta: float) -> tuple[float, float]:
     """The one rule for the accountant's tolerances: (eps_error, delta_error) = (min(.01, target/50), delta/1000)."""
     return min(0.01, target_epsilon / 50), delta / 1000
-
-
-def composition(events: Sequence[dict[str, Any]]) -> Composition:
-    """The distinct (q, sigma) of a ledger's events with their step counts (epsilon does not depend on the order).
-
-    Raises BadInput for a malformed ledger.
-    """
-    counts: dict[tuple[float, float], int] = {}
-    for event in Ledger.from_events(list(events)).events:
-        kind = (event["sampling_probability"], event["noise_multiplier"])
-        counts[kind] = counts.get(kind, 0) + event["step_to"] - event["step_from"]
-    return tuple((q, sigma, steps) for (q, sigma), steps in sorted(counts.items()))
-
-
-def epsilon(events: Sequence[dict[str, Any]], delta: float, target: float) -> tuple[float, float, float]:
-    """(lower, estimate, upper) epsilon of a ledger's events at `delta`, heterogeneous events composed in one call.
-
-    `target` only sets the tolerances. Raises BadInput for a malformed ledger, CannotRun where the accountant cannot
-    certify (sigma < .3, epsilon > 20, delta below its resolution, a grid over 2e7 cells, any failure inside it).
-    """
-    return prv_epsilon(composition(events), float(delta), float(target))
 
 
 @functools.lru_cache(maxsize=512)
@@ -111,18 +89,18 @@ def _search(target: float, delta: float, q: float, steps: int) -> float:
 
     start = max(MIN_SIGMA, _sigma_by_rdp(target, delta, q, steps))
     with suppress(CannotRun):  # the certified grid then says what is wrong
-        start = _bracket(coarse, start, target)
+        start = bracket(coarse, start, target)
     try:
-        return _bracket(fine, start, target)
-    except _Unmet as unmet:
+        return bracket(fine, start, target)
+    except Unmet as unmet:
         raise CannotRun(f"{unmet} (q={q:g}, T={steps}, delta={delta:g}).") from None
 
 
-class _Unmet(CannotRun):
+class Unmet(CannotRun):
     """No sigma meets the target; the message lacks the values and the full stop."""
 
 
-def _bracket(at: Callable[[float], tuple[float, float, float]], high: float, target: float) -> float:
+def bracket(at: Callable[[float], tuple[float, float, float]], high: float, target: float) -> float:
     """Bracketed interpolation of log(upper) in log(sigma), from the large side: small sigmas exhaust the memory."""
     low, low_upper, refusals, growth = 0.0, math.inf, 0, 1.005
     values = at(high)
@@ -132,12 +110,12 @@ def _bracket(at: Callable[[float], tuple[float, float, float]], high: float, tar
         values = at(high)
     while not (matches(values, target) and values[2] >= target * (1 - CLOSE)):
         if high <= MIN_SIGMA:
-            raise _Unmet(
+            raise Unmet(
                 f"Epsilon {target:g} would need a noise multiplier under {MIN_SIGMA:g}, which cannot be certified: "
                 "decrease epsilon, or increase the batch size or the number of steps"
             )
         if high - low < 1e-9 * high:
-            raise _Unmet(f"No noise multiplier meets epsilon {target:g} within {SLACK:.1%}: increase epsilon")
+            raise Unmet(f"No noise multiplier meets epsilon {target:g} within {SLACK:.1%}: increase epsilon")
         sigma = _guess(low, low_upper, high, values[2], target)
         try:
             tried = at(sigma)

@@ -10,11 +10,11 @@ from dpft.harness.privacy.accountant import (
     SLACK,
     Composition,
     check_numbers,
-    composition,
-    epsilon,
     guarded,
     tolerance,
 )
+from dpft.harness.privacy.ledger import Ledger
+from dpft.harness.privacy.spent import covering, epsilon, fisher_epsilon, kinds_of, mixture_check
 
 ADJACENCY, SAMPLING = "zero-out, public N", "poisson"
 # what must be equal for two rows to be ranked together
@@ -28,14 +28,14 @@ def certify(events: Sequence[dict[str, Any]], delta: float, target: float) -> di
     `tolerance` {"eps_error", "delta_error"}, `within_budget` (upper <= target; an accounting failure is outside)
     and `error` (the failure in one sentence, or None). Raises BadInput for a malformed ledger only.
     """
-    kinds = composition(events)
+    ledger = Ledger.from_events(list(events))
     eps_error, delta_error = tolerance(target, delta)
     checks: dict[str, float | None] = {"pld": None, "opacus_prv": None}
     values, error = None, None
     try:
         values = list(epsilon(events, delta, target))
-        checks = {"pld": pld_epsilon(kinds, delta, target), "opacus_prv": opacus_epsilon(kinds, delta, target)}
-        error = disagreement(checks["pld"], values, eps_error)
+        checks = cross_checks(ledger, delta, target)
+        error = disagreement(checks, values, eps_error)
     except CannotRun as problem:
         error = str(problem)
     return {
@@ -47,12 +47,39 @@ def certify(events: Sequence[dict[str, Any]], delta: float, target: float) -> di
     }
 
 
-def disagreement(pld: float | None, values: Sequence[float], eps_error: float) -> str | None:
-    """One sentence when PLD's epsilon lies outside [lower, upper] by more than `eps_error`, else None."""
-    if pld is None or values[0] - eps_error <= pld <= values[2] + eps_error:
+def cross_checks(ledger: Ledger, delta: float, target: float, opacus: bool = True) -> dict[str, float | None]:
+    """{"pld", "opacus_prv"}, and "fisher" where not all noise is Gaussian; each None where it cannot be had.
+
+    pld: a second accountant (for noise of random scale our own FFT); fisher: what no certificate may be under.
+    """
+    kinds = covering(ledger)
+    if kinds is not None:
+        checks = {"pld": pld_epsilon(kinds, delta, target), "opacus_prv": None}
+        if opacus:
+            checks["opacus_prv"] = opacus_epsilon(kinds, delta, target)
+    else:
+        checks = {"pld": mixture_check(kinds_of(ledger), delta, target), "opacus_prv": None}
+    if not all(event["mechanism"] == "gaussian" for event in ledger.events):
+        checks["fisher"] = fisher_epsilon(ledger, delta, target)
+    return checks
+
+
+def disagreement(checks: dict[str, float | None], values: Sequence[float], eps_error: float) -> str | None:
+    """One sentence when a second accountant contradicts [lower, estimate, upper] by more than `eps_error`, else None.
+
+    Where `lower` is a bound by Fisher information, the second accountant is held against the estimate instead.
+    """
+    pld, fisher = checks["pld"], checks.get("fisher")
+    if fisher is not None and fisher > values[2] + eps_error:
+        return (
+            f"Epsilon {values[2]:.6g} is below {fisher:.6g}, which noise of this Fisher information cannot beat; "
+            "do not rely on this run."
+        )
+    lower = values[1] if "fisher" in checks else values[0]
+    if pld is None or lower - eps_error <= pld <= values[2] + eps_error:
         return None
     return (
-        f"The two accountants disagree: PLD gives epsilon {pld:.6g}, outside PRV's [{values[0]:.6g}, {values[2]:.6g}] "
+        f"The two accountants disagree: PLD gives epsilon {pld:.6g}, outside PRV's [{lower:.6g}, {values[2]:.6g}] "
         f"by more than {eps_error:g}; do not rely on this run."
     )
 

@@ -2,13 +2,13 @@
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from dpft.harness.errors import BadInput
+from dpft.harness.privacy import mechanisms
 
-MECHANISMS = ("gaussian",)
 EVENT_KEYS = ("step_from", "step_to", "sampling_probability", "mechanism", "noise_multiplier", "releases")
 RELEASE_KEYS = ("name", "mechanism", "noise_multiplier", "sensitivity_ratio")
 MERGE_TOLERANCE = 1e-9
@@ -19,34 +19,46 @@ class Release:
     """One noisy quantity computed on a batch; its noise has std `noise_multiplier * sensitivity` of that quantity.
 
     `sensitivity_ratio`: the sensitivity in units of the clip norm (information only, the accounting does not use it).
-    Raises ValueError for an unknown mechanism or a number that is not finite and positive.
+    `parameters`: what else defines the mechanism (harness/privacy/mechanisms.py); none for a Gaussian.
+    Raises ValueError for an unknown mechanism, parameters it has not, or a number that is not finite and positive.
     """
 
     name: str
     mechanism: str = "gaussian"
     noise_multiplier: float
     sensitivity_ratio: float = 1.0
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"a release needs a name, not {self.name!r}")
-        if self.mechanism not in MECHANISMS:
-            raise ValueError(
-                f"release {self.name!r} has mechanism {self.mechanism!r}; only {MECHANISMS} can be accounted"
-            )
-        for field in ("noise_multiplier", "sensitivity_ratio"):
-            object.__setattr__(self, field, _positive(getattr(self, field), f"{field} of release {self.name!r}"))
+        for key in ("noise_multiplier", "sensitivity_ratio"):
+            object.__setattr__(self, key, _positive(getattr(self, key), f"{key} of release {self.name!r}"))
+        parameters = mechanisms.check(self.mechanism, self.noise_multiplier, self.parameters)
+        object.__setattr__(self, "parameters", parameters)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The release as a fresh dict ready for JSON; a Gaussian's has no `parameters`."""
+        found = {key: getattr(self, key) for key in RELEASE_KEYS}
+        return found if self.mechanism == "gaussian" else found | {"parameters": dict(self.parameters)}
 
 
 def merged_noise_multiplier(releases: Iterable[Release]) -> float:
     """The noise multiplier of the one Gaussian that equals all `releases` on one batch: (sum s_i^-2)^(-1/2).
 
     Each has unit sensitivity after scaling by its own, so the joint release is a Gaussian whose mean moves by
-    sqrt(sum s_i^-2) standard deviations (Dong et al. 1905.02383, Corollary 3.3). Raises ValueError without releases.
+    sqrt(sum s_i^-2) standard deviations (Dong et al. 1905.02383, Corollary 3.3). A single release of any mechanism keeps
+    its own. Raises ValueError without releases, and for several of which one is not Gaussian.
     """
+    releases = list(releases)
     sigmas = [release.noise_multiplier for release in releases]
     if not sigmas:
         raise ValueError("a step of the ledger needs at least one release")
+    others = sorted({release.mechanism for release in releases} - {"gaussian"})
+    if len(sigmas) > 1 and others:
+        raise ValueError(
+            f"several releases on one batch can be accounted only if all are gaussian, not with {others[0]}"
+        )
     if len(sigmas) == 1:
         return sigmas[0]  # exactly: (s^-2)^(-1/2) is not s in floating point
     smallest = min(sigmas)  # scaled, so that no square overflows
@@ -70,7 +82,7 @@ class _Event:
             "sampling_probability": self.sampling_probability,
             "mechanism": self.releases[0].mechanism,
             "noise_multiplier": merged_noise_multiplier(self.releases),
-            "releases": [{key: getattr(release, key) for key in RELEASE_KEYS} for release in self.releases],
+            "releases": [release.to_dict() for release in self.releases],
         }
 
 
@@ -136,14 +148,15 @@ def _parse(content: Any, steps: int) -> _Event:
     if not isinstance(content["releases"], list):
         raise ValueError("its releases are not a list")
     for release in content["releases"]:
-        _keys(release, RELEASE_KEYS, "a release")
+        bare = isinstance(release, dict) and release.get("mechanism") == "gaussian"
+        _keys(release, RELEASE_KEYS if bare else (*RELEASE_KEYS, "parameters"), "a release")
     releases = tuple(Release(**release) for release in content["releases"])
     merged = merged_noise_multiplier(releases)
     declared = _positive(content["noise_multiplier"], "noise_multiplier")
     if not math.isclose(declared, merged, rel_tol=MERGE_TOLERANCE):
         raise ValueError(f"its noise_multiplier is {declared:g}, but its releases merge to {merged:g}")
-    if content["mechanism"] not in MECHANISMS:
-        raise ValueError(f"its mechanism is {content['mechanism']!r}, which cannot be accounted")
+    if content["mechanism"] != releases[0].mechanism:
+        raise ValueError(f"its mechanism is {content['mechanism']!r}, but its releases have {releases[0].mechanism!r}")
     return _Event(*bounds, _probability(content["sampling_probability"]), releases)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpft.harness.errors import BadInput
-from dpft.harness.privacy.accountant import composition, prv_epsilon, tolerance
-from dpft.harness.privacy.certificate import ADJACENCY, SAMPLING, disagreement, pld_epsilon
+from dpft.harness.privacy.accountant import tolerance
+from dpft.harness.privacy.certificate import ADJACENCY, SAMPLING, cross_checks, disagreement
 from dpft.harness.privacy.ledger import Ledger
+from dpft.harness.privacy.spent import epsilon
 
 REL = 1e-9
 INTEGERS = ("num_examples", "releases_per_step", "steps_planned", "steps_run")
@@ -121,6 +122,9 @@ def _events(privacy: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[s
         made, declared = len(event["releases"]), privacy["releases_per_step"]
         if made != declared:
             yield f"{where} make {made} releases each, but releases_per_step is {declared}."
+        named = privacy.get("mechanism", "gaussian")
+        if event["mechanism"] != named:
+            yield f"{where} have mechanism {event['mechanism']!r}, but the record declares {named!r}."
 
 
 def _epsilon(privacy: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[str]:
@@ -128,9 +132,8 @@ def _epsilon(privacy: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[
     delta, target, recorded = float(privacy["delta"]), float(privacy["target"]), privacy["epsilon"]
     eps_error = tolerance(target, delta)[0]
     try:
-        kinds = composition(events)
-        values = prv_epsilon(kinds, delta, target)
-        pld = pld_epsilon(kinds, delta, target)
+        values = epsilon(events, delta, target)
+        found = cross_checks(Ledger.from_events(events), delta, target, opacus=False)
     except BadInput as problem:
         yield f"Epsilon cannot be recomputed from the ledger: {problem}"
         return
@@ -143,17 +146,21 @@ def _epsilon(privacy: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[
     # a calibrated upper may sit right at the target, and another machine's last digits may differ
     if recorded[2] > target or values[2] > target * (1 + 1e-6):
         yield f"Upper epsilon {upper:.6g} exceeds the target {target:g}."
-    if pld is None:
+    if found["pld"] is None:
         yield "The second accountant (PLD) could not compute epsilon, so it is not cross-checked."
         return
     for which in (values, recorded):
-        problem = disagreement(pld, which, eps_error)
+        problem = disagreement(found, which, eps_error)
         if problem:
             yield problem
             break
     checks = privacy["cross_checks"]
-    if checks["pld"] is not None and abs(checks["pld"] - pld) > eps_error:
-        yield f"The cross-check pld is recorded as {checks['pld']:.6g}, but the ledger gives {pld:.6g}."
+    if ("fisher" in checks) != ("fisher" in found):
+        yield f"The cross-checks are {sorted(checks)}, but for this ledger they are {sorted(found)}."
+    for name in ("pld", "fisher"):
+        old, new = checks.get(name), found.get(name)
+        if old is not None and new is not None and not (_number(old) and abs(old - new) <= eps_error):
+            yield f"The cross-check {name} is recorded as {old!r}, but the ledger gives {new:.6g}."
     opacus = checks["opacus_prv"]
     if opacus is not None and not values[0] - eps_error <= opacus <= values[2] + eps_error:
         yield f"The cross-check opacus_prv is recorded as {opacus:.6g}, outside [{values[0]:.6g}, {values[2]:.6g}]."

@@ -32,7 +32,7 @@ def comparison(rows: list[Row], store: Store) -> str:
     head += "" if not private else f", ε ≤ {private[0].spec['epsilon']:g}"
     parts = [head, tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True, stralign="right")]
     if private:
-        parts.append(_budget(private[0].records[0]["privacy"]))
+        parts.append(_budget(private[0].records[0]["privacy"], _accountants(named)))
     if reason is not None:
         parts.append(f"**Not ranked**: {reason}")
     parts.append(_notes(rows, target, len(seeds)))
@@ -118,11 +118,21 @@ def _steps(row: Row, store: Store, target: float | None) -> tuple[str, str]:
     return f"{step}", "∞" if not row.private else f"{spent:.2f}"
 
 
-def _budget(privacy: dict[str, Any]) -> str:
+def _accountants(named: list[tuple[str, dict[str, Any]]]) -> str:
+    """Which accountants certified the rows, as the end of a sentence."""
+    if all(privacy.get("mechanism", "gaussian") == "gaussian" for _, privacy in named):
+        return "PRV accountant, upper bound."
+    return (
+        "upper bounds of the PRV accountant (Gaussian; Laplace coordinates through the Gaussian that covers them) and of "
+        "privacy loss distributions with revealed scale (spherical noise)."
+    )
+
+
+def _budget(privacy: dict[str, Any], accountants: str) -> str:
     return (
         f"Budget: ε = {privacy['target']:g}, δ = {privacy['delta']:.3g}; {privacy['adjacency']}; Poisson sampling, "
         f"B = {privacy['expected_batch_size']:,} expected of N = {privacy['num_examples']:,}, T = {privacy['steps_planned']:,} "
-        "steps; PRV accountant, upper bound."
+        f"steps; {accountants}"
     )
 
 

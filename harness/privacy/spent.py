@@ -1,0 +1,132 @@
+"""What a ledger's events cost: epsilon, its lower bound by Fisher information, and a second accountant's value.
+
+Events whose noise a Gaussian covers go to the PRV accountant, with PLD and Opacus as checks; where one has noise of random
+scale, all of them go to harness/privacy/mixtures.py, with our own FFT as the check.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dpft.harness.errors import CannotRun
+from dpft.harness.privacy import mechanisms, mixtures
+from dpft.harness.privacy.accountant import MAX_EPSILON, Composition, check_numbers, guarded, prv_epsilon, tolerance
+from dpft.harness.privacy.ledger import Ledger
+
+
+def epsilon(events: Sequence[dict[str, Any]], delta: float, target: float) -> tuple[float, float, float]:
+    """(lower, estimate, upper) epsilon of a ledger's events at `delta`, heterogeneous events composed in one call.
+
+    With other noise than Gaussian, `lower` is what the Gaussian of the same Fisher information costs, and `upper` what is
+    certified. `target` only sets the tolerances. Raises BadInput for a malformed ledger, CannotRun where the accountant
+    cannot certify (sigma < .3, epsilon > 20, delta below its resolution, a grid over 2e7 cells, any failure inside it).
+    """
+    ledger, delta, target = Ledger.from_events(list(events)), float(delta), float(target)
+    covered = covering(ledger)
+    if covered is not None:
+        lower, estimate, upper = prv_epsilon(covered, delta, target)
+    else:
+        estimate = mixture_epsilon(kinds_of(ledger), delta, target)
+        upper = certified(estimate, delta, target)
+        lower = 0.0
+    if not all(event["mechanism"] == "gaussian" for event in ledger.events):
+        bound = fisher_epsilon(ledger, delta, target)
+        lower = 0.0 if bound is None else min(bound, estimate)
+    return lower, estimate, upper
+
+
+def covering(ledger: Ledger) -> Composition | None:
+    """(q, sigma, steps) of the Gaussians that cover the ledger's events; None where one has noise of random scale."""
+    return _counted(ledger, mechanisms.covering_gaussian)
+
+
+def _counted(ledger: Ledger, of_release: Any) -> Composition | None:
+    counts: dict[tuple[float, float], int] = {}
+    for event in ledger.events:
+        sigma = _event_sigma(event, of_release)
+        if sigma is None:
+            return None
+        kind = (event["sampling_probability"], sigma)
+        counts[kind] = counts.get(kind, 0) + event["step_to"] - event["step_from"]
+    return tuple((q, sigma, steps) for (q, sigma), steps in sorted(counts.items()))
+
+
+def _event_sigma(event: dict[str, Any], of_release: Any) -> float | None:
+    if event["mechanism"] == "gaussian":
+        return event["noise_multiplier"]  # the merged one of all releases
+    (release,) = event["releases"]
+    return of_release(release["mechanism"], release["noise_multiplier"], release["parameters"])
+
+
+def kinds_of(ledger: Ledger) -> mixtures.Kinds:
+    """The ledger's distinct events with their step counts, as mixtures."""
+    counts: dict[tuple[float, tuple[str, float]], int] = {}
+    for event in ledger.events:
+        sigma = _event_sigma(event, mechanisms.covering_gaussian)
+        if sigma is not None:
+            mechanism = ("", sigma)
+        else:
+            (release,) = event["releases"]
+            law = mechanisms.law_of(release["mechanism"], release["noise_multiplier"], release["parameters"])
+            mechanism = (str(law), release["parameters"]["dimension"])
+        kind = (event["sampling_probability"], mechanism)
+        counts[kind] = counts.get(kind, 0) + event["step_to"] - event["step_from"]
+    return tuple((q, mechanism, steps) for (q, mechanism), steps in sorted(counts.items()))
+
+
+def certified(estimate: float, delta: float, target: float) -> float:
+    """The upper epsilon that belongs to an estimate by mixtures. Raises CannotRun above MAX_EPSILON.
+
+    The estimate is an upper bound already; the tolerance is added so that no mechanism gains by its accountant.
+    """
+    if not estimate <= MAX_EPSILON:
+        raise CannotRun(
+            f"Cannot certify: epsilon {estimate:.4g} is above {MAX_EPSILON:g}; increase the noise, or decrease q or T."
+        )
+    return estimate + (tolerance(target, delta)[0] if estimate > 0 else 0.0)
+
+
+@functools.lru_cache(maxsize=512)
+def mixture_epsilon(kinds: mixtures.Kinds, delta: float, target: float) -> float:
+    """Epsilon of a composition of mixtures, not below the truth. Raises CannotRun where there is no number for it."""
+    checked = _numbers(kinds, delta, target)
+    if not kinds:
+        return 0.0
+    with guarded(checked, delta):
+        parts = mixtures.distributions(kinds, delta, tolerance(target, delta)[0])
+        return mixtures.composed_epsilon(parts, [steps for _, _, steps in kinds], delta)
+
+
+def _numbers(kinds: mixtures.Kinds, delta: float, target: float) -> Composition:
+    """Refuses targets, deltas, q and T as for a Gaussian; the noise itself has been checked by the ledger."""
+    checked = tuple((q, 1.0, steps) for q, _, steps in kinds)
+    check_numbers(checked, delta, target)
+    return checked
+
+
+def fisher_epsilon(ledger: Ledger, delta: float, target: float) -> float | None:
+    """Lower PRV epsilon of the Gaussians with the ledger's Fisher informations; None where it cannot be had.
+
+    No certificate may be under it (mechanisms.fisher_gaussian says why).
+    """
+    try:
+        found = _counted(ledger, mechanisms.fisher_gaussian)
+        return None if found is None else prv_epsilon(found, delta, target)[0]
+    except CannotRun:
+        return None
+
+
+def mixture_check(kinds: mixtures.Kinds, delta: float, target: float) -> float | None:
+    """Epsilon of a composition of mixtures by the second accountant; None where it cannot be had."""
+    from dpft.harness.privacy.mixture_check import epsilon_by_fft
+
+    checked = _numbers(kinds, delta, target)
+    try:
+        with guarded(checked, delta):
+            value = epsilon_by_fft(kinds, delta, target, tolerance(target, delta)[0])
+    except CannotRun:
+        return None
+    return value if value is not None and math.isfinite(value) else None
