@@ -22,9 +22,12 @@ class PrivacyPlan:
     epsilon_curve: list[float] | None
 
 
-def plan(spec: RunSpec, data_dir: Path | None) -> PrivacyPlan:
-    """Calibrate `spec`. Raises CannotRun when the budget cannot be reached or the batch is larger than the data."""
-    n = registry.task(spec.task)().train_size(data_dir)
+def plan(spec: RunSpec, data_dir: Path | None, num_examples: int | None = None) -> PrivacyPlan:
+    """Calibrate `spec`. Raises CannotRun when the budget cannot be reached or the batch is larger than the data.
+
+    num_examples: N where it is known; None: as the task says.
+    """
+    n = num_examples or registry.task(spec.task)().train_size(data_dir)
     if spec.batch_size > n:
         raise CannotRun(
             f"The batch size {spec.batch_size} is larger than the {n} training examples; choose a smaller one."
