@@ -19,7 +19,8 @@ from dpft.harness.privacy import certify
 class Audit:
     """certificate: upper epsilon of what was booked; bound: what the run shows at 95%; reachable: the most that it could have shown.
 
-    departed: the first step whose weights did not follow from the releases, or None; violations: what is wrong, in words.
+    departed: the first step whose weights did not follow from the releases, or None; unbooked: releases made less those booked;
+    violations: what is wrong, in words.
     """
 
     question: Question
@@ -32,7 +33,13 @@ class Audit:
     sensitivity: Sensitivity
     replayed: int
     departed: int | None
+    unbooked: int
     violations: list[str]
+
+    @property
+    def sensitivity_rang(self) -> bool:
+        """Whether an example moves a sum further than rounding allows."""
+        return self.sensitivity.worst > 1 + ROUNDING
 
     @property
     def verdict(self) -> str:
@@ -72,14 +79,14 @@ def audit(question: Question, progress: Callable[[str, int, int], None] = lambda
         int(everywhere.sum()),
         len(set(seen.places.tolist())),
     )
-    violations = ["bound exceeds certificate"] if bound.epsilon > upper else []
-    violations += [check.violation for check in rung]
-    if seen.releases != seen.events[-1]["step_to"]:
-        violations.append("releases that are not booked")
-    if moved.worst > 1 + ROUNDING:
-        violations.append("sensitivity exceeds the clip norm")
-    if seen.departed is not None:
-        violations.append("weights do not follow from the releases")
+    unbooked = seen.releases - seen.events[-1]["step_to"]
+    violations = [
+        *["bound exceeds certificate"] * (bound.epsilon > upper),
+        *(check.violation for check in rung),
+        *["releases that are not booked"] * (unbooked != 0),
+        *["sensitivity exceeds the clip norm"] * (moved.worst > 1 + ROUNDING),
+        *["weights do not follow from the releases"] * (seen.departed is not None),
+    ]
     progress("accounting", 1, 1)
     return Audit(
         question=question,
@@ -92,5 +99,6 @@ def audit(question: Question, progress: Callable[[str, int, int], None] = lambda
         sensitivity=moved,
         replayed=seen.replayed,
         departed=seen.departed,
+        unbooked=unbooked,
         violations=list(dict.fromkeys(violations)),
     )

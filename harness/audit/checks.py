@@ -42,7 +42,9 @@ def alarms(checks: list[Check]) -> list[Check]:
 def _noise(seen: Observation) -> list[Check]:
     """Size of the noise, by parameter (too small), from step to step (must be the same), and its shape."""
     squares, counts = seen.squares, seen.counts
-    if counts.sum() < 100:  # an encoding spreads every gradient over all coordinates: directions of those who were absent
+    if (
+        counts.sum() < 100
+    ):  # an encoding spreads every gradient over all coordinates: directions of those who were absent
         absent = numpy.where(seen.member, 0.0, seen.seen / seen.noise_multiplier[:, None])
         squares, counts = (absent**2).sum(1, keepdims=True), (~seen.member).sum(1, keepdims=True)
         values = absent[~seen.member]

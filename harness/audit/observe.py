@@ -115,7 +115,9 @@ def _booked(events: list[dict[str, Any]], steps: int) -> tuple[float, numpy.ndar
     """
     rates = {event["sampling_probability"] for event in events}
     if len(rates) != 1:
-        raise BadInput(f"The audit knows one sampling rate per run, and {len(rates)} were booked; audit with --one-run.")
+        raise BadInput(
+            f"The audit knows one sampling rate per run, and {len(rates)} were booked; audit with --one-run."
+        )
     sigma = []
     for event in events:
         own = [r["noise_multiplier"] for r in event["releases"] if r["name"] == "gradient"]

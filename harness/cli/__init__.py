@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from dpft.harness.cli import catalogue, measuring, records, running
+from dpft.harness.cli import auditing, catalogue, measuring, records, running
 from dpft.harness.errors import BadInput
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -54,5 +54,6 @@ for command in (
     catalogue.list_,
     catalogue.describe,
     measuring.bench,
+    auditing.audit,
 ):
     cli.add_command(command)

@@ -25,7 +25,8 @@ def _grid(convert):
     return callback
 
 
-def _pairs(context, parameter, items: tuple[str, ...]) -> dict[str, Any]:
+def pairs(context, parameter, items: tuple[str, ...]) -> dict[str, Any]:
+    """A callback that reads KEY=VALUE items; values as JSON where they are."""
     found = {}
     for item in items:
         key, equals, value = item.partition("=")
@@ -52,7 +53,7 @@ def spec_options(command):
         click.option("--clip-norm", callback=_grid(float), help="One, or several separated by commas."),
         click.option("--seeds", "seed", callback=_grid(int), help="Seeds separated by commas."),
         click.option(
-            "--set", "more", multiple=True, callback=_pairs, metavar="KEY=VALUE", help="Any other setting (repeatable)."
+            "--set", "more", multiple=True, callback=pairs, metavar="KEY=VALUE", help="Any other setting (repeatable)."
         ),
         click.option("--precision", type=click.Choice(["fp32", "bf16"])),
         click.option(
