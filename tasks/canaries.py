@@ -22,7 +22,7 @@ MAGNITUDES = (1e2, 1e4)  # smallest and largest: every gradient is far above any
 class Canaries(Task):
     """Canary i multiplies a unit vector into every layer it aims at, and reads one of its outputs, times its magnitude.
 
-    So its gradient of a weight is one coordinate (i, p(i)) of its own, of a bias coordinate i, of an embedding table row i; no two
+    Its gradient is one coordinate (i, p(i)) of each weight, coordinate i of each bias, row i of the embedding table. No two
     canaries share one, also where a method projects one side of the weights. The loss is linear in each layer. The number of
     canaries, which is the width of the layers, is in the model's name: `canaries-64`.
     """

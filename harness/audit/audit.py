@@ -17,7 +17,8 @@ from dpft.harness.privacy import certify
 
 @dataclass(frozen=True)
 class Audit:
-    """certificate: upper epsilon of what was booked; bound: what the run shows at 95%; reachable: the most that it could have shown.
+    """certificate: upper epsilon of what was booked; bound: what the run shows at 95%; reachable: what it shows
+    of a correct method whose averages come out exactly as expected.
 
     departed: the first step whose weights did not follow from the releases, or None; unbooked: releases made less those booked;
     violations: what is wrong, in words.

@@ -9,9 +9,10 @@ from scipy import stats
 
 from dpft.harness.audit.observe import Observation
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy.accountant import MAX_EPSILON, MIN_SIGMA, prv_epsilon
+from dpft.harness.privacy.accountant import COARSER, MIN_SIGMA, build_accountant, evaluate, guarded
 
 CONFIDENCE = 0.95
+CAP_STEP = 1.15  # how sigma is raised until the accountant takes it
 ON_RATE = 0.01  # of the 5% that may be wrong, spent on the sampling rate; the rest on noise and contribution
 
 
@@ -68,7 +69,7 @@ def _rate(included: int, drawn: int) -> float:
 
 
 def _effective(inside: numpy.ndarray, outside: numpy.ndarray, wrong: float) -> float:
-    """Upper limit of noise over contribution, each limit wrong with probability `wrong`; infinite when there is no contribution."""
+    """Upper limit of noise over contribution, each wrong with probability `wrong`; infinite without a contribution."""
     if len(outside) == 0:  # q = 1: nobody is ever absent, and noise has mean zero
         outside = inside - inside.mean()
     if len(inside) < 2 or len(outside) < 2:
@@ -81,24 +82,25 @@ def _effective(inside: numpy.ndarray, outside: numpy.ndarray, wrong: float) -> f
 
 
 def _composed(q: float, sigma: float, steps: int, delta: float, target: float, place: int) -> Bound:
-    """The accountant's lower epsilon; where sigma is too small for it, that of the smallest sigma it takes, which is less."""
+    """The accountant's lower epsilon, on the coarse grid of the calibration: lower by five tolerances, and five times faster.
+
+    Where sigma is too small for it, that of the smallest sigma it takes, which is less.
+    """
     if q <= 0 or not sigma < 1e6:
         return Bound(0.0, False, q, float(sigma), place)
 
     def lower(tried: float) -> float | None:
+        kinds = ((q, tried, steps),)
         try:
-            return prv_epsilon(((q, tried, steps),), delta, target)[0]
+            with guarded(kinds, delta):
+                return evaluate(build_accountant(kinds, delta, target, COARSER), kinds, delta)[0]
         except CannotRun:
             return None
 
     value = lower(sigma) if sigma >= MIN_SIGMA else None
     if value is not None:
         return Bound(value, False, q, float(sigma), place)
-    low, high = max(sigma, MIN_SIGMA), max(sigma, MIN_SIGMA) * 1.05
-    while (value := lower(high)) is None and high < 1e4:
-        low, high = high, high * 1.3
-    while high > low * 1.03:
-        middle = (low * high) ** 0.5
-        tried = lower(middle)
-        low, high, value = (middle, high, value) if tried is None else (low, middle, tried)
-    return Bound(min(value or 0.0, MAX_EPSILON), True, q, float(sigma), place)
+    tried = max(sigma, MIN_SIGMA)
+    while (value := lower(tried)) is None and tried < 1e4:
+        tried *= CAP_STEP
+    return Bound(value or 0.0, True, q, float(sigma), place)

@@ -24,7 +24,7 @@ from dpft.methods.full import DPAdam
 
 @dataclass(frozen=True)
 class Bug:
-    """plant: a context in which the code has the bug; rings: the violation (or one of them) that must be found; changes: of the spec."""
+    """plant: a context in which the code has the bug; rings: the violation that must be found; changes: of the spec."""
 
     name: str
     about: str

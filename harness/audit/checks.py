@@ -108,7 +108,7 @@ def _contribution(seen: Observation) -> Check:
 
 
 def _batches(member: numpy.ndarray, q: float) -> list[Check]:
-    """Rate of inclusion, and variances of batch sizes and of each example's count: those of independent coins of probability q."""
+    """Rate of inclusion; variances of batch sizes and of each example's count: those of independent coins of probability q."""
     steps, count = member.shape
     rate = stats.binomtest(int(member.sum()), member.size, q).pvalue if q < 1 else float(member.all())
     sizes = _dispersion(member.sum(1), count, q)

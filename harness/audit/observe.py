@@ -174,7 +174,7 @@ def _note(setup: loop.Setup, notes: _Notes, picks: _Picks, batch: list[int], noi
 
 
 def _overlap(units: torch.Tensor, norms: torch.Tensor, member: torch.Tensor, clip_norm: float) -> torch.Tensor:
-    """What the others of the batch have along each direction, as shares of the clip norm: zero where encodings keep them apart."""
+    """What the others of the batch have along each direction, in units of the clip norm: zero where encodings keep them apart."""
     gram = units @ units[member].T
     gram[member.nonzero().flatten(), torch.arange(int(member.sum()))] = 0
     if not (gram.abs() > 1e-6).any():

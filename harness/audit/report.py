@@ -84,8 +84,8 @@ def planted(rows: Sequence[tuple[str, Audit]], versions: dict[str, str]) -> str:
     headers = ["planted in dp-adam", "certificate", "audited bound", "what rang", "verdict"]
     head = (
         f"- dp-adam, {asked.canaries} canaries, q = {asked.sampling_rate:g}, {asked.steps} steps, delta {asked.delta:g}, seed "
-        f"{asked.seed}; torch {versions['torch']}. Bounds at 95%, up to {first.reachable.epsilon:.2f} expected of a correct method.\n"
-        f"- `p`: a p-value under the threshold of a family at 1%; `> x`: the accountant goes no further."
+        f"{asked.seed}; torch {versions['torch']}. Bounds at 95%; expected of a correct method: {first.reachable.epsilon:.2f}.\n"
+        f"- `p`: under the threshold of a family of checks at 1%; `> x`: the accountant goes no further."
     )
     return f"{head}\n\n{tabulate(table, headers=headers, tablefmt='github', disable_numparse=True)}"
 

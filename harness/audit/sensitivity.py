@@ -12,13 +12,13 @@ from dpft.harness.audit.subject import Question, aim, built, silent, train, watc
 from dpft.harness.plan import PrivacyPlan
 from dpft.harness.spec import RunSpec
 
-PAIRS = 32
+PAIRS = 16
 ROUNDING = 2e-5  # of an fp32 sum of some tens of clipped rows, times the batch size and divided by it again
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """worst: the largest distance of two neighbouring noise-free sums, in units of the clip norm; others: examples in that batch."""
+    """worst: the largest distance of two neighbouring sums without noise, in clip norms; others: examples in that batch."""
 
     worst: float
     others: int

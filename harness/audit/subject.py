@@ -162,9 +162,24 @@ def directions(setup: loop.Setup, step: int, canaries: Sequence[int]) -> tuple[t
         return functional_call(model, (values, rest), (), batch).sum()
 
     index = torch.as_tensor(list(canaries))
-    gradients = vmap(grad(loss), in_dims=(None, 0))(parameters, index)
+    with _unhooked(model):
+        gradients = vmap(grad(loss), in_dims=(None, 0))(parameters, index)
     encodings = encodings_of(setup, step)
     rows = [encodings[n].dense(g) if n in encodings else g for n, g in gradients.items()]
     flat = torch.cat([row.reshape(len(index), -1) for row in rows], 1)
     norms = flat.norm(dim=1)
     return flat / norms.clamp_min(1e-30)[:, None], norms
+
+
+@contextlib.contextmanager
+def _unhooked(model: torch.nn.Module) -> Iterator[None]:
+    """Without the hooks that an engine has put on the model: they are part of what is audited."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    kept = [(module, kind, getattr(module, kind)) for module in model.modules() for kind in kinds]
+    try:
+        for module, kind, hooks in kept:
+            setattr(module, kind, type(hooks)())
+        yield
+    finally:
+        for module, kind, hooks in kept:
+            setattr(module, kind, hooks)
