@@ -161,6 +161,28 @@ def test_one_run_finds_missing_noise_and_nothing_else():
         assert one_run(weak).verdict == "VIOLATION: bound exceeds certificate"
 
 
+def test_two_runs_of_one_seed_betray_their_first_sum():
+    """README: they share batches and noise, so releases at two noise levels are two equations with two unknowns."""
+    from dpft.harness.audit.subject import built, train, watch
+
+    first, sigma = [], []
+    for epsilon in (2.0, 8.0):
+        question = Question("last-layer", **{**SMALL, "epsilon": epsilon})
+        spec = question.spec()
+        with built(question, spec, question.plan(spec)) as setup:
+            seen = []
+            watch(
+                setup, lambda batch, noisy, step, seen=seen: seen.append((batch, noisy.tensors["head.weight"].clone()))
+            )
+            train(setup)
+            first.append(seen[0])
+            sigma.append(setup.mechanism.noise_multiplier)
+    assert first[0][0] == first[1][0]
+    clean = (sigma[1] * first[0][1] - sigma[0] * first[1][1]) / (sigma[1] - sigma[0])
+    in_batch = clean.abs().max(dim=1).values > 1e-3
+    assert in_batch.nonzero().flatten().tolist() == first[0][0], "who was in the batch is read off without any noise"
+
+
 def ran(*arguments):
     try:
         result = CliRunner().invoke(cli, ["audit", *arguments], standalone_mode=False)

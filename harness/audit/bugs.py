@@ -41,12 +41,12 @@ def _wrapped(owner: Any, name: str, make: Callable[[Callable], Callable]):
 def _scaled_noise(factor: Callable[[GaussianMechanism], float]):
     """Noise of another size than is booked."""
 
-    def make(release):
+    def make(original):
         def released(self, clipped_sum):
             honest = self.noise_multiplier
             self.noise_multiplier = honest * factor(self)
             try:
-                return release(self, clipped_sum)
+                return original(self, clipped_sum)
             finally:
                 self.noise_multiplier = honest
 
@@ -82,10 +82,10 @@ def _noise_per_microbatch() -> Iterator[None]:
 def _weights_only():
     """Vectors (biases, norms) are released without noise."""
 
-    def make(release):
+    def make(original):
         def released(self, clipped_sum):
             plain = {n: t.clone() / self.expected_batch_size for n, t in clipped_sum.items() if t.dim() < 2}
-            noisy = release(self, clipped_sum)
+            noisy = original(self, clipped_sum)
             noisy.tensors.update(plain)
             return noisy
 
@@ -97,17 +97,17 @@ def _weights_only():
 def _reseeded(within: bool):
     """The streams start again at every step, or (`within`) at every tensor of a step."""
 
-    def make(release):
+    def make(original):
         def released(self, clipped_sum):
             if not hasattr(self, "first"):
                 self.first = self.state()
             if not within:
                 self.set_state(self.first)
-                return release(self, clipped_sum)
+                return original(self, clipped_sum)
             now, parts = self.state(), {}
             for name, tensor in clipped_sum.items():
                 self.set_state(now)
-                noisy = release(self, {name: tensor})
+                noisy = original(self, {name: tensor})
                 parts |= noisy.tensors
             noisy.tensors.update(parts)
             return noisy
@@ -197,9 +197,9 @@ def _realised_size() -> Iterator[None]:
 
         return counted
 
-    def make(release):
+    def make(original):
         def released(self, clipped_sum):
-            noisy = release(self, clipped_sum)
+            noisy = original(self, clipped_sum)
             torch._foreach_mul_(list(noisy.tensors.values()), self.expected_batch_size / drawn[0])
             return noisy
 
@@ -214,10 +214,10 @@ def _from_clean(decide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) ->
     """What becomes of a release depends on the clipped sum before its noise."""
     clean: dict[str, torch.Tensor] = {}
 
-    def make(release):
+    def make(original):
         def released(self, clipped_sum):
             clean.update({name: t.clone() for name, t in clipped_sum.items()})
-            return release(self, clipped_sum)
+            return original(self, clipped_sum)
 
         return released
 
@@ -242,10 +242,10 @@ def _clean_decoder():
 def _second_release():
     """The method gets a second noisy sum of the same batch, which nobody books."""
 
-    def make(release):
+    def make(original):
         def released(self, clipped_sum):
-            other = release(self, {name: t.clone() for name, t in clipped_sum.items()})
-            noisy = release(self, clipped_sum)
+            other = original(self, {name: t.clone() for name, t in clipped_sum.items()})
+            noisy = original(self, clipped_sum)
             for name, tensor in noisy.tensors.items():
                 tensor.add_(other.tensors[name]).div_(2)
             return noisy

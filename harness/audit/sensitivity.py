@@ -68,12 +68,12 @@ def _sums(question: Question, spec: RunSpec, privacy: PrivacyPlan, batches: list
 
 def _hush(mechanism: Any) -> None:
     """Make its releases noise-free; what it says of itself to the loop, which books it, stays."""
-    release, noise_multiplier = mechanism.release, mechanism.noise_multiplier
+    original, noise_multiplier = mechanism.release, mechanism.noise_multiplier
 
     def released(clipped_sum):
         mechanism.noise_multiplier = 0.0
         try:
-            return release(clipped_sum)
+            return original(clipped_sum)
         finally:
             mechanism.noise_multiplier = noise_multiplier
 

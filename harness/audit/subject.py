@@ -105,13 +105,13 @@ def watch(setup: loop.Setup, seen: Callable[[list[int], Any, int], Any]) -> Coun
     Every step's batch and release as they really are: the sampler's return value and the argument of `Method.decode`.
     Returns a counter of the releases that the mechanism makes.
     """
-    sample, decode, release = setup.sampler.sample, setup.method.decode, setup.mechanism.release
+    sample, decode, original = setup.sampler.sample, setup.method.decode, setup.mechanism.release
     batches: list[list[int]] = []
     made: Counter = Counter()
 
     def released(clipped_sum):
         made["releases"] += 1
-        return release(clipped_sum)
+        return original(clipped_sum)
 
     def sampled() -> list[int]:
         batches[:] = [sample()]

@@ -149,6 +149,14 @@ def _events(privacy: dict[str, Any], events: list[dict[str, Any]], foreign: bool
     booked, run = events[-1]["step_to"] if events else 0, privacy.get("steps_run")
     if run is not None and booked != run:
         yield f"The ledger books {booked} steps, but steps_run is {run}."
+    kinds = {key: {event[key] for event in events} for key in ("sampling_probability", "noise_multiplier")}
+    kinds |= {
+        "expected_batch_size": kinds["sampling_probability"],
+        "releases_per_step": {len(e["releases"]) for e in events},
+    }
+    for key, values in kinds.items():
+        if key in privacy and privacy[key] is None and len(values) < 2:
+            yield f"{key} is null, which it may be only where the ledger has several."
     for event in events:
         where = f"Steps {event['step_from']} to {event['step_to']} of the ledger"
         for key in ("sampling_probability", "noise_multiplier"):
