@@ -51,7 +51,7 @@ def test_nor_is_another_engine_or_setting(method, engine, changes):
 @pytest.mark.parametrize("bug", bugs.BUGS, ids=lambda bug: bug.name)
 def test_every_planted_bug_rings(bug):
     with bug.plant():
-        found = audit(Question("dp-adam", changes=bug.changes, **SMALL))
+        found = audit(Question(bug.method, changes=bug.changes, **SMALL))
     assert bug.rings in found.violations, found
     assert found.verdict.startswith("VIOLATION: ")
 

@@ -37,5 +37,5 @@ def audits(question: Question, bugs: list[Bug]) -> Iterator[Row]:
     yield Row("none", "nothing", honest, not honest.violations)
     for bug in bugs:
         with bug.plant():
-            found = audit(replace(question, changes={**question.changes, **bug.changes}))
+            found = audit(replace(question, method=bug.method, changes={**question.changes, **bug.changes}))
         yield Row(bug.name, bug.about, found, bug.rings in found.violations)

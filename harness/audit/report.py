@@ -81,10 +81,12 @@ def planted(rows: Sequence[tuple[str, Audit]], versions: dict[str, str]) -> str:
         [about, f"{a.certificate:.2f}", _cell(a), _rang(a), "consistent" if not a.violations else "**violation**"]
         for about, a in rows
     ]
-    headers = ["planted in dp-adam", "certificate", "audited bound", "what rang", "verdict"]
+    headers = ["planted", "certificate", "audited bound", "what rang", "verdict"]
     head = (
-        f"- dp-adam, {asked.canaries} canaries, q = {asked.sampling_rate:g}, {asked.steps} steps, delta {asked.delta:g}, seed "
-        f"{asked.seed}; torch {versions['torch']}. Bounds at 95%; expected of a correct method: {first.reachable.epsilon:.2f}.\n"
+        f"- dp-adam where no other method is named; {asked.canaries} canaries, "
+        f"q = {asked.sampling_rate:g}, {asked.steps} steps, delta {asked.delta:g}, "
+        f"seed {asked.seed}; torch {versions['torch']}. Bounds at 95%; "
+        f"expected of a correct method: {first.reachable.epsilon:.2f}.\n"
         f"- `p`: under the threshold of a family of checks at 1%; `> x`: the accountant goes no further."
     )
     return f"{head}\n\n{tabulate(table, headers=headers, tablefmt='github', disable_numparse=True)}"

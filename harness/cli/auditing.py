@@ -24,7 +24,7 @@ from dpft.harness.errors import BadInput
     "--set", "changes", multiple=True, callback=pairs, metavar="KEY=VALUE", help="Any setting of `dpft run --set`."
 )
 @click.option("--one-run", is_flag=True, help="Black box: guess from the final losses who was in the data.")
-@click.option("--planted", is_flag=True, help="Audit known bugs, planted in dp-adam, and print the table.")
+@click.option("--planted", is_flag=True, help="Audit known bugs, planted in the code, and print the table.")
 @click.option("--only", help="Of --planted: names of bugs, separated by commas.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Markdown file with markers for the table.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when --output is not up to date.")
