@@ -33,7 +33,7 @@ def verify_folder(folder: Path) -> dict[str, tuple[list[str], bool]]:
         else:
             findings = [*_identity(record), *verify_record(record, *_curve(store, record))]
             if record["status"] == "done" and not store.curve_path(path.stem).exists():
-                findings.append("The record has no curve beside it.")
+                findings += ["The record has no curve beside it."]
         found[path.stem] = findings, foreign
     return found
 

@@ -18,7 +18,7 @@ from dpft.harness.cli import cli
 from dpft.harness.errors import BadInput
 
 PRIVATE = [name for name, method in registry.methods().items() if method.private]
-SMALL = dict(steps=24, canaries=32, sampling_rate=0.25, epsilon=4.0)
+SMALL = dict(steps=16, canaries=32, sampling_rate=0.25, epsilon=4.0)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,8 +114,8 @@ def test_the_bound_covers_and_tightens():
 
 
 def test_a_noise_too_small_for_the_accountant_is_capped_and_not_an_error():
-    found = bounds._composed(0.125, 0.01, 200, 1e-5, 4.0, -1)
-    assert found.capped and 15 < found.epsilon <= 20
+    found = bounds._composed(0.125, 0.01, 20, 1e-5, 4.0, -1)
+    assert found.capped and 8 < found.epsilon <= 20
     assert bounds._composed(0.125, math.inf, 200, 1e-5, 4.0, -1).epsilon == 0
 
 
@@ -153,10 +153,10 @@ def test_the_tradeoff_function_of_one_gaussian_step():
 
 
 def test_one_run_finds_missing_noise_and_nothing_else():
-    question = Question("dp-sgd", steps=30, canaries=200, sampling_rate=0.25, epsilon=4.0)
+    question = Question("dp-sgd", steps=20, canaries=100, sampling_rate=0.25, epsilon=4.0)
     honest = one_run(question)
     assert honest.verdict == "consistent" and honest.ceiling < 5
-    weak = Question("dp-sgd", steps=30, canaries=200, sampling_rate=0.25, epsilon=1.0)
+    weak = Question("dp-sgd", steps=20, canaries=100, sampling_rate=0.25, epsilon=1.0)
     with next(bug for bug in bugs.BUGS if bug.name == "noise-over-batch").plant():
         assert one_run(weak).verdict == "VIOLATION: bound exceeds certificate"
 
@@ -229,10 +229,10 @@ def test_the_planted_table_stands_between_its_markers(tmp_path):
 
     path = tmp_path / "page.md"
     path.write_text("before\n" + "\n".join(MARKERS) + "\nafter\n")
-    few = ["--planted", "--only", "shuffled,clean-mask", "--steps", "24", "--canaries", "32", "--sampling-rate", "0.25"]
+    few = ["--planted", "--only", "clean-mask", "--steps", "16", "--canaries", "32", "--sampling-rate", "0.25"]
     assert ran(*few, "-o", str(path))[0].return_value == 0
     text = path.read_text()
-    assert "inclusion variance" in text and "replay (step 1)" in text and "| nothing " in text
+    assert "replay (step 1)" in text and "| nothing " in text
     assert ran(*few, "-o", str(path), "--check")[0].return_value == 0, "a seed repeats exactly"
     path.write_text(text.replace("4.00", "4.01"))
     assert ran(*few, "-o", str(path), "--check")[0].return_value == 1
