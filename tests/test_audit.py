@@ -18,7 +18,7 @@ from dpft.harness.cli import cli
 from dpft.harness.errors import BadInput
 
 PRIVATE = [name for name, method in registry.methods().items() if method.private]
-SMALL = dict(steps=16, canaries=32, sampling_rate=0.25, epsilon=4.0)
+SMALL = dict(steps=24, canaries=32, sampling_rate=0.25, epsilon=4.0)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
