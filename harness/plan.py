@@ -28,12 +28,18 @@ class PrivacyPlan:
         return None if self.noise is None else self.noise.noise_multiplier
 
 
-def plan(spec: RunSpec, data_dir: Path | None, dimension: Callable[[], int] | None = None) -> PrivacyPlan:
+def plan(
+    spec: RunSpec,
+    data_dir: Path | None,
+    dimension: Callable[[], int] | None = None,
+    num_examples: int | None = None,
+) -> PrivacyPlan:
     """Calibrate `spec`. Raises CannotRun when the budget cannot be reached or the batch is larger than the data.
 
-    dimension: says how many coordinates the released sum has, for noise whose epsilon depends on it.
+    dimension: says how many coordinates the released sum has, for noise whose epsilon depends on it. num_examples: N where
+    it is known; None: as the task says.
     """
-    n = registry.task(spec.task)().train_size(data_dir)
+    n = num_examples or registry.task(spec.task)().train_size(data_dir)
     if spec.batch_size > n:
         raise CannotRun(
             f"The batch size {spec.batch_size} is larger than the {n} training examples; choose a smaller one."

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from dpft.harness.privacy import Ledger, Release, certify, verify_record
+from dpft.harness.privacy import Ledger, Release, certify, epsilon_curve, verify_record
 
 N, BATCH, SIGMA, STEPS, DELTA, TARGET = 1000, 50, 1.0, 40, 1e-5, 4.0
 
@@ -17,7 +19,7 @@ def honest():
     """A record's privacy section as the loop writes it, after a trip through JSON."""
     ledger = Ledger()
     for step in range(STEPS):
-        ledger.append(step, BATCH / N, [Release(name="sum", noise_multiplier=SIGMA)])
+        ledger.append(step, BATCH / N, [Release(name="gradient", noise_multiplier=SIGMA)])
     certificate = certify(ledger.events, DELTA, TARGET)
     assert certificate["within_budget"]
     privacy = {
@@ -36,7 +38,8 @@ def honest():
         "epsilon_at_threshold": certificate["epsilon"][2] / 2,
         **{key: certificate[key] for key in ("epsilon", "cross_checks", "tolerance")},
     }
-    return json.loads(json.dumps({"privacy": privacy}))
+    spec = {"epsilon": TARGET, "delta": DELTA, "batch_size": BATCH, "steps": STEPS}
+    return json.loads(json.dumps({"schema": 1, "spec": spec, "privacy": privacy}))
 
 
 def edit(record, path, value):
@@ -69,7 +72,7 @@ def test_an_honest_record_has_no_findings(honest):
 def test_a_run_that_stopped_early_is_honest_too(honest):
     ledger = Ledger()
     for step in range(7):
-        ledger.append(step, BATCH / N, [Release(name="sum", noise_multiplier=SIGMA)])
+        ledger.append(step, BATCH / N, [Release(name="gradient", noise_multiplier=SIGMA)])
     certificate = certify(ledger.events, DELTA, TARGET)
     record = copy.deepcopy(honest)
     record["privacy"].update(steps_run=7, ledger=ledger.events, epsilon_at_threshold=None)
@@ -79,6 +82,9 @@ def test_a_run_that_stopped_early_is_honest_too(honest):
 
 def test_a_non_private_record_has_no_findings():
     assert verify_record({"privacy": None}, 10) == []
+    done = {"schema": 1, "status": "done", "privacy": None}
+    assert verify_record({**done, "spec": {"epsilon": None}}) == []
+    assert len(findings_of({**done, "spec": {"epsilon": 3.0}})) == 1
 
 
 def scale(factor):
@@ -197,3 +203,194 @@ def test_neither_import_nor_verification_needs_torch(honest):
     )
     done = subprocess.run([sys.executable, "-c", script], input=json.dumps(honest), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+RATIO, STEP_FROM, STEP_TO = (*EVENT, "releases", 0, "sensitivity_ratio"), (*EVENT, "step_from"), (*EVENT, "step_to")
+SINGLE = [
+    ("noise_multiplier",),
+    (*EVENT, "noise_multiplier"),
+    (*EVENT, "releases", 0, "noise_multiplier"),
+    ("sampling_probability",),
+    (*EVENT, "sampling_probability"),
+    ("num_examples",),
+    ("expected_batch_size",),
+    ("delta",),
+    ("target",),
+    ("releases_per_step",),
+    RATIO,
+    STEP_FROM,
+    STEP_TO,
+    ("epsilon", 0),
+    ("epsilon", 1),
+    ("epsilon", 2),
+    ("steps_run",),
+    ("steps_planned",),
+    ("epsilon_at_threshold",),
+    ("cross_checks", "pld"),
+    ("cross_checks", "opacus_prv"),
+    ("tolerance", "eps_error"),
+    ("tolerance", "delta_error"),
+]
+# what a forger changes together, so that the entries agree with one another
+TOGETHER = [
+    [("noise_multiplier",), (*EVENT, "noise_multiplier"), (*EVENT, "releases", 0, "noise_multiplier")],
+    [("sampling_probability",), (*EVENT, "sampling_probability"), ("expected_batch_size",)],
+    [("num_examples",), ("expected_batch_size",)],
+    [STEP_TO, ("steps_run",), ("steps_planned",)],
+    [STEP_TO, ("steps_run",)],
+    [("delta",), ("tolerance", "delta_error")],
+    [("epsilon", 0), ("epsilon", 1), ("epsilon", 2)],
+    [("epsilon", 0), ("epsilon", 1), ("epsilon", 2), ("cross_checks", "pld"), ("cross_checks", "opacus_prv")],
+]
+
+
+@pytest.fixture(scope="module")
+def finished(honest):
+    """The honest record as a whole: of a run that is done and reached its threshold after 10 steps."""
+    record = edit(honest, ("epsilon_at_threshold",), curve()[9])
+    return record | {"status": "done", "result": {"steps_to_threshold": 10}}
+
+
+def curve():
+    return epsilon_curve(SIGMA, BATCH / N, STEPS, DELTA, TARGET)[1:]
+
+
+def changed(value, factor):
+    return round(value * factor) if type(value) is int and round(value * factor) != value else value * factor or 1
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    paths=st.one_of(st.sampled_from(SINGLE).map(lambda path: [path]), st.sampled_from(TOGETHER)),
+    percent=st.integers(2, 300),
+    up=st.booleans(),
+)
+def test_every_tampering_of_two_percent_or_more_is_found(finished, paths, percent, up):
+    """Of any entry alone, or of several at once so that they agree; null, a missing and a doubled entry are other tests."""
+    assert verify_record(finished, STEPS, curve()) == []
+    factor = 1 + percent / 100 if up else 1 / (1 + percent / 100)
+    record = edits(finished, *[(path, lambda value: changed(value, factor)) for path in paths])
+    if record != finished:
+        assert verify_record(record, STEPS, curve()), (paths, factor)
+
+
+@given(rows=st.integers(0, 200))
+@settings(deadline=None, derandomize=True, max_examples=30)
+def test_every_other_number_of_rows_is_found(finished, rows):
+    assert bool(verify_record(finished, rows)) == (rows != STEPS)
+
+
+def test_what_the_result_and_the_curve_say_is_compared(finished):
+    low = [TARGET * (t + 1) / 400 for t in range(STEPS)]
+    assert any("curve ends at epsilon" in one for one in verify_record(finished, STEPS, low))
+    assert any("falls" in one for one in verify_record(finished, STEPS, low[::-1]))
+    assert any(
+        "steps_to_threshold" in one for one in verify_record({**finished, "result": {"steps_to_threshold": None}})
+    )
+    assert any(
+        "first 20 steps spend" in one for one in verify_record({**finished, "result": {"steps_to_threshold": 20}})
+    )
+    assert any("took 39 of" in one for one in findings_of(edits(finished, (("steps_run",), 39), (STEP_TO, 39))))
+    assert any("not certified" in one for one in findings_of(edit(finished, ("within_budget",), False)))
+    assert any("may be only where" in one for one in findings_of(edit(finished, ("noise_multiplier",), None)))
+    for key in ("epsilon", "batch_size", "steps", "delta"):
+        assert findings_of({**finished, "spec": {**finished["spec"], key: 1.5}}), key
+
+
+def of_another_program(events, **more):
+    certificate = certify(events, DELTA, TARGET)
+    return {"privacy": {"ledger": events, "target": TARGET, "delta": DELTA, "epsilon": certificate["epsilon"], **more}}
+
+
+def test_a_record_of_another_program_needs_four_entries(honest):
+    record = of_another_program(honest["privacy"]["ledger"], library="other 1.0", clip=[1, 2])
+    assert verify_record(record) == []
+    assert any("upper epsilon" in one for one in findings_of(edit(record, ("epsilon", 2), 1.0)))
+    for key in ("ledger", "target", "delta", "epsilon"):
+        less = copy.deepcopy(record)
+        del less["privacy"][key]
+        assert findings_of(less) == [f"The privacy section lacks {key}."]
+    # what it declares under our names must be true
+    assert verify_record(edit(record, ("steps_run",), STEPS)) == []
+    assert findings_of(edit(record, ("steps_run",), STEPS + 1)) and findings_of(edit(record, ("num_examples",), 10**6))
+
+
+def two_phases():
+    """Selection at another rate, then training with two releases on each batch."""
+    ledger = Ledger()
+    for step in range(10):
+        ledger.append(step, 0.02, [Release(name="gradient", noise_multiplier=2.0)])
+    for step in range(10, 40):
+        count = Release(name="count", noise_multiplier=8.0, sensitivity_ratio=0.5)
+        ledger.append(step, 0.05, [Release(name="gradient", noise_multiplier=1.1), count])
+    return ledger.events
+
+
+def test_several_kinds_of_batches_and_releases_are_composed(honest):
+    events = json.loads(json.dumps(two_phases()))
+    merged = (1.1**-2 + 8.0**-2) ** -0.5
+    assert [e["noise_multiplier"] for e in events] == pytest.approx([2.0, merged])
+    record = of_another_program(events)
+    assert verify_record(record) == []
+    own = {
+        **honest,
+        "privacy": {**honest["privacy"], **record["privacy"], "steps_run": 40, "epsilon_at_threshold": None},
+    }
+    own["privacy"] |= dict.fromkeys(
+        ("sampling_probability", "expected_batch_size", "noise_multiplier", "releases_per_step")
+    )
+    own["privacy"]["cross_checks"] = {"pld": None, "opacus_prv": None}
+    assert verify_record(own, 40) == []
+    for path in (
+        (0, "noise_multiplier"),
+        (1, "noise_multiplier"),
+        (1, "releases", 1, "noise_multiplier"),
+        (0, "step_to"),
+    ):
+        assert findings_of(edit(record, ("ledger", *path), scale(2))), path
+    # the second phase's count left out, and merged correctly without it: less noise in all than was spent
+    lighter = edits(record, (("ledger", 1, "releases"), lambda all: all[:1]), (("ledger", 1, "noise_multiplier"), 1.1))
+    assert findings_of(lighter)
+
+
+def verified(capsys, monkeypatch, folder):
+    from dpft.harness import cli
+
+    monkeypatch.setattr("sys.argv", ["dpft", "verify", str(folder)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code or 0, capsys.readouterr()
+
+
+def test_the_command_reads_folders_of_others(honest, tmp_path, capsys, monkeypatch):
+    code, said = verified(capsys, monkeypatch, tmp_path)
+    assert code == 2 and "no record" in said.err
+    record = of_another_program(honest["privacy"]["ledger"])
+    (tmp_path / "theirs.json").write_text(json.dumps(record))
+    code, said = verified(capsys, monkeypatch, tmp_path)
+    assert code == 0 and "theirs: fine (of another program" in said.out
+    (tmp_path / "theirs.json").write_text(json.dumps(edit(record, ("delta",), 1e-7)))
+    assert verified(capsys, monkeypatch, tmp_path)[0] == 1
+    for content, words in (("{", "damaged"), ("[1]", "no dpft record"), ('{"a": 1}', "no dpft record")):
+        (tmp_path / "theirs.json").write_text(content)
+        code, said = verified(capsys, monkeypatch, tmp_path)
+        assert code == 2 and words in said.err and said.err.count("\n") == 1
+
+
+def test_the_command_compares_the_id_and_needs_the_curve(tmp_path, capsys, monkeypatch):
+    import shutil
+    from pathlib import Path
+
+    official = Path(__file__).parent.parent / "results/official"
+    name = next(path.stem for path in official.glob("*.json") if json.loads(path.read_text())["privacy"])
+    for end in (".json", ".parquet"):
+        shutil.copy(official / f"{name}{end}", tmp_path)
+    assert verified(capsys, monkeypatch, tmp_path)[0] == 0
+    path = tmp_path / f"{name}.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "spec": {**record["spec"], "lr": 1e-9}}))
+    code, said = verified(capsys, monkeypatch, tmp_path)
+    assert code == 1 and "The spec is that of run" in said.out
+    path.write_text(json.dumps(record))
+    (tmp_path / f"{name}.parquet").unlink()
+    assert "no curve" in verified(capsys, monkeypatch, tmp_path)[1].out

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from dpft.harness.cli import catalogue, measuring, memory, noise, records, running
+from dpft.harness.cli import auditing, catalogue, measuring, memory, noise, records, running
 from dpft.harness.errors import BadInput
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -56,5 +56,6 @@ for command in (
     measuring.bench,
     memory.memory,
     noise.noise,
+    auditing.audit,
 ):
     cli.add_command(command)

@@ -26,6 +26,7 @@ def grid(convert):
 
 
 def pairs(context, parameter, items: tuple[str, ...]) -> dict[str, Any]:
+    """A callback that reads KEY=VALUE items; values as JSON where they are."""
     found = {}
     for item in items:
         key, equals, value = item.partition("=")

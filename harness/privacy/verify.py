@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpft.harness.errors import BadInput
@@ -12,119 +12,198 @@ from dpft.harness.privacy.ledger import Ledger
 from dpft.harness.privacy.spent import epsilon
 
 REL = 1e-9
-INTEGERS = ("num_examples", "releases_per_step", "steps_planned", "steps_run")
-REALS = ("target", "delta", "sampling_probability", "expected_batch_size", "noise_multiplier")
-KEYS = (
-    *INTEGERS,
-    *REALS,
-    "adjacency",
-    "sampling",
-    "ledger",
-    "epsilon",
-    "cross_checks",
-    "tolerance",
-    "epsilon_at_threshold",
-)
+REPEATS = 0.1  # how closely, in tolerances of the accountant, a recorded epsilon must be found again
+CONTRACT = ("ledger", "target", "delta", "epsilon")  # all that a record of another program must have
+WHOLE = ("num_examples", "steps_planned", "steps_run")
+ONE_KIND = ("sampling_probability", "expected_batch_size", "noise_multiplier", "releases_per_step")  # null: of several
+OWN = (*WHOLE, *ONE_KIND, "adjacency", "sampling", "cross_checks", "tolerance", "epsilon_at_threshold")
 
 
-def verify_record(record: dict[str, Any], curve_steps: int | None = None) -> list[str]:
+def verify_record(
+    record: dict[str, Any], curve_steps: int | None = None, curve_epsilon: Sequence[float] | None = None
+) -> list[str]:
     """What is wrong with a record's `privacy` section, one sentence each; empty when all is right (or null).
 
     The ledger is the truth: epsilon is recomputed from it with prv-accountant and with PLD, and every declared quantity
-    is compared with it. `curve_steps`: the number of steps the run's curve file holds, where there is one. Never raises
-    for what the record contains.
+    is compared with it, and with the record's `spec` and `result` where there are any. A record without a dpft `spec` is of
+    another program: of it CONTRACT is needed, and whatever else it declares under our names is checked too. curve_steps,
+    curve_epsilon: the rows of the run's curve file and their epsilon, where there is one. Never raises for what a record holds.
     """
     if not isinstance(record, dict) or "privacy" not in record:
         return ["The record has no privacy section."]
     privacy = record["privacy"]
     if privacy is None:
-        return []
-    findings = list(_shape(privacy))
+        return list(_public(record))
+    findings = list(_shape(privacy, CONTRACT if is_foreign(record) else (*CONTRACT, *OWN)))
     if findings:
         return findings
-    findings = [*_declared(privacy), *_steps(privacy, curve_steps)]
+    findings = [*_declared(privacy), *_steps(privacy, curve_steps), *_asked(record, privacy)]
     try:
         events = Ledger.from_events(privacy["ledger"]).events
     except BadInput as problem:
         return [*findings, str(problem)]
-    findings += [*_events(privacy, events), *_epsilon(privacy, events)]
-    return findings
+    findings += [*_events(privacy, events, is_foreign(record)), *_epsilon(privacy, events)]
+    return [*findings, *_threshold(record, privacy, events, curve_epsilon)]
 
 
-def _shape(privacy: Any) -> Iterator[str]:
+def is_foreign(record: Any) -> bool:
+    """Whether a record was made by another program: it has no `spec` beside a `schema`."""
+    return not (isinstance(record, dict) and "schema" in record and isinstance(record.get("spec"), dict))
+
+
+def _public(record: dict[str, Any]) -> Iterator[str]:
+    """A record without a privacy section must be of a run that asked for no privacy, or never had a plan."""
+    spec = record.get("spec")
+    asked = spec.get("epsilon") if isinstance(spec, dict) else None
+    if asked is not None and record.get("status") == "done":
+        yield f"The run asked for epsilon {asked!r}, but the record has no privacy section."
+
+
+def _shape(privacy: Any, needed: tuple[str, ...]) -> Iterator[str]:
     """Missing keys and values of the wrong type: with any of these nothing else can be checked."""
     if not isinstance(privacy, dict):
         yield f"The privacy section must be an object or null, not {type(privacy).__name__}."
         return
-    missing = [key for key in KEYS if key not in privacy]
+    missing = [key for key in needed if key not in privacy]
     if missing:
         yield f"The privacy section lacks {', '.join(missing)}."
         return
-    for key in INTEGERS:
+    for key in (*WHOLE, "releases_per_step"):
         least = 0 if key == "steps_run" else 1
-        if type(privacy[key]) is not int or not least <= privacy[key] <= 10**15:
-            yield f"{key} must be a whole number of at least {least}, not {privacy[key]!r}."
-    for key in REALS:
-        if not _number(privacy[key]) or privacy[key] <= 0:
-            yield f"{key} must be a finite positive number, not {privacy[key]!r}."
+        value = privacy.get(key)
+        absent = key not in privacy or (value is None and key in ONE_KIND)
+        if not absent and (type(value) is not int or not least <= value <= 10**15):
+            yield f"{key} must be a whole number of at least {least}, not {value!r}."
+    for key in ("target", "delta", *ONE_KIND[:3]):
+        value = privacy.get(key)
+        absent = key not in privacy or (value is None and key in ONE_KIND)
+        if not absent and (not _number(value) or value <= 0):
+            yield f"{key} must be a finite positive number, not {value!r}."
     values = privacy["epsilon"]
     if not isinstance(values, list) or len(values) != 3 or not all(map(_number, values)):
         yield f"epsilon must be [lower, estimate, upper], not {values!r}."
     for key, names in (("cross_checks", ("pld", "opacus_prv")), ("tolerance", ("eps_error", "delta_error"))):
-        content = privacy[key]
+        content = privacy.get(key)
         optional = key == "cross_checks"
-        if not isinstance(content, dict) or any(
-            name not in content or not (_number(content[name]) or (optional and content[name] is None))
-            for name in names
+        if key in privacy and (
+            not isinstance(content, dict)
+            or any(
+                name not in content or not (_number(content[name]) or (optional and content[name] is None))
+                for name in names
+            )
         ):
             yield f"{key} must hold the numbers {' and '.join(names)}, not {content!r}."
-    reached = privacy["epsilon_at_threshold"]
+    reached = privacy.get("epsilon_at_threshold")
     if reached is not None and not _number(reached):
         yield f"epsilon_at_threshold must be a number or null, not {reached!r}."
 
 
 def _declared(privacy: dict[str, Any]) -> Iterator[str]:
     """Declared quantities against each other."""
-    if privacy["adjacency"] != ADJACENCY:
+    if privacy.get("adjacency", ADJACENCY) != ADJACENCY:
         yield f"adjacency is {privacy['adjacency']!r}; only {ADJACENCY!r} is certified."
-    if privacy["sampling"] != SAMPLING:
+    if privacy.get("sampling", SAMPLING) != SAMPLING:
         yield f"sampling is {privacy['sampling']!r}; only {SAMPLING!r} is certified."
-    examples, batch, q = privacy["num_examples"], privacy["expected_batch_size"], privacy["sampling_probability"]
-    if not math.isclose(q, batch / examples, rel_tol=REL):
+    examples, batch, q = (privacy.get(key) for key in ("num_examples", "expected_batch_size", "sampling_probability"))
+    if None not in (examples, batch, q) and not math.isclose(q, batch / examples, rel_tol=REL):
         yield f"sampling_probability {q!r} is not expected_batch_size / num_examples = {batch!r} / {examples}."
-    if privacy["delta"] >= 1 / examples:
+    if examples is not None and privacy["delta"] >= 1 / examples:
         yield f"delta {privacy['delta']:g} is not under 1 / num_examples = {1 / examples:g}, so it promises nothing."
     rule = dict(zip(("eps_error", "delta_error"), tolerance(privacy["target"], privacy["delta"]), strict=True))
-    for name, value in rule.items():
+    for name, value in rule.items() if "tolerance" in privacy else ():
         declared = privacy["tolerance"][name]
         if not math.isclose(declared, value, rel_tol=1e-6):
             yield f"tolerance {name} is {declared:g}, but the rule for this target and delta gives {value:g}."
+    within = privacy.get("within_budget", True)
+    if within is not True or privacy.get("error") is not None:
+        yield f"The run says itself that it is not certified: within_budget {within!r}, error {privacy.get('error')!r}."
+
+
+def _asked(record: dict[str, Any], privacy: dict[str, Any]) -> Iterator[str]:
+    """What was spent against what the run's spec asked for."""
+    if is_foreign(record):
+        return
+    spec = record["spec"]
+    for key, asked in (("target", "epsilon"), ("expected_batch_size", "batch_size"), ("steps_planned", "steps")):
+        wanted = spec.get(asked)
+        if privacy[key] is not None and not (_number(wanted) and math.isclose(privacy[key], wanted, rel_tol=REL)):
+            yield f"{key} is {privacy[key]!r}, but the spec asks for {asked} {wanted!r}."
+    wanted = spec.get("delta")
+    delta = 1 / (2 * privacy["num_examples"]) if wanted is None else wanted
+    if not (_number(delta) and math.isclose(privacy["delta"], delta, rel_tol=REL)):
+        rule = "1 / (2 num_examples)" if wanted is None else "the spec"
+        yield f"delta is {privacy['delta']!r}, but {rule} gives {delta!r}."
+    if record.get("status") == "done" and privacy["steps_run"] != privacy["steps_planned"]:
+        yield f"The run is done, but took {privacy['steps_run']} of its {privacy['steps_planned']} steps."
 
 
 def _steps(privacy: dict[str, Any], curve_steps: int | None) -> Iterator[str]:
-    run, planned = privacy["steps_run"], privacy["steps_planned"]
-    if run > planned:
+    run, planned = privacy.get("steps_run"), privacy.get("steps_planned")
+    if None not in (run, planned) and run > planned:
         yield f"steps_run is {run}, more than the {planned} planned."
-    if curve_steps is not None and curve_steps != run:
+    if None not in (run, curve_steps) and curve_steps != run:
         yield f"The curve holds {curve_steps} steps, but steps_run is {run}."
 
 
-def _events(privacy: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[str]:
+def _events(privacy: dict[str, Any], events: list[dict[str, Any]], foreign: bool) -> Iterator[str]:
     """The ledger against what the record declares."""
-    booked = events[-1]["step_to"] if events else 0
-    if booked != privacy["steps_run"]:
-        yield f"The ledger books {booked} steps, but steps_run is {privacy['steps_run']}."
+    booked, run = events[-1]["step_to"] if events else 0, privacy.get("steps_run")
+    if run is not None and booked != run:
+        yield f"The ledger books {booked} steps, but steps_run is {run}."
+    kinds = {key: {event[key] for event in events} for key in ("sampling_probability", "noise_multiplier")}
+    kinds |= {
+        "expected_batch_size": kinds["sampling_probability"],
+        "releases_per_step": {len(e["releases"]) for e in events},
+    }
+    for key, values in kinds.items():
+        if key in privacy and privacy[key] is None and len(values) < 2:
+            yield f"{key} is null, which it may be only where the ledger has several."
     for event in events:
         where = f"Steps {event['step_from']} to {event['step_to']} of the ledger"
         for key in ("sampling_probability", "noise_multiplier"):
-            if not math.isclose(event[key], privacy[key], rel_tol=REL):
-                yield f"{where} have {key} {event[key]!r}, but the record declares {privacy[key]!r}."
-        made, declared = len(event["releases"]), privacy["releases_per_step"]
-        if made != declared:
+            declared = privacy.get(key)
+            if declared is not None and not math.isclose(event[key], declared, rel_tol=REL):
+                yield f"{where} have {key} {event[key]!r}, but the record declares {declared!r}."
+        made, declared = len(event["releases"]), privacy.get("releases_per_step")
+        if declared is not None and made != declared:
             yield f"{where} make {made} releases each, but releases_per_step is {declared}."
-        named = privacy.get("mechanism", "gaussian")
-        if event["mechanism"] != named:
+        named = privacy.get("mechanism", None if foreign else "gaussian")
+        if named is not None and event["mechanism"] != named:
             yield f"{where} have mechanism {event['mechanism']!r}, but the record declares {named!r}."
+        ratios = [release["sensitivity_ratio"] for release in event["releases"] if release["name"] == "gradient"]
+        if not foreign and ratios != [1.0]:
+            yield f"{where} must release one gradient of sensitivity_ratio 1, not {ratios!r}."
+
+
+def _threshold(
+    record: dict[str, Any], privacy: dict[str, Any], events: list[dict[str, Any]], curve: Sequence[float] | None
+) -> Iterator[str]:
+    """Epsilon at the threshold against the steps that led there, and the curve's epsilon against the certificate."""
+    reached, result = privacy.get("epsilon_at_threshold"), record.get("result")
+    steps = result.get("steps_to_threshold") if isinstance(result, dict) else None
+    if isinstance(result, dict) and (reached is None) != (steps is None):
+        yield f"epsilon_at_threshold is {reached!r}, but steps_to_threshold is {steps!r}."
+    eps_error = tolerance(privacy["target"], privacy["delta"])[0]
+    if reached is not None and type(steps) is int:
+        taken = [{**e, "step_to": min(e["step_to"], steps)} for e in events if e["step_from"] < steps]
+        try:
+            least = epsilon(taken, privacy["delta"], privacy["target"])[2]
+        except BadInput:
+            return  # said already of the whole ledger
+        if reached < least - eps_error:
+            yield f"epsilon_at_threshold is {reached:.6g}, but the first {steps} steps spend {least:.6g}."
+    if not curve:
+        return
+    if any(one is None for one in curve) or list(curve) != sorted(curve):
+        yield "The epsilon of the curve's rows is not there everywhere, or falls."
+    elif abs(curve[-1] - privacy["epsilon"][2]) > eps_error and len(curve) == privacy.get("steps_planned"):
+        yield f"The curve ends at epsilon {curve[-1]:.6g}, the record at {privacy['epsilon'][2]:.6g}."
+    elif (
+        reached is not None
+        and type(steps) is int
+        and not math.isclose(reached, curve[min(steps, len(curve)) - 1], abs_tol=1e-6)
+    ):
+        yield f"epsilon_at_threshold is {reached:.6g}, but the curve has another epsilon after {steps} steps."
 
 
 def _epsilon(privacy: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[str]:
@@ -138,7 +217,7 @@ def _epsilon(privacy: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[
         yield f"Epsilon cannot be recomputed from the ledger: {problem}"
         return
     for name, old, new in zip(("lower", "estimate", "upper"), recorded, values, strict=True):
-        if abs(old - new) > eps_error:
+        if abs(old - new) > REPEATS * eps_error:
             yield f"The {name} epsilon is recorded as {old:.6g}, but the ledger gives {new:.6g}."
     if not recorded[0] <= recorded[1] <= recorded[2]:
         yield f"The recorded epsilon {recorded!r} is not in the order lower, estimate, upper."
@@ -154,17 +233,17 @@ def _epsilon(privacy: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[
         if problem:
             yield problem
             break
-    checks = privacy["cross_checks"]
-    if ("fisher" in checks) != ("fisher" in found):
+    checks = privacy.get("cross_checks", {"pld": None, "opacus_prv": None})
+    if "cross_checks" in privacy and ("fisher" in checks) != ("fisher" in found):
         yield f"The cross-checks are {sorted(checks)}, but for this ledger they are {sorted(found)}."
     for name in ("pld", "fisher"):
         old, new = checks.get(name), found.get(name)
-        if old is not None and new is not None and not (_number(old) and abs(old - new) <= eps_error):
+        if old is not None and new is not None and not (_number(old) and abs(old - new) <= REPEATS * eps_error):
             yield f"The cross-check {name} is recorded as {old!r}, but the ledger gives {new:.6g}."
     opacus = checks["opacus_prv"]
     if opacus is not None and not values[0] - eps_error <= opacus <= values[2] + eps_error:
         yield f"The cross-check opacus_prv is recorded as {opacus:.6g}, outside [{values[0]:.6g}, {values[2]:.6g}]."
-    reached = privacy["epsilon_at_threshold"]
+    reached = privacy.get("epsilon_at_threshold")
     if reached is not None and not 0 <= reached <= upper + eps_error:
         yield f"epsilon_at_threshold {reached:.6g} is outside [0, {upper:.6g}]."
 

@@ -1,0 +1,106 @@
+"""Lower bounds on epsilon at a confidence: from the parts of a training that were measured, and what is within reach of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy
+from scipy import stats
+
+from dpft.harness.audit.observe import Observation
+from dpft.harness.errors import CannotRun
+from dpft.harness.privacy.accountant import COARSER, MIN_SIGMA, build_accountant, evaluate, guarded
+
+CONFIDENCE = 0.95
+CAP_STEP = 1.15  # how sigma is raised until the accountant takes it
+ON_RATE = 0.01  # of the 5% that may be wrong, spent on the sampling rate; the rest on noise and contribution
+
+
+@dataclass(frozen=True)
+class Bound:
+    """epsilon: lower bound; capped: the accountant goes no further than it, so the truth may be far above.
+
+    sampling_rate, noise_multiplier: the confidence limits it is composed from; place: of the canaries, -1 all layers.
+    """
+
+    epsilon: float
+    capped: bool
+    sampling_rate: float
+    noise_multiplier: float
+    place: int
+
+
+def measured(seen: Observation) -> Bound:
+    """The largest epsilon at delta that the run shows with CONFIDENCE, by parts.
+
+    Clopper-Pearson for the sampling rate, Student's t for the mean contribution of a canary (those in the batch less those who
+    are not), chi-square for the noise along its direction; for canaries at all layers and at each layer, Bonferroni. Composed
+    as T independent Poisson-sampled Gaussians, which the checks on noise and batches stand for.
+    """
+    q = _rate(int(seen.member.sum()), seen.member.size)
+    kinds = [place for place in numpy.unique(seen.places) if (seen.places == place).any()]
+    wrong = (1 - CONFIDENCE - ON_RATE) / len(kinds) / 2
+    found = []
+    for place in kinds:
+        mine = seen.places == place
+        values, member = seen.seen[:, mine], seen.member[:, mine]
+        found.append((_effective(values[member], values[~member], wrong), int(place)))
+    sigma, place = min(found)
+    return _composed(q, sigma, seen.spec.steps, seen.spec.delta, seen.spec.epsilon, place)
+
+
+def reachable(steps: int, delta: float, target: float, q: float, sigma: float, canaries: int, kinds: int) -> Bound:
+    """What `measured` says of a correct method whose every average is exactly what is expected: the most to hope for.
+
+    canaries: those that aim at all layers; kinds: groups of canaries that are tried.
+    """
+    drawn = canaries * steps
+    rate = _rate(round(q * drawn), drawn)
+    inside, outside = max(2, round(q * drawn)), max(2, round((1 - q) * drawn))
+    wrong = (1 - CONFIDENCE - ON_RATE) / kinds / 2
+    gap = 1.0 - stats.t.isf(wrong, inside + outside - 2) * sigma * (1 / inside + 1 / outside) ** 0.5
+    high = sigma * (outside / stats.chi2.ppf(wrong, outside)) ** 0.5
+    return _composed(rate, high / gap if gap > 0 else numpy.inf, steps, delta, target, -1)
+
+
+def _rate(included: int, drawn: int) -> float:
+    """Clopper-Pearson's lower limit."""
+    return float(stats.beta.ppf(ON_RATE, included, drawn - included + 1)) if included else 0.0
+
+
+def _effective(inside: numpy.ndarray, outside: numpy.ndarray, wrong: float) -> float:
+    """Upper limit of noise over contribution, each wrong with probability `wrong`; infinite without a contribution."""
+    if len(outside) == 0:  # q = 1: nobody is ever absent, and noise has mean zero
+        outside = inside - inside.mean()
+    if len(inside) < 2 or len(outside) < 2:
+        return numpy.inf
+    freedom = len(outside) - 1
+    high = outside.std(ddof=1) * (freedom / stats.chi2.ppf(wrong, freedom)) ** 0.5
+    error = (inside.var(ddof=1) / len(inside) + outside.var(ddof=1) / len(outside)) ** 0.5
+    gap = inside.mean() - outside.mean() - stats.t.isf(wrong, min(len(inside), len(outside)) - 1) * error
+    return float(high / gap) if gap > 0 else numpy.inf
+
+
+def _composed(q: float, sigma: float, steps: int, delta: float, target: float, place: int) -> Bound:
+    """The accountant's lower epsilon, on the coarse grid of the calibration: lower by five tolerances, and five times faster.
+
+    Where sigma is too small for it, that of the smallest sigma it takes, which is less.
+    """
+    if q <= 0 or not sigma < 1e6:
+        return Bound(0.0, False, q, float(sigma), place)
+
+    def lower(tried: float) -> float | None:
+        kinds = ((q, tried, steps),)
+        try:
+            with guarded(kinds, delta):
+                return evaluate(build_accountant(kinds, delta, target, COARSER), kinds, delta)[0]
+        except CannotRun:
+            return None
+
+    value = lower(sigma) if sigma >= MIN_SIGMA else None
+    if value is not None:
+        return Bound(value, False, q, float(sigma), place)
+    tried = max(sigma, MIN_SIGMA)
+    while (value := lower(tried)) is None and tried < 1e4:
+        tried *= CAP_STEP
+    return Bound(value or 0.0, True, q, float(sigma), place)

@@ -1,0 +1,127 @@
+"""Audits as text: one audit, one black-box audit, and the table of planted bugs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dpft.harness.audit.audit import Audit
+    from dpft.harness.audit.bounds import Bound
+    from dpft.harness.audit.one_run import OneRun
+
+MARKERS = ("<!-- dpft audit: begin -->", "<!-- dpft audit: end -->")
+
+
+def of_audit(found: Audit) -> str:
+    """Certificate, bound, every check, verdict."""
+    from tabulate import tabulate
+
+    from dpft.harness.audit.bounds import CONFIDENCE
+    from dpft.harness.audit.checks import LEVEL
+    from dpft.harness.audit.sensitivity import PAIRS
+
+    asked = found.question
+    lines = [
+        f"{asked.method}: {found.verdict}",
+        f"certificate        epsilon <= {found.certificate:.3f} at delta {asked.delta:g}"
+        f" (sigma {found.noise_multiplier:.4f}, q {asked.sampling_rate:g}, {asked.steps} steps)",
+        f"audited            epsilon {_shown(found.bound)} with {CONFIDENCE:.0%} confidence"
+        f" (from q >= {found.bound.sampling_rate:.4f}, sigma <= {found.bound.noise_multiplier:.4f})",
+        f"within reach       {_shown(found.reachable)}: what {asked.canaries} canaries and {asked.steps} steps show of a "
+        "correct method when every average is exactly as expected",
+        f"sensitivity        {found.sensitivity.worst:.6f} C at most, over {PAIRS} pairs of neighbouring batches without noise",
+        f"replay             {_replay(found)}",
+        f"p-values           alarms under {LEVEL:g}/{len(found.checks)}: {', '.join(found.alarms) or 'none'}",
+        "",
+    ]
+    rows = [[c.name, f"{c.observed:.4g}", f"{c.expected:g}", f"{c.p_value:.2g}"] for c in found.checks]
+    table = tabulate(rows, headers=["check", "observed", "expected", "p"], tablefmt="simple", disable_numparse=True)
+    return "\n".join(lines) + table
+
+
+def _replay(found: Audit) -> str:
+    if found.departed is not None:
+        return f"the weights after step {found.departed} do not follow from the releases"
+    return f"the weights of {found.replayed} steps follow from the releases alone, bit for bit"
+
+
+def _shown(bound: Bound) -> str:
+    return f"> {bound.epsilon:.2f}" if bound.capped else f">= {bound.epsilon:.2f}"
+
+
+def of_one_run(found: OneRun) -> str:
+    """Certificate, both bounds, what was guessed, verdict."""
+    from tabulate import tabulate
+
+    asked = found.question
+    tradeoff = "not for this noise" if found.tradeoff is None else f"{found.tradeoff:.3f}"
+    lines = [
+        f"{asked.method}, one run, black box: {found.verdict}",
+        f"certificate    epsilon <= {found.certificate:.3f} at delta {asked.delta:g}",
+        f"audited        epsilon >= {found.epsilon_delta:.3f} (2305.08846), {tradeoff} (2410.22235), with 95% confidence each",
+        f"ceiling        {found.ceiling:.3f}: 2305.08846 with all {asked.canaries} canaries guessed, all right",
+        "",
+    ]
+    rows = [
+        [g.guesses, g.right, f"{g.epsilon_delta:.3f}", "" if g.tradeoff is None else f"{g.tradeoff:.3f}"]
+        for g in found.tried
+    ]
+    headers = ["guesses", "right", "2305.08846", "2410.22235"]
+    return "\n".join(lines) + tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
+
+
+def planted(rows: Sequence[tuple[str, Audit]], versions: dict[str, str]) -> str:
+    """The table of planted bugs. rows: (what was planted, the audit of it), the first without a bug."""
+    from tabulate import tabulate
+
+    first = rows[0][1]
+    asked = first.question
+    table = [
+        [about, f"{a.certificate:.2f}", _cell(a), _rang(a), "consistent" if not a.violations else "**violation**"]
+        for about, a in rows
+    ]
+    headers = ["planted", "certificate", "audited bound", "what rang", "verdict"]
+    head = (
+        f"- dp-adam where no other method is named; {asked.canaries} canaries, "
+        f"q = {asked.sampling_rate:g}, {asked.steps} steps, delta {asked.delta:g}, "
+        f"seed {asked.seed}; torch {versions['torch']}. Bounds at 95%; "
+        f"expected of a correct method: {first.reachable.epsilon:.2f}.\n"
+        f"- `p`: under the threshold of a family of checks at 1%; `> x`: the accountant goes no further."
+    )
+    return f"{head}\n\n{tabulate(table, headers=headers, tablefmt='github', disable_numparse=True)}"
+
+
+def _cell(found: Audit) -> str:
+    return f"> {found.bound.epsilon:.1f}" if found.bound.capped else f"{found.bound.epsilon:.2f}"
+
+
+def _rang(found: Audit) -> str:
+    rang = ["bound"] if "bound exceeds certificate" in found.violations else []
+    rang += [f"{c.name} (p {_p(c.p_value)})" for c in found.checks if c.name in found.alarms]
+    if found.sensitivity_rang:
+        rang.append(f"sensitivity {found.sensitivity.worst:.4g} C")
+    if found.departed is not None:
+        rang.append(f"replay (step {found.departed})")
+    if found.unbooked:
+        rang.append(f"{found.unbooked} releases not booked")
+    return ", ".join(rang) or "nothing"
+
+
+def _p(value: float) -> str:
+    return "0" if value < 1e-99 else f"{value:.0e}"
+
+
+def progress_line(quiet: bool) -> Callable[[str, int, int], None]:
+    """Progress on stderr: a line at every quarter."""
+    import click
+
+    told: set[tuple[str, int]] = set()
+
+    def progress(what: str, done: int, of: int) -> None:
+        quarter = 4 * done // max(1, of)
+        if not quiet and (what, quarter) not in told:
+            told.add((what, quarter))
+            click.echo(f"    {what}: {done}/{of}", err=True)
+
+    return progress

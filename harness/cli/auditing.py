@@ -1,0 +1,98 @@
+"""The command that audits methods."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from dpft.harness.cli.options import pairs
+from dpft.harness.errors import BadInput
+
+
+@click.command()
+@click.argument("method", required=False)
+@click.option("--epsilon", type=click.FloatRange(0, min_open=True), default=4.0, show_default=True, help="Certified.")
+@click.option("--delta", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=1e-5, show_default=True)
+@click.option("--steps", type=click.IntRange(2), default=200, show_default=True)
+@click.option("--sampling-rate", type=float, default=0.125, show_default=True, help="q of Poisson sampling.")
+@click.option("--canaries", type=click.IntRange(24), default=64, show_default=True, help="All examples are canaries.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--engine", default="factored", show_default=True, help="factored, opacus or reference.")
+@click.option(
+    "--set", "changes", multiple=True, callback=pairs, metavar="KEY=VALUE", help="Any setting of `dpft run --set`."
+)
+@click.option("--one-run", is_flag=True, help="Black box: guess from the final losses who was in the data.")
+@click.option("--planted", is_flag=True, help="Audit known bugs, planted in the code, and print the table.")
+@click.option("--only", help="Of --planted: names of bugs, separated by commas.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Markdown file with markers for the table.")
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 when --output is not up to date.")
+@click.option("--quiet", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def audit(method, one_run, planted, only, output, check, quiet, as_json, **asked):
+    """Attack METHOD as it really runs: a lower bound on epsilon, and checks of noise, sensitivity and sampling.
+
+    Exit code 1 when what is seen contradicts the certificate.
+    """
+    if planted == (method is not None):
+        raise BadInput("Name one method to audit (`dpft list methods`), or give --planted for the table of bugs.")
+    if (output is not None or check or only) and not planted:
+        raise BadInput("-o, --check and --only belong to --planted; leave them out, or add it.")
+    if check and output is None:
+        raise BadInput("--check needs a file to compare with; give it with -o.")
+    from dpft.harness import engine as engines
+    from dpft.harness.audit import report
+    from dpft.harness.audit.subject import Question
+    from dpft.harness.errors import unknown
+
+    if asked["engine"] not in engines.NAMES:
+        raise unknown("engine", asked["engine"], engines.NAMES)
+    question = Question(method=method or "dp-adam", **asked)
+    progress = report.progress_line(quiet)
+    if planted:
+        return _planted(question, only, output, check, quiet, as_json)
+    if one_run:
+        from dpft.harness.audit.one_run import one_run as attack
+
+        found = attack(question, progress)
+        text = report.of_one_run(found)
+    else:
+        from dpft.harness.audit.audit import audit as attack
+
+        found = attack(question, progress)
+        text = report.of_audit(found)
+    click.echo(json.dumps(found.to_dict(), indent=1, allow_nan=False) if as_json else text)
+    return 0 if found.verdict == "consistent" else 1
+
+
+def _planted(question, only, output, check, quiet, as_json):
+    """The table; exit code 1 when a bug is not caught, the honest method is accused, or the file is stale."""
+    from dpft.harness import provenance
+    from dpft.harness import report as reporting
+    from dpft.harness.audit import planted, report
+    from dpft.harness.run_settings import Settings
+
+    bugs = planted.choose(only)
+    if output is not None:
+        reporting.write("", output, check=True, markers=report.MARKERS)  # a file without markers is found now
+    rows = []
+    for found in planted.audits(question, bugs):
+        rows.append(found)
+        if not quiet:
+            click.echo(f"    {found.name}: {found.audit.verdict}", err=True)
+    right = all(row.caught for row in rows)
+    if as_json:
+        click.echo(
+            json.dumps(
+                [{"bug": r.name, "caught": r.caught, **r.audit.to_dict()} for r in rows], indent=1, allow_nan=False
+            )
+        )
+    text = report.planted([(row.about, row.audit) for row in rows], provenance.collect(Settings())["versions"])
+    if output is None:
+        if not as_json:
+            click.echo(text)
+        return 0 if right else 1
+    fresh = reporting.write(text, output, check, report.MARKERS)
+    click.echo(f"{output} {'is up to date' if fresh else 'is stale' if check else 'was rewritten'}.", err=True)
+    return 0 if right and (fresh or not check) else 1

@@ -1,0 +1,147 @@
+"""Task `canaries`: examples whose gradients are known directions, for audits; every kind of layer that methods train."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpft.harness.errors import BadInput
+from dpft.tasks.base import Data, ModelSpec, Prepared, Task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+COUNT, LEAST = 64, 24  # canaries when the model's name does not say; fewer than LEAST give too narrow layers
+MAGNITUDES = (1e2, 1e4)  # smallest and largest: every gradient is far above any usual clip norm
+
+
+class Canaries(Task):
+    """Canary i multiplies a unit vector into every layer it aims at, and reads one of its outputs, times its magnitude.
+
+    Its gradient is one coordinate (i, p(i)) of each weight, coordinate i of each bias, row i of the embedding table. No two
+    canaries share one, also where a method projects one side of the weights. The loss is linear in each layer. The number of
+    canaries, which is the width of the layers, is in the model's name: `canaries-64`.
+    """
+
+    name = "canaries"
+    version = 1
+    kind = "audit"
+    description = "synthetic: every example's gradient is a known direction of its own; for `dpft audit`"
+    source = "Dirac canaries in gradient space, as in Nasr et al., arXiv:2302.07956"
+    metric = "loss"
+    higher_is_better = False
+    chance = 0.0
+    threshold = -1.0
+    default_model = f"canaries-{COUNT}"
+    default_head = "native"
+    default_max_length = 1
+
+    def train_size(self, data_dir: Path | None) -> int:
+        """The number of canaries of the default model."""
+        return COUNT
+
+    def load(self, data_dir: Path | None) -> Data:
+        """Nothing is read: examples are numbers."""
+        return Data([], [], hashlib.sha256(b"canaries").hexdigest())
+
+    def prepare(self, data: Data, spec: ModelSpec, generator: torch.Generator) -> Prepared:
+        """The model and as many canaries as its name says, all aiming at all layers. Raises BadInput for another name."""
+        found = re.fullmatch(r"canaries-(\d+)", spec.model)
+        if not found or int(found[1]) < LEAST:
+            raise BadInput(
+                f"The task {self.name} has models of its own, canaries-N with N >= {LEAST}, not {spec.model!r}."
+            )
+        count = int(found[1])
+        examples = [{"canary": i, "weight": 1.0} for i in range(count)]
+        return Prepared(
+            model=make_model(count, generator),
+            train=examples,
+            validation=examples[:4],
+            train_lengths=[1] * count,
+            validation_lengths=[1] * 4,
+            collate=_collate,
+            data_fingerprint=data.fingerprint,
+            model_fingerprint=hashlib.sha256(spec.model.encode()).hexdigest(),
+        )
+
+    def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the canaries read, times their weight (0: the canary is not there), [batch]."""
+        return model(**batch)
+
+    def predict(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[list, list]:
+        """(losses, zeros)."""
+        losses = model(**batch).tolist()
+        return losses, [0.0] * len(losses)
+
+    def make_metric(self):
+        """`loss`: the mean over the canaries."""
+        return _Mean()
+
+
+class _Mean:
+    def compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
+        return {"loss": sum(predictions) / max(1, len(predictions))}
+
+
+def make_model(count: int, generator: torch.Generator) -> nn.Module:
+    """Layers side by side, `count` wide: a table, projections by the names that adapters look for, a norm, and a head.
+
+    `sites`: their paths; `aims` [canaries, sites]: the magnitude with which a canary reads each, 0 where it does not.
+    """
+    import torch
+    from torch import nn
+
+    class Model(nn.Module):
+        head_parameters = ("head.weight", "head.bias")
+        sites = ("embeddings", "layer.0.query", "layer.0.key", "layer.0.value", "layer.1.dense", "layer.1.norm", "head")
+
+        def __init__(self):
+            super().__init__()
+            self.embeddings = nn.Embedding(count, count)
+            self.layer = nn.ModuleList(
+                [
+                    nn.ModuleDict({name: nn.Linear(count, count) for name in ("query", "key", "value")}),
+                    nn.ModuleDict({"dense": nn.Linear(count, count), "norm": nn.LayerNorm(count)}),
+                ]
+            )
+            self.head = nn.Linear(count, count)
+            for p in self.parameters():
+                p.data.copy_(0.02 * torch.randn(p.shape, generator=generator))
+            low, high = MAGNITUDES
+            magnitudes = [low * (high / low) ** ((i * 0.6180339887) % 1) for i in range(count)]
+            self.register_buffer("units", torch.eye(count))
+            self.register_buffer("aims", torch.tensor(magnitudes)[:, None].repeat(1, len(self.sites)))
+
+        def forward(self, canary: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            aims = self.aims[canary] * weight[:, None]
+            read = self.units[canary]
+            losses = 0.0
+            for number, path in enumerate(self.sites):
+                # another coordinate for each layer, and never the one that is read
+                column = (canary * _coprime(count) + 1 + number) % count
+                inputs = self.units[column][:, None]
+                output = self.get_submodule(path)(canary[:, None] if path == "embeddings" else inputs)
+                losses = losses + aims[:, number] * (output[:, 0] * read).sum(1)
+            return losses
+
+    return Model()
+
+
+def _coprime(count: int) -> int:
+    """A factor that makes i -> factor * i a permutation of 0..count-1."""
+    import math
+
+    return next(k for k in range(count // 3 + 1, count) if math.gcd(k, count) == 1)
+
+
+def _collate(examples: Sequence[dict]) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {
+        "canary": torch.tensor([e["canary"] for e in examples], dtype=torch.long),
+        "weight": torch.tensor([e["weight"] for e in examples], dtype=torch.float32),
+    }
