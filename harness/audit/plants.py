@@ -15,7 +15,7 @@ from dpft.harness.audit.subject import MICROBATCH
 from dpft.harness.engine.base import RunningSums
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.engine.factored import FactoredEngine
-from dpft.harness.mechanism import GaussianMechanism
+from dpft.harness.mechanism import Mechanism
 from dpft.harness.privacy import Release
 from dpft.harness.sampling import PoissonSampler
 from dpft.methods.full import DPAdam
@@ -27,7 +27,7 @@ def _wrapped(owner: Any, name: str, make: Callable[[Callable], Callable]):
     return patch.object(owner, name, make(getattr(owner, name)))
 
 
-def _scaled_noise(factor: Callable[[GaussianMechanism], float]):
+def _scaled_noise(factor: Callable[[Mechanism], float]):
     """Noise of another size than is booked."""
 
     def make(original):
@@ -41,7 +41,7 @@ def _scaled_noise(factor: Callable[[GaussianMechanism], float]):
 
         return released
 
-    return _wrapped(GaussianMechanism, "release", make)
+    return _wrapped(Mechanism, "release", make)
 
 
 def noise_over_batch():
@@ -80,7 +80,7 @@ def weights_only():
 
         return released
 
-    return _wrapped(GaussianMechanism, "release", make)
+    return _wrapped(Mechanism, "release", make)
 
 
 def reseeded(within: bool):
@@ -103,7 +103,7 @@ def reseeded(within: bool):
 
         return released
 
-    return _wrapped(GaussianMechanism, "release", make)
+    return _wrapped(Mechanism, "release", make)
 
 
 def clip_after_sum():
@@ -194,7 +194,7 @@ def realised_size() -> Iterator[None]:
 
         return released
 
-    with _wrapped(loop, "_accumulate", counting), _wrapped(GaussianMechanism, "release", make):
+    with _wrapped(loop, "_accumulate", counting), _wrapped(Mechanism, "release", make):
         yield
 
 
@@ -216,7 +216,7 @@ def _from_clean(decide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) ->
 
         return decoded
 
-    with _wrapped(GaussianMechanism, "release", make), _wrapped(DPAdam, "decode", decoding):
+    with _wrapped(Mechanism, "release", make), _wrapped(DPAdam, "decode", decoding):
         yield
 
 
@@ -247,7 +247,7 @@ def clean_projection() -> Iterator[None]:
 
         return drawn
 
-    with _wrapped(GaussianMechanism, "release", make), _wrapped(DPGRAPE, "_subspace", drawing):
+    with _wrapped(Mechanism, "release", make), _wrapped(DPGRAPE, "_subspace", drawing):
         yield
 
 
@@ -264,7 +264,7 @@ def second_release():
 
         return released
 
-    return _wrapped(GaussianMechanism, "release", make)
+    return _wrapped(Mechanism, "release", make)
 
 
 def half_booked():
