@@ -34,7 +34,11 @@ def clones(folder, count):
         if record["result"] is not None:
             clone["result"] = {**record["result"], "final": record["result"]["final"] + (i * 7919 % 1000 - 500) / 2e4}
         if i % 50 == 49:
-            clone |= {"status": ("oom", "skipped", "error")[i // 50 % 3], "result": None, "error": f"Reason {i}. {HOSTILE}"}
+            clone |= {
+                "status": ("oom", "skipped", "error")[i // 50 % 3],
+                "result": None,
+                "error": f"Reason {i}. {HOSTILE}",
+            }
         store.record_path(clone["run_id"]).write_text(json.dumps(clone))
         store.curve_path(clone["run_id"]).symlink_to(curve)
     return store

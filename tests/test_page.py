@@ -114,7 +114,9 @@ def test_a_run_opens_by_mouse_and_by_keyboard_with_its_ledger(opened):
     dialog = tab.locator("#details")
     tab.locator("tr.row td").nth(4).click()
     dialog.locator("table.ledger").wait_for()
-    assert "Certificate" in dialog.inner_text() and "ε ≤" in dialog.inner_text() and "cross-checks" in dialog.inner_text()
+    assert (
+        "Certificate" in dialog.inner_text() and "ε ≤" in dialog.inner_text() and "cross-checks" in dialog.inner_text()
+    )
     tab.keyboard.press("Escape")
     assert not dialog.is_visible()
     link = tab.locator(".open").nth(3)

@@ -68,11 +68,14 @@ class Builder:
             ranks, reason = reading.places(best)
             groups.append(_group(best, reason))
             self._add(rows, number, best, ranks, group)
-        found = list(rows.values()) + [_failed(r, len(rows) + i) for i, r in enumerate(self.kept) if r["status"] != "done"]
+        found = list(rows.values()) + [
+            _failed(r, len(rows) + i) for i, r in enumerate(self.kept) if r["status"] != "done"
+        ]
         counted = {s: sum(r["status"] == s for r in self.kept) for s in sorted({r["status"] for r in self.kept})}
         return {
             "block": BLOCK,
-            "summary": f"{len(self.kept):,} runs: " + (", ".join(f"{n:,} {s}" for s, n in counted.items()) or "none yet"),
+            "summary": f"{len(self.kept):,} runs: "
+            + (", ".join(f"{n:,} {s}" for s, n in counted.items()) or "none yet"),
             "columns": [key for key in self.columns if key not in ("step", "epsilon")],
             "groups": groups,
             "rows": found,
