@@ -52,9 +52,13 @@ class Store:
 
     def records(self) -> list[dict[str, Any]]:
         """All records, by run id. Raises BadInput for a missing folder or a damaged file."""
+        return list(self.each())
+
+    def each(self) -> Iterator[dict[str, Any]]:
+        """The records one by one, by run id, for folders that do not fit in memory. Raises as `records`."""
         if not self.folder.is_dir():
             raise BadInput(f"There is no results folder {self.folder}; make one with `dpft run`.")
-        return [read_record(path) for path in sorted(self.folder.glob("*.json"))]
+        return map(read_record, sorted(self.folder.glob("*.json")))
 
     def curve(self, run_id: str):
         """The curve as a polars frame, one row per step. Raises BadInput when it is missing or damaged."""

@@ -41,6 +41,10 @@ def test_dependencies_point_one_way():
             "harness/plan.py",
         ):
             assert not [n for n in found if "engine" in n or n.startswith("dpft.harness.loop")], path
+        if room(path).startswith("harness/statistics/"):
+            allowed = ("dpft.harness.statistics", "dpft.harness.errors", "dpft.harness.thresholds")
+            assert not [n for n in found if not n.startswith(allowed)], path
+            assert {"torch", "polars"}.isdisjoint(n.split(".")[0] for n in imports(path)), path
         if room(path).startswith("harness/privacy/"):
             assert "torch" not in {n.split(".")[0] for n in imports(path)}, path
 

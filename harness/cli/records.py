@@ -23,13 +23,22 @@ from dpft.harness.errors import BadInput
 @click.option(
     "--theory", is_flag=True, help="Only what random matrix theory predicts of spectra, beside what was seen."
 )
+@click.option("--html", type=click.Path(path_type=Path), help="Also write one self-contained page of all runs.")
+@click.option("--public", is_flag=True, help="Leave out diagnostics, which epsilon does not cover.")
 @click.option("--section", help="Name in the markers, where a file has several: <!-- dpft report NAME: begin -->.")
-def report(folder, output, check, curves, all_lr, figures, theory, section):
+def report(folder, output, check, curves, all_lr, figures, theory, html, public, section):
     """Print the tables of the runs in FOLDER, or put them between the markers of a markdown file."""
     from dpft.harness import report as reporting
     from dpft.harness.store import Store
 
     store, pictures = Store(folder), None
+    if html is not None:
+        from dpft.harness.report import page
+
+        page.write(html, store, store.each(), public)
+        click.echo(f"{html} was written.", err=True)
+        if output is None:
+            return 0
     if figures is not None:
         link = os.path.relpath(figures, output.parent if output else ".")
         pictures = reporting.Figures(None if check else figures, Path(link).as_posix())

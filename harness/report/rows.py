@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections import defaultdict
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpft.harness import registry
+from dpft.harness.privacy import matched
 
 BASELINES = ("dp-sgd", "dp-adam")  # the target of steps-to-threshold is the best of these, as SPECTRAL.md's rule says
 SETTING = ("task", "task_version", "model", "head", "max_length")
@@ -85,6 +87,15 @@ def best_rates(rows: list[Row]) -> list[Row]:
             best = ordered([row for row in grid if len(row.records) == seeds])[0]
             kept.append(Row(best.spec, best.records, tuple(sorted(row.spec["lr"] for row in grid))))
     return kept
+
+
+def places(rows: list[Row]) -> tuple[list[int | None], str | None]:
+    """The rank of each of the `ordered` rows of one group, None where it has none, and why nothing is ranked (or None)."""
+    private = [row for row in rows if row.private]
+    named = [(name_of(row, rows), r["privacy"]) for row in private for r in row.records]
+    reason = matched([privacy for _, privacy in named], [name for name, _ in named]) if private else None
+    ranks = itertools.count(1)
+    return [next(ranks) if row.ranked and reason is None else None for row in rows], reason
 
 
 def name_of(row: Row, rows: list[Row]) -> str:

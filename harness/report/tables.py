@@ -6,8 +6,7 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-from dpft.harness.privacy import matched
-from dpft.harness.report.rows import Row, name_of
+from dpft.harness.report.rows import Row, name_of, places
 from dpft.harness.store import Store
 from dpft.harness.thresholds import crossing, relative_target
 
@@ -20,13 +19,11 @@ def comparison(rows: list[Row], store: Store) -> str:
 
     spec, result = rows[0].spec, rows[0].records[0]["result"]
     private = [row for row in rows if row.private]
-    named = [(name_of(row, rows), r["privacy"]) for row in private for r in row.records]
-    reason = matched([privacy for _, privacy in named], [name for name, _ in named]) if private else None
+    ranks, reason = places(rows)
     target = target_of(rows)
-    place, cells = 0, []
-    for row in rows:
-        place += row.ranked
-        cells.append({"#": place if row.ranked and reason is None else "", **_cells(row, rows, store, target, result)})
+    cells = [
+        {"#": rank or "", **_cells(row, rows, store, target, result)} for row, rank in zip(rows, ranks, strict=True)
+    ]
     seeds = sorted({r["spec"]["seed"] for row in rows for r in row.records})
     head = f"### {spec['task']} (v{spec['task_version']}), {spec['model']}, head `{spec['head']}`"
     head += "" if not private else f", ε ≤ {private[0].spec['epsilon']:g}"

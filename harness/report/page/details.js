@@ -1,0 +1,84 @@
+// One row's runs, one at a time: result, certificate, ledger, cost, settings, provenance, and why it failed.
+
+let opened = 0; // counts openings, so that a slow block never overwrites a later choice
+
+function openRow(row) {
+  byId("details-title").textContent = `${row.name}, ${row.task}`;
+  byId("seeds").replaceChildren(...row.runs.map((position, i) =>
+    make("button", { type: "button", text: `seed ${row.seed_of[i]}`, "aria-pressed": String(i === 0), onclick: () => showRun(row, i) })));
+  byId("details-body").replaceChildren(make("p", { class: "quiet", text: "Unpacking …" }));
+  byId("details").showModal();
+  byId("close").focus();
+  return showRun(row, 0);
+}
+
+async function showRun(row, i) {
+  const mine = (opened += 1);
+  [...byId("seeds").children].forEach((button, j) => button.setAttribute("aria-pressed", String(i === j)));
+  const run = await runAt(row.runs[i]);
+  if (mine !== opened) return;
+  byId("details-body").replaceChildren(...sections(run));
+  byId("details").scrollTo(0, 0);
+}
+
+function setUpDetails() {
+  byId("close").addEventListener("click", () => byId("details").close()); // Escape closes a dialog by itself
+  byId("details").addEventListener("click", (event) => { if (event.target === byId("details")) byId("details").close(); });
+}
+
+function sections(run) {
+  const found = [make("p", { class: "quiet", text: `Run ${run.run_id}: ${run.status}` })];
+  if (run.error) found.push(make("p", { class: "warning", text: run.error }));
+  found.push(...certificate(run.privacy), ...part("Result", run.result));
+  found.push(...part("Settings", run.spec), ...part("Cost", run.cost));
+  if (run.diagnostics) found.push(...part("Diagnostics (not private)", run.diagnostics));
+  found.push(...part("Provenance", run.provenance));
+  return found;
+}
+
+function certificate(privacy) {
+  if (!privacy) return [make("h3", { text: "Privacy" }), make("p", { text: "This run is not private: it has no ledger." })];
+  const { ledger, epsilon, cross_checks: checks, ...rest } = privacy;
+  const head = epsilon ? `ε ≤ ${epsilon[2].toFixed(4)} at δ = ${significant(privacy.delta, 3)}` : "ε is not certified";
+  const rows = ledger.map((event) => make("tr", {},
+    ...[`${event.step_from}–${event.step_to}`, significant(event.sampling_probability, 6), event.mechanism, significant(event.noise_multiplier, 6),
+      event.releases.map((release) => `${release.name} (sensitivity × ${significant(release.sensitivity_ratio)})`).join(", ")]
+      .map((text, i) => make("td", { text, class: i === 1 || i === 3 ? "number" : "" }))));
+  const heads = ["Steps", "Sampling probability", "Mechanism", "Noise multiplier", "Releases in each step"];
+  return [
+    make("h3", { text: "Certificate" }),
+    make("p", { class: "big", text: head }),
+    make("dl", {}, ...pairs({
+      "lower, estimate, upper": epsilon ? epsilon.map((value) => value.toFixed(4)).join(", ") : "none",
+      "cross-checks": Object.entries(checks).map(([name, value]) => `${name} ${value === null ? "not available" : value.toFixed(4)}`).join(", "),
+      ...flat(rest),
+    })),
+    make("h3", { text: "Ledger" }),
+    make("div", { class: "box", tabindex: "0", role: "region", "aria-label": "Ledger" },
+      make("table", { class: "ledger" }, make("thead", {}, make("tr", {}, ...heads.map((text) => make("th", { scope: "col", class: "plain", text })))), make("tbody", {}, ...rows))),
+  ];
+}
+
+function part(title, values) {
+  return values && Object.keys(values).length ? [make("h3", { text: title }), make("dl", {}, ...pairs(flat(values)))] : [];
+}
+
+function pairs(values) {
+  return Object.entries(values).flatMap(([key, value]) => [make("dt", { text: key.replaceAll("_", " ") }), make("dd", { text: shown(value) })]);
+}
+
+function flat(values, prefix = "") {
+  const found = {};
+  for (const [key, value] of Object.entries(values)) {
+    if (value !== null && typeof value === "object" && !Array.isArray(value)) Object.assign(found, flat(value, `${prefix}${key} · `));
+    else found[prefix + key] = value;
+  }
+  return found;
+}
+
+function shown(value) {
+  if (value === null || value === undefined) return "–";
+  if (typeof value === "number") return Number.isInteger(value) ? value.toLocaleString("en") : significant(value, 6);
+  if (typeof value === "boolean") return value ? "yes" : "no";
+  return Array.isArray(value) ? value.map(shown).join(", ") : String(value);
+}

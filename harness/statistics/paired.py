@@ -1,0 +1,177 @@
+"""Paired differences over seeds: exact sign-flip tests, Holm's adjustment, the difference that could have been seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import optimize, stats
+
+from dpft.harness.errors import BadInput
+from dpft.harness.statistics.aggregate import Interval, finite, interval
+
+LEVEL = 0.05
+POWER = 0.8
+EXACT_UP_TO = 12  # seeds: 4,096 sign patterns; above, as many are drawn at random
+DRAWS = 2**EXACT_UP_TO - 1
+
+Alternative = Literal["two-sided", "less", "greater"]
+
+
+@dataclass(frozen=True)
+class SignFlip:
+    """p: p-value; smallest: the smallest p that this many seeds can give; exact: whether all sign patterns were counted."""
+
+    p: float
+    smallest: float
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method against a baseline over the seeds that both have.
+
+    difference: mean of method minus baseline; interval: of it (None with too few seeds); std: of the paired differences
+    (ddof 1, None with one seed); adjusted: Holm's p over the methods compared; detectable: the smallest detectable difference,
+    infinite where these seeds can show none; wins: probability that the method is better on a seed, ties half.
+    verdict: `better`, `worse`, `no difference shown`, or `cannot tell with ...` where no data could have been significant.
+    """
+
+    seeds: tuple[int, ...]
+    difference: float
+    values: tuple[float, ...]
+    interval: Interval | None
+    std: float | None
+    p: float
+    adjusted: float
+    exact: bool
+    detectable: float
+    wins: float
+    verdict: str
+
+
+def smallest_p(n: int, alternative: Alternative = "two-sided") -> float:
+    """The smallest p-value that a sign-flip test of `n` pairs can give: 2/2^n two-sided, 1/2^n one-sided."""
+    return min(1.0, (2.0 if alternative == "two-sided" else 1.0) / 2.0**n)
+
+
+def fewest_seeds(level: float = LEVEL, alternative: Alternative = "two-sided") -> int:
+    """The fewest pairs with which a sign-flip test can reject at `level`: 6 at 5% two-sided, 5 one-sided."""
+    return next(n for n in range(1, 64) if smallest_p(n, alternative) <= level)
+
+
+def sign_flip(differences: Sequence[float], alternative: Alternative = "two-sided", seed: int = 0) -> SignFlip:
+    """Test that paired differences are symmetric about zero, by flipping their signs; the statistic is the mean.
+
+    alternative: `less` asks whether the differences are below zero, `greater` above. All 2^n patterns are counted up to 12
+    pairs, above 4,095 are drawn with `seed`. Source: Fisher's randomisation test for pairs (scipy.stats.permutation_test,
+    permutation_type="samples"). Raises BadInput without differences or where one is not finite.
+    """
+    x = finite(differences, "differences")
+    if not len(x):
+        raise BadInput(
+            "A paired test needs at least one pair of runs with the same seed; run both methods on shared seeds."
+        )
+    if len(x) == 1 or not x.any():  # what scipy does not take
+        agrees = len(x) == 1 and {"greater": x[0] > 0, "less": x[0] < 0}.get(alternative, False)
+        return SignFlip(0.5 if agrees else 1.0, smallest_p(len(x), alternative), True)
+    scale = np.abs(x).max()
+    exact = len(x) <= EXACT_UP_TO
+    found = stats.permutation_test(
+        (x,),
+        lambda sample, axis: np.round(np.mean(sample / scale, axis=axis), 12),  # sums in any order tie
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=2 ** len(x) if exact else DRAWS,
+        alternative=alternative,
+        rng=np.random.default_rng(seed),
+    )
+    smallest = smallest_p(len(x), alternative) if exact else smallest_p(EXACT_UP_TO, alternative)
+    return SignFlip(float(found.pvalue), smallest, exact)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values, in the order given: reject where <= level and the family-wise error is at most level (Holm, 1979)."""
+    p = finite(p_values, "p-values")
+    order = np.argsort(p, kind="stable")
+    factors = len(p) - np.arange(len(p))
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * factors)) if len(p) else []
+    return adjusted.tolist()
+
+
+def detectable_difference(
+    std: float, n: int, level: float = LEVEL, power: float = POWER, alternative: Alternative = "two-sided"
+) -> float:
+    """The smallest true mean difference that `n` pairs show at `level` with probability `power`; unit of `std`.
+
+    std: standard deviation of the paired differences. Power is that of the paired t test (noncentral t), which the sign-flip test
+    nearly has; infinite where `n` pairs cannot reject at `level` whatever the data (see `smallest_p`).
+    """
+    if n < 2 or smallest_p(n, alternative) > level:
+        return math.inf
+    critical = stats.t.isf(level / 2 if alternative == "two-sided" else level, n - 1)
+
+    def missing(shift: float) -> float:
+        return stats.nct.sf(critical, n - 1, shift) - power  # a rejection on the wrong side is no discovery
+
+    enough = critical
+    while missing(enough) < 0:
+        enough *= 1.5
+    return float(std / math.sqrt(n) * optimize.brentq(missing, 0.0, enough))
+
+
+def compare(
+    methods: Mapping[str, Mapping[int, float]],
+    baseline: Mapping[int, float],
+    higher_is_better: bool = True,
+    level: float = LEVEL,
+) -> dict[str, Comparison]:
+    """Every method against `baseline`, paired by seed; Holm over all of `methods`.
+
+    methods: name -> seed -> value; baseline: seed -> value. Methods that share no seed with the baseline are left out.
+    Two-sided; the detectable difference is at `level` divided by the number of methods, which Holm asks of the smallest p.
+    """
+    pairs = {
+        name: {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())}
+        for name, values in methods.items()
+    }
+    pairs = {name: found for name, found in pairs.items() if found}
+    tests = {name: sign_flip(list(found.values())) for name, found in pairs.items()}
+    adjusted = dict(zip(pairs, holm([test.p for test in tests.values()]), strict=True))
+    # Holm's p grows with every p it is given: with all at their smallest it is the smallest that can come out
+    floors = dict(zip(pairs, holm([test.smallest for test in tests.values()]), strict=True))
+    found = {}
+    for name, by_seed in pairs.items():
+        x = np.array(list(by_seed.values()))
+        std = float(np.std(x, ddof=1)) if len(x) > 1 else None
+        gain = float(np.mean(x)) * (1 if higher_is_better else -1)
+        signed = x if higher_is_better else -x
+        found[name] = Comparison(
+            seeds=tuple(by_seed),
+            difference=float(np.mean(x)),
+            values=tuple(x.tolist()),
+            interval=interval(x),
+            std=std,
+            p=tests[name].p,
+            adjusted=adjusted[name],
+            exact=tests[name].exact,
+            detectable=math.inf if std is None else detectable_difference(std, len(x), level / len(pairs)),
+            wins=float(np.mean((signed > 0) + 0.5 * (signed == 0))),
+            verdict=_verdict(gain, adjusted[name], tests[name].smallest, floors[name], len(x), len(pairs), level),
+        )
+    return found
+
+
+def _verdict(gain: float, adjusted: float, smallest: float, floor: float, n: int, methods: int, level: float) -> str:
+    if adjusted <= level:
+        return "better" if gain > 0 else "worse"
+    seeds = f"{n} seed{'s' if n > 1 else ''}"
+    if smallest > level:
+        return f"cannot tell with {seeds}: smallest p is {smallest:.3g}"
+    if floor > level:
+        return f"cannot tell with {seeds} and {methods} methods: smallest adjusted p is {floor:.3g}"
+    return "no difference shown"

@@ -1,0 +1,44 @@
+"""Folders of many records for the tests of the page: real records of results/, cloned over seeds, rates, tasks and failures."""
+
+import json
+from pathlib import Path
+
+from dpft.harness.store import Store
+
+ROOT = Path(__file__).parent.parent
+HOSTILE = '</script><script>document.title="broken"</script><img src=x onerror="document.title=1"><!--'
+
+
+def originals():
+    """(record, curve file) of the repository's records, without their long diagnostics."""
+    found = []
+    for folder in ("official", "spectral", "theory"):
+        for record in Store(ROOT / "results" / folder).records():
+            record["diagnostics"] = {
+                k: v for k, v in record["diagnostics"].items() if k in ("private", "alignment", "clipped_fraction")
+            }
+            found.append((record, ROOT / "results" / folder / f"{record['run_id']}.parquet"))
+    return found
+
+
+def clones(folder, count):
+    """A store of `count` runs: every original with new seeds, learning rates and task names; every 50th has failed."""
+    store, sources = Store(folder), originals()
+    store.open_for_writing()
+    for i in range(count):
+        record, curve = sources[i % len(sources)]
+        generation = i // len(sources)
+        spec = {**record["spec"], "seed": generation % 5, "task": f"{record['spec']['task']}-{generation // 5 % 20}"}
+        spec["lr"] = record["spec"]["lr"] * (1 + generation // 100)
+        clone = {**record, "run_id": f"{i:016x}", "spec": spec}
+        if record["result"] is not None:
+            clone["result"] = {**record["result"], "final": record["result"]["final"] + (i * 7919 % 1000 - 500) / 2e4}
+        if i % 50 == 49:
+            clone |= {
+                "status": ("oom", "skipped", "error")[i // 50 % 3],
+                "result": None,
+                "error": f"Reason {i}. {HOSTILE}",
+            }
+        store.record_path(clone["run_id"]).write_text(json.dumps(clone))
+        store.curve_path(clone["run_id"]).symlink_to(curve)
+    return store

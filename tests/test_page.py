@@ -1,0 +1,207 @@
+"""The page in a real headless Chromium, from file:// and without a network: what a reader does with mouse, keyboard and phone."""
+
+import gzip
+import json
+import re
+import shutil
+import time
+from base64 import b64decode
+
+import pytest
+from pages import HOSTILE, ROOT, clones, originals
+
+from dpft.harness.report import page
+from dpft.harness.store import Store
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium on the PATH (Debian: apt-get install chromium)")
+    driver = pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright (extra `dev`)")
+    with driver.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """(page of 10,000 runs, its store, seconds of writing it without reading the records)."""
+    store = clones(tmp_path_factory.mktemp("many") / "runs", 10_000)
+    records, path = store.records(), store.folder.parent / "page.html"
+    start = time.process_time()
+    page.write(path, store, records)
+    return path, store, time.process_time() - start
+
+
+@pytest.fixture
+def opened(browser, big):
+    """opened(path, width) -> the page, ready; any error of the script, refused load or request fails the test."""
+    contexts, problems = [], []
+
+    def load(path=big[0], width=1280):
+        context = browser.new_context(viewport={"width": width, "height": 800}, offline=True)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        tab.on("request", lambda request: None if request.url.startswith("file:") else problems.append(request.url))
+        tab.goto(path.as_uri())
+        tab.wait_for_selector("html[data-ready]", timeout=30_000)
+        return tab
+
+    yield load
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def unpacked(path, name):
+    text = re.search(rf'id="{name}">([^<]*)<', path.read_text())[1]
+    return json.loads(gzip.decompress(b64decode(text)))
+
+
+def column(tab, title):
+    heads = tab.locator("#table thead th").all_inner_texts()
+    at = next(i for i, head in enumerate(heads) if head.startswith(title))
+    return [row.locator("td").nth(at).inner_text() for row in tab.locator("tr.row").all()[:30]]
+
+
+def test_ten_thousand_runs_are_written_and_opened_fast(big, opened):
+    assert big[2] < 30, "10 s on a free core; the curves are read here too"
+    start = time.monotonic()
+    tab = opened()
+    assert time.monotonic() - start < 10, "3 s on a free core"
+    assert "10,000 runs" in tab.locator("#summary").inner_text()
+    assert tab.locator("tr.row").count() <= 100, "the table is paged"
+    first = tab.locator("#table .open").first.inner_text()
+    tab.get_by_role("button", name="Next").click()
+    assert tab.locator("#page-number").inner_text().startswith("Page 2 of") and first
+
+
+def test_a_column_sorts_both_ways_and_says_so(opened):
+    tab = opened()
+    head = tab.locator("#table thead th", has_text="lr")
+    for state, sign in (("ascending", 1), ("descending", -1)):
+        head.locator("button").focus()
+        tab.keyboard.press("Enter")
+        assert head.get_attribute("aria-sort") == state
+        rates = [float(text) for text in column(tab, "lr")]
+        assert rates == sorted(rates, key=lambda rate: sign * rate)
+    tab.get_by_role("button", name="Back to groups").click()
+    assert head.get_attribute("aria-sort") == "none"
+
+
+def test_filters_and_search_narrow_the_table(opened):
+    tab = opened()
+    tab.select_option("#filter-task", label="sentences-3")
+    tab.select_option("#filter-method", label="dp-adam")
+    assert set(column(tab, "Task")) == {"sentences-3"} and all("dp-adam" in name for name in column(tab, "Method"))
+    tab.get_by_role("button", name="Clear").click()
+    tab.select_option("#filter-status", label="oom")
+    tab.wait_for_function("document.querySelectorAll('tr.row').length > 0")
+    assert set(column(tab, "Status")) == {"oom"} and all("Reason" in name for name in column(tab, "Method"))
+    tab.get_by_role("button", name="Clear").click()
+    tab.fill("#search", "reason 149.")
+    tab.wait_for_function("document.querySelectorAll('tr.row').length == 1")
+
+
+def test_a_run_opens_by_mouse_and_by_keyboard_with_its_ledger(opened):
+    tab = opened()
+    dialog = tab.locator("#details")
+    tab.locator("tr.row td").nth(4).click()
+    dialog.locator("table.ledger").wait_for()
+    assert (
+        "Certificate" in dialog.inner_text() and "ε ≤" in dialog.inner_text() and "cross-checks" in dialog.inner_text()
+    )
+    tab.keyboard.press("Escape")
+    assert not dialog.is_visible()
+    link = tab.locator(".open").nth(3)
+    link.focus()
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("Enter")
+    dialog.locator("dl").first.wait_for()
+    tab.keyboard.press("Escape")
+    assert not dialog.is_visible()
+    assert tab.evaluate("document.activeElement.className") == "open", "focus goes back to where it was"
+
+
+def test_curves_are_drawn_chosen_and_read_by_keyboard(opened):
+    tab = opened()
+    tab.wait_for_selector("#chart path.mean")
+    before = tab.locator("#legend li").count()
+    tab.locator("tr.row input:not(:checked):enabled").first.check()
+    assert tab.locator("#legend li").count() == before + 1
+    tab.select_option("#chart-x", "epsilon")
+    tab.locator("#chart").focus()
+    tab.keyboard.press("ArrowRight")
+    assert tab.locator("#chart-values").inner_text().startswith("ε ")
+
+
+def test_a_phone_scrolls_only_inside_boxes(opened):
+    tab = opened(width=360)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    tab.locator(".open").first.click()
+    tab.locator("#details dl").first.wait_for()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_nothing_in_a_record_becomes_code(opened, big):
+    tab = opened()
+    tab.select_option("#filter-status", label="error")
+    assert HOSTILE in tab.locator("tr.row .reason").first.inner_text()
+    tab.locator(".open").first.click()
+    tab.locator("#details .warning").wait_for()
+    assert HOSTILE in tab.locator("#details .warning").inner_text()
+    assert tab.title() == "dpft results" and tab.locator("img").count() == 0
+    assert HOSTILE not in big[0].read_text()
+
+
+def test_the_page_and_the_markdown_rank_alike(dpft_report):
+    text, index = dpft_report
+    ranks = re.findall(r"^\|\s*(\d+) \|\s*(.*?) \|", text, re.MULTILINE)
+    rows = sorted((row for row in index["rows"] if row["rank"]), key=lambda row: row["order"])
+    assert [(str(row["rank"]), row["name"]) for row in rows] == ranks
+    assert not any(row["rank"] for row in index["rows"] if row["method"] in ("non-private", "noise-only"))
+
+
+@pytest.fixture
+def dpft_report(tmp_path):
+    from dpft.harness import report
+
+    store = Store(ROOT / "results/spectral")
+    page.write(tmp_path / "page.html", store, store.each())
+    return report.markdown(store.records(), store).split("Decoders.")[0], unpacked(tmp_path / "page.html", "index")
+
+
+def test_unmatched_budgets_are_not_ranked_and_nan_is_no_number(tmp_path):
+    store = Store(tmp_path / "runs")
+    store.open_for_writing()
+    chosen = [(r, c) for r, c in originals() if r["spec"]["task"] == "sentences" and r["spec"]["seed"] == 0]
+    for i, (record, curve) in enumerate(chosen):
+        record["cost"]["step_s"] = float("nan")
+        if record["privacy"] and i == 1:
+            record["privacy"]["steps_run"] = 3
+        store.record_path(record["run_id"]).write_text(json.dumps(record))
+        store.curve_path(record["run_id"]).symlink_to(curve)
+    page.write(tmp_path / "page.html", store, store.each())
+    index = unpacked(tmp_path / "page.html", "index")
+    assert index["groups"][0]["reason"] and not any(row["rank"] for row in index["rows"])
+
+
+def test_public_leaves_out_what_epsilon_does_not_cover(tmp_path):
+    store = Store(ROOT / "results/official")
+    page.write(tmp_path / "all.html", store, store.each())
+    page.write(tmp_path / "public.html", store, store.each(), public=True)
+    everything, public = (unpacked(tmp_path / f"{name}.html", "block-0")[0] for name in ("all", "public"))
+    assert everything["diagnostics"]["alignment"] and "loss" in everything["curve"]
+    assert public["diagnostics"] is None and set(public["curve"]) == {"step", "epsilon", "metric"}
+
+
+def test_no_runs_give_a_page_that_says_so(tmp_path, opened):
+    page.write(tmp_path / "page.html", Store(tmp_path), [])
+    tab = opened(tmp_path / "page.html")
+    assert "none yet" in tab.locator("#summary").inner_text()
