@@ -76,7 +76,7 @@ def observe(question: Question, progress: Callable[[int, int], None] = lambda do
     with built(question, spec, privacy) as setup:
         if setup.mechanism.noise.mechanism != "gaussian":
             raise BadInput(
-                f"The audit by canaries knows Gaussian noise, not {setup.mechanism.noise.mechanism!r}; audit the method with --one-run."
+                f"The audit by canaries knows Gaussian noise, not {setup.mechanism.noise.mechanism!r}; use --one-run."
             )
         places, picks = aim(setup), _Picks()
         made = watch(setup, lambda batch, noisy, step: _note(setup, notes, picks, batch, noisy, step))

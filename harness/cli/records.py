@@ -11,31 +11,43 @@ import click
 from dpft.harness.errors import BadInput
 
 
+VIEWS = ("budget-steps", "budget", "compute", "time", "memory")
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("results/runs"))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Markdown file with markers; default: print.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when --output is not up to date.")
 @click.option("--curves", is_flag=True, help="Also the metric by step.")
 @click.option("--all-lr", is_flag=True, help="Every learning rate of a grid, not only the best of each method.")
+@click.option("--view", type=click.Choice(VIEWS), default=VIEWS[0], show_default=True, help="What is held equal.")
+@click.option("--memory-cap", type=float, metavar="MIB", help="Peak memory that --view memory admits.")
+@click.option("--baseline", metavar="METHOD", help="What others are compared with; default: dp-adam, else dp-sgd.")
 @click.option(
     "--figures", type=click.Path(path_type=Path), help="Folder for pictures (SVG); they are linked in the text."
 )
+@click.option("--latex", type=FILE, help="Also write the tables to this LaTeX file.")
+@click.option("--csv", type=FILE, help="Also write one line per run to this CSV file.")
+@click.option("--public", is_flag=True, help="Leave out diagnostics: they come from clean gradients.")
 @click.option(
     "--theory", is_flag=True, help="Only what random matrix theory predicts of spectra, beside what was seen."
 )
-@click.option("--html", type=click.Path(path_type=Path), help="Also write one self-contained page of all runs.")
-@click.option("--public", is_flag=True, help="Leave out diagnostics, which epsilon does not cover.")
+@click.option("--html", type=FILE, help="Also write one self-contained page of all runs.")
 @click.option("--section", help="Name in the markers, where a file has several: <!-- dpft report NAME: begin -->.")
-def report(folder, output, check, curves, all_lr, figures, theory, html, public, section):
+def report(folder, output, check, figures, latex, csv, theory, html, section, **options):
     """Print the tables of the runs in FOLDER, or put them between the markers of a markdown file."""
     from dpft.harness import report as reporting
+    from dpft.harness.report.text import markdown
     from dpft.harness.store import Store
 
+    if check and output is None:
+        raise BadInput("--check needs a file to compare with; give it with -o.")
     store, pictures = Store(folder), None
     if html is not None:
         from dpft.harness.report import page
 
-        page.write(html, store, store.each(), public)
+        page.write(html, store, store.each(), options["public"])
         click.echo(f"{html} was written.", err=True)
         if output is None:
             return 0
@@ -43,15 +55,27 @@ def report(folder, output, check, curves, all_lr, figures, theory, html, public,
         link = os.path.relpath(figures, output.parent if output else ".")
         pictures = reporting.Figures(None if check else figures, Path(link).as_posix())
     if theory:
-        text = reporting.theory(store.records(), pictures)
+        if options["public"] or csv is not None:
+            raise BadInput(
+                "The theory section is made of diagnostics alone; leave out --public and --csv, or --theory."
+            )
+        parts = reporting.theory(store.records(), pictures)
     else:
-        text = reporting.markdown(store.records(), store, curves, all_lr, pictures)
+        view = reporting.View(options["view"], options["memory_cap"])
+        chosen = reporting.Options(options["curves"], options["all_lr"], options["public"], view, options["baseline"])
+        made = reporting.Report(reporting.summaries(store), store, chosen)
+        parts = list(made.parts(pictures))
+        if csv is not None and not check:
+            made.csv(csv)
+            click.echo(f"{csv} was written.", err=True)
+    if latex is not None and not check:
+        with reporting.atomic(latex) as temporary:
+            temporary.write_text(reporting.latex(parts), encoding="utf-8")
+        click.echo(f"{latex} was written.", err=True)
     if output is None:
-        if check:
-            raise BadInput("--check needs a file to compare with; give it with -o.")
-        click.echo(text)
+        click.echo(markdown(parts))
         return 0
-    fresh = reporting.write(text, output, check, reporting.markers(section))
+    fresh = reporting.write(markdown(parts), output, check, reporting.markers(section))
     click.echo(f"{output} {'is up to date' if fresh else 'is stale' if check else 'was rewritten'}.", err=True)
     return 1 if check and not fresh else 0
 

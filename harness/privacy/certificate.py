@@ -132,11 +132,14 @@ def opacus_epsilon(kinds: Composition, delta: float, target: float) -> float | N
     return max(0.0, value) if math.isfinite(value) else None
 
 
-def matched(privacies: Sequence[dict[str, Any] | None], names: Sequence[str] | None = None) -> str | None:
+def matched(
+    privacies: Sequence[dict[str, Any] | None], names: Sequence[str] | None = None, free: Sequence[str] = ()
+) -> str | None:
     """None when the rows with these `privacy` sections may be ranked together, else one sentence saying why not.
 
     Same N, q, planned steps, delta, neighbours, sampling and target in all; in each all planned steps run, one target
     met: `target * (1 - .025) <= estimate` and `upper <= target`. names: what the rows are called, default "Row 1", ...
+    free: keys that may differ (a budget can be matched with steps free).
     """
     names = names or [f"Row {row}" for row in range(1, len(privacies) + 1)]
     for name, privacy in zip(names, privacies, strict=True):
@@ -146,7 +149,7 @@ def matched(privacies: Sequence[dict[str, Any] | None], names: Sequence[str] | N
             reason = f"has an incomplete privacy section ({type(problem).__name__}: {problem})"
         if reason:
             return f"{name} {reason}."
-    for key in SAME:
+    for key in (key for key in SAME if key not in free):
         for name, privacy in zip(names, privacies, strict=True):
             first, other = privacies[0][key], privacy[key]
             if not _equal(first, other):

@@ -1,71 +1,108 @@
-"""Records -> markdown and pictures. Rows are ranked only where their budgets match; otherwise the reason is printed."""
+"""Records -> markdown, LaTeX, CSV and pictures. Rows are ranked only where they match; otherwise the reason is printed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpft.harness.errors import BadInput
-from dpft.harness.report import decoders, plots, tables
-from dpft.harness.report import rows as reading
-from dpft.harness.report.plots import Figures
+from dpft.harness.errors import BadInput, unknown
+from dpft.harness.report import decoders, export, figures, paired, plots, tables, text
+from dpft.harness.report.figures import Figures
+from dpft.harness.report.reading import Curves, summaries
+from dpft.harness.report.text import Part, latex
+from dpft.harness.report.views import Group, View, arrange
 from dpft.harness.spec import completed
 from dpft.harness.store import Store, atomic
+
+__all__ = ["Figures", "Options", "Report", "View", "latex", "markdown", "markers", "summaries", "theory", "write"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to print of finished runs.
+
+    curves: under each table another one with the metric at the evaluations. rates: every learning rate of a grid, not only the
+    best of each method. public: without diagnostics, which epsilon does not cover. view: what is held equal. baseline: the
+    method that others are compared with, default dp-adam, else dp-sgd.
+    """
+
+    curves: bool = False
+    rates: bool = False
+    public: bool = False
+    view: View = field(default_factory=View)
+    baseline: str | None = None
+
+
+class Report:
+    """Records arranged in matched groups, ready to be printed in several forms. Raises BadInput for a damaged curve."""
+
+    def __init__(self, records: list[dict[str, Any]], store: Store, options: Options):
+        self.records = [{**record, "spec": completed(record["spec"])} for record in records]
+        self.store, self.options = store, options
+        done = [record for record in self.records if record["status"] == "done"]
+        methods = {record["spec"]["method"] for record in done}
+        if options.baseline is not None and done and options.baseline not in methods:
+            raise unknown("method among these runs", options.baseline, methods)
+        self.curves = Curves(store, done)
+        self.groups: list[Group] = arrange(done, options.view, self.curves, options.rates)
+
+    def parts(self, pictures: Figures | None = None) -> Iterator[Part]:
+        """Paragraphs and tables, one section per (task, model, head, epsilon), then what is not in a table and why."""
+        if not self.records:
+            yield "There are no runs yet; make some with `dpft run`."
+        stems = figures.stems(self.groups)
+        for group, stem in zip(self.groups, stems, strict=True):
+            yield from tables.comparison(group, self.curves, self.options.public)
+            yield from paired.differences(group, self.curves, self.options.baseline)
+            yield from paired.learning_rates(group)
+            yield from paired.pareto(group)
+            yield from decoders.comparison(group, self.curves, self.store, self.options.public)
+            if self.options.curves:
+                yield from tables.curve_table(group, self.curves)
+            if pictures is not None:
+                yield from plots.of_group(group, stem, self.curves, self.store, pictures, self.options.public)
+        failed = [record for record in self.records if record["status"] != "done"]
+        if failed:
+            lines = [
+                f"- `{r['run_id']}` {r['spec']['task']}/{r['spec']['method']}: **{r['status']}**: {r['error']}"
+                for r in failed
+            ]
+            yield "Not in a table:\n\n" + "\n".join(lines)
+
+    def csv(self, path: Path) -> None:
+        """One line per run, the groups' thresholds among them."""
+        export.csv(self.records, self.groups, self.curves, self.options.public, path)
+
+
+def markdown(
+    records: list[dict[str, Any]], store: Store, figures: Figures | None = None, options: Options | None = None
+) -> str:
+    """All tables of `records` as markdown. figures: where pictures go and what they are called in the text."""
+    return text.markdown(list(Report(records, store, options or Options()).parts(figures)))
+
+
+def theory(records: list[dict[str, Any]], figures: Figures | None = None) -> list[Part]:
+    """Spectra that theory predicts beside those that were seen, and a picture of the run with the largest budget.
+
+    Takes whole records, not summaries.
+    """
+    done = [{**r, "spec": completed(r["spec"])} for r in records if r["status"] == "done"]
+    parts = decoders.theory(done)
+    if not parts:
+        return ["There are no runs to compare with theory; make some with `dpft run spectral-theory`."]
+    if figures is not None:
+        largest = max(filter(decoders.in_theory, done), key=lambda r: r["spec"]["epsilon"])
+        title, link = plots.spectra_of(largest, figures)
+        parts.append(f"![{title}]({link})")
+    return parts
 
 
 def markers(section: str | None = None) -> tuple[str, str]:
     """The lines between which a section of a markdown file belongs to `dpft report`."""
     name = "dpft report" if section is None else f"dpft report {section}"
     return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-
-
-def markdown(
-    records: list[dict[str, Any]],
-    store: Store,
-    curves: bool = False,
-    rates: bool = False,
-    figures: Figures | None = None,
-) -> str:
-    """All tables of `records`, one per (task, model, head, epsilon), then what is not in a table and why.
-
-    curves: under each table another one with the metric at the evaluations. rates: every learning rate of a grid, not only the
-    best of each method. figures: where pictures go and what they are called in the text.
-    """
-    if not records:
-        return "There are no runs yet; make some with `dpft run`."
-    records = [{**r, "spec": completed(r["spec"])} for r in records]
-    done = [r for r in records if r["status"] == "done"]
-    parts = []
-    for group in reading.groups(done):
-        rows = reading.ordered(group if rates else reading.best_rates(group))
-        parts.append(tables.comparison(rows, store))
-        if (text := decoders.comparison(rows, store)) is not None:
-            parts.append(text)
-        if curves:
-            parts.append(tables.curves(rows, store))
-        if figures is not None:
-            parts += plots.of_group(rows, store, figures)
-    failed = [r for r in records if r["status"] != "done"]
-    if failed:
-        lines = [
-            f"- `{r['run_id']}` {r['spec']['task']}/{r['spec']['method']}: **{r['status']}**: {r['error']}"
-            for r in failed
-        ]
-        parts.append("Not in a table:\n\n" + "\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def theory(records: list[dict[str, Any]], figures: Figures | None = None) -> str:
-    """Spectra that theory predicts beside those that were seen, and a picture of the run with the largest budget."""
-    done = [{**r, "spec": completed(r["spec"])} for r in records if r["status"] == "done"]
-    text = decoders.theory(done)
-    if text is None:
-        return "There are no runs to compare with theory; make some with `dpft run spectral-theory`."
-    if figures is not None:
-        text += "\n\n" + plots.spectra_of(
-            max(filter(decoders.in_theory, done), key=lambda r: r["spec"]["epsilon"]), figures
-        )
-    return text
 
 
 def write(text: str, path: Path, check: bool, markers: tuple[str, str]) -> bool:

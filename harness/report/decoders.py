@@ -5,67 +5,77 @@ from __future__ import annotations
 from typing import Any
 
 from dpft.harness import registry
-from dpft.harness.report.rows import Row, name_of
-from dpft.harness.report.tables import median, reached, spread, target_of
+from dpft.harness.report.reading import Curves, diagnostics
+from dpft.harness.report.rows import Row
+from dpft.harness.report.tables import median, spread, target_of
+from dpft.harness.report.text import Part, Table
+from dpft.harness.report.views import Group
 from dpft.harness.store import Store
 
 FRACTIONS = (0.9, 0.95)
 
 
-def comparison(rows: list[Row], store: Store) -> str | None:
-    """Every private row beside the baseline; None where all rows take the release as it is."""
-    from tabulate import tabulate
-
-    private = [row for row in rows if row.private]
-    if all(row.spec["decoder"] == "mean" for row in private):
-        return None
-    baselines = [row for row in private if row.baseline]
-    targets = [target_of(rows, fraction) for fraction in FRACTIONS]
-    first = [_first(baselines, store, target) for target in targets]
+def comparison(group: Group, curves: Curves, store: Store, public: bool = False) -> list[Part]:
+    """Every private row beside the baseline; nothing where all rows take the release as it is."""
+    private = [(name, row) for name, row in zip(group.names, group.rows, strict=True) if row.private]
+    if all(row.spec["decoder"] == "mean" for _, row in private):
+        return []
+    targets = [target_of(group.rows, fraction) for fraction in FRACTIONS]
+    baselines = [row for _, row in private if row.baseline]
+    first = [_first(baselines, curves, target) for target in targets]
     cells = []
-    for row in private:
-        alignment = [r["diagnostics"]["alignment"] for r in row.records]
+    for name, row in private:
         cells.append(
             {
-                "method": name_of(row, rows),
+                "method": name,
                 "lr": f"{row.spec['lr']:g}",
                 "final": spread([r["result"]["final"] for r in row.records]),
-                "alignment noisy": median([a["noisy"] for a in alignment], "{:.3f}"),
-                "decoded": median([a["decoded"] for a in alignment], "{:.3f}"),
-                "spikes per matrix": _spikes(row),
+                **({} if public else _diagnostics(row, store)),
                 **{
-                    f"steps to {fraction:.0%} (ratio)": _ratio(row, store, target, base)
+                    f"steps to {fraction:.0%} (ratio)": _ratio(row, curves, target, base)
                     for fraction, target, base in zip(FRACTIONS, targets, first, strict=True)
                 },
                 "decode": median([_decode_share(r["cost"]) for r in row.records], "{:.1%}"),
             }
         )
-    table = tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True, stralign="right")
-    return (
+    text = (
         "Decoders. Steps: to that share of the way from chance to the best baseline, median over seeds; ratio: steps of the "
-        f"fastest baseline over these; decode: share of the step time.\n\n{table}"
+        "fastest baseline over these; decode: share of the step time."
     )
+    return [text, Table(cells)]
 
 
-def _first(rows: list[Row], store: Store, target: float | None) -> float:
-    return min((found[0] for row in rows if (found := reached(row, store, target))), default=float("inf"))
+def _diagnostics(row: Row, store: Store) -> dict[str, str]:
+    alignment = [r["diagnostics"]["alignment"] for r in row.records]
+    return {
+        "alignment noisy": median([a["noisy"] for a in alignment], "{:.3f}"),
+        "decoded": median([a["decoded"] for a in alignment], "{:.3f}"),
+        "spikes per matrix": _spikes(row, store),
+    }
 
 
-def _ratio(row: Row, store: Store, target: float | None, base: float) -> str:
-    found = reached(row, store, target)
+def _first(rows: list[Row], curves: Curves, target: float | None) -> float:
+    found = [curves.median_reached(row, target) for row in rows]
+    return min((one.step for one in found if one is not None), default=float("inf"))
+
+
+def _ratio(row: Row, curves: Curves, target: float | None, base: float) -> str:
+    found = curves.median_reached(row, target)
     if found is None:
         return "–"
-    if found[0] == float("inf"):
+    if found.step == float("inf"):
         return f"> {row.spec['steps']}"
-    return f"{found[0]}" + (f" ({base / found[0]:.2f})" if base < float("inf") else "")
+    return f"{found.step:g}" + (f" ({base / found.step:.2f})" if base < float("inf") else "")
 
 
-def _spikes(row: Row) -> str:
+def _spikes(row: Row, store: Store) -> str:
     """Mean number of singular values that survived, over matrices, evaluated steps and seeds."""
+    if row.spec["decoder"] != "rmt":
+        return "–"
     found = [
         seen["spikes"]
         for record in row.records
-        for step in record["diagnostics"].get("decoder_by_parameter", [])
+        for step in diagnostics(store, record).get("decoder_by_parameter", [])
         for seen in step.values()
         if isinstance(seen, dict) and "spikes" in seen
     ]
@@ -77,24 +87,21 @@ def _decode_share(cost: dict[str, Any]) -> float | None:
     return cost["phase_s"].get("decode", 0.0) / total if total else None
 
 
-def theory(records: list[dict[str, Any]]) -> str | None:
+def theory(records: list[dict[str, Any]]) -> list[Part]:
     """What the clean spectrum and the noise level predict of a release and of its shrinkage, beside what was seen.
 
     One line per recorded matrix and step of every run whose decoder shrinks plain releases in the way the theory is about.
     """
-    from tabulate import tabulate
-
     cells = [cell for record in records if in_theory(record) for cell in _predictions(record)]
     if not cells:
-        return None
+        return []
     cells.sort(key=lambda cell: tuple(cell.pop("order")))
-    table = tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True, stralign="right")
-    return (
-        "### Theory against measurement\n\n"
+    text = (
         "x1: the largest singular value of the clean gradient, in units of the detection threshold s (mn)^(1/4), below which it "
         "leaves no trace (BBP). y1: the largest of the release, in units of the edge of the noise. Predicted (1103.2221, "
-        f"1405.7511) / seen; cosines to the clean gradient, of the release and of the decoded matrix. First seed.\n\n{table}"
+        "1405.7511) / seen; cosines to the clean gradient, of the release and of the decoded matrix. First seed."
     )
+    return ["### Theory against measurement", text, Table(cells)]
 
 
 def in_theory(record: dict[str, Any]) -> bool:

@@ -1,95 +1,254 @@
-"""Pictures beside the tables: alignment over steps, and singular values before and after decoding. SVG, the same every time."""
+"""The pictures of one group of rows: each is drawn only where the records have data for it."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import mean
+import math
 from typing import Any
 
-from dpft.harness.report.rows import Row, name_of
-from dpft.harness.store import Store, atomic
+from dpft.harness import statistics as st
+from dpft.harness.report import rows as making
+from dpft.harness.report.figures import Figures, look
+from dpft.harness.report.reading import Curves, diagnostics
+from dpft.harness.report.rows import Row
+from dpft.harness.report.tables import FRACTION, mean_curve, target_of
+from dpft.harness.report.views import MIB, Group, hardware
+from dpft.harness.store import Store
 
-STYLE = "tableau-colorblind10"
+AT_MOST = 14  # rows in one picture, the best and the controls; more cannot be told apart
+Named = list[tuple[int, str, Row]]  # place in the order of colours, name, row
 
 
-@dataclass(frozen=True)
-class Figures:
-    """folder: where pictures are written, None: nowhere (the text is only compared); link: what the text calls the folder."""
+def of_group(group: Group, stem: str, curves: Curves, store: Store, figures: Figures, public: bool) -> list[str]:
+    """One line of links to the pictures of a group; the files are written where `figures` says."""
+    rows = [(i, name, row) for i, (name, row) in enumerate(zip(group.names, group.rows, strict=True))]
+    rows = [entry for entry in rows if entry[2].ranked][:AT_MOST] + [e for e in rows if not e[2].ranked][:AT_MOST]
+    high = max(2.2, 0.34 * len(rows) + 1.2)
+    made = [
+        ("metric by step", "step", _curve(rows, group, curves, "step"), None),
+        ("by ε", "epsilon", _curve(rows, group, curves, "epsilon"), None),
+        ("steps to threshold", "threshold", _thresholds(rows, group, curves), (6.4, high)),
+        ("memory", "memory", _memory(rows), (6.4, high)),
+        ("Pareto fronts", "pareto", _pareto(rows, group), None),
+        ("learning rates", "lr", _rates(group), None),
+        ("alignment", "alignment", None if public else _alignment(rows, curves), None),
+    ]
+    links = []
+    for title, kind, draw, size in made:
+        if draw is not None:
+            panels, paint = draw
+            links.append(f"[{title}]({figures.draw(f'{stem}-{kind}.svg', paint, (1, panels), size)})")
+    profiled = [] if public else [row for _, _, row in rows if row.spec["decoder"] == "rmt"]
+    for row in profiled:
+        record = row.records[0]
+        if spectra := diagnostics(store, record).get("spectra"):
+            record = {**record, "diagnostics": {"alignment_by_parameter": [], "spectra": spectra}}
+            links.append(f"[singular values]({spectra_of(record, figures)[1]})")
+            break
+    return [f"Pictures: {', '.join(links)}."] if links else []
 
-    folder: Path | None
-    link: str
+
+def _legend(axis, entries: int) -> None:
+    """Beside the panel, where it hides nothing."""
+    if entries:
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2)
 
 
-def of_group(rows: list[Row], store: Store, figures: Figures) -> list[str]:
-    """Markdown images of one group of rows; the files are written where `figures` says."""
-    spec = rows[0].spec
-    stem = f"{spec['task']}-{spec['model'].replace('/', '-')}" + (
-        "" if not rows[0].private else f"-eps{spec['epsilon']:g}"
-    )
-    found = []
-    aligned = [row for row in rows if any(r["diagnostics"]["alignment_by_parameter"] for r in row.records)]
-    if aligned:
-        title = "Cosine to the clean clipped gradient over steps: released and decoded"
-        found.append(
-            _image(figures, f"{stem}-alignment.svg", title, lambda axes: _alignment(axes, aligned, rows, store))
+def _curve(rows: Named, group: Group, curves: Curves, against: str):
+    """The metric over steps or over the epsilon spent: mean over seeds, and the range of the seeds as a band."""
+    drawn = []
+    for i, name, row in rows:
+        points = mean_curve(row, curves, "metric")
+        x = points if against == "step" else mean_curve(row, curves, "epsilon")
+        if len(points) > 1 and x:
+            drawn.append((i, name, row, points, [step if against == "step" else x[step] for step in points]))
+    if not drawn:
+        return None
+
+    def paint(axes) -> None:
+        axis = axes[0][0]
+        for i, name, row, points, x in drawn:
+            axis.plot(x, list(points.values()), label=name, **look(i))
+            seeds = [dict(zip(curve["step"], curve["metric"], strict=True)) for curve in map(curves.of, row.records)]
+            if len(seeds) > 1:
+                values = [[seed[step] for seed in seeds if step in seed] for step in points]
+                axis.fill_between(
+                    x, list(map(min, values)), list(map(max, values)), color=look(i)["color"], alpha=0.12, linewidth=0
+                )
+        target = target_of(group.rows)
+        for value, said in ((group.result["chance"], "chance"), (target, f"{FRACTION:.0%} of the way to the baseline")):
+            if value is not None:
+                axis.axhline(value, color="0.45", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
+                axis.annotate(
+                    said, (1, value), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                    ha="right", fontsize=7, color="0.35",
+                )  # fmt: skip
+        axis.set(
+            xlabel="step" if against == "step" else "ε spent (PRV upper bound)",
+            ylabel=group.result["metric"],
+            title=f"{group.spec['task']}; band: range over seeds" if _several(rows) else group.spec["task"],
         )
-    profiled = [row for row in rows if row.spec["decoder"] == "rmt" and row.records[0]["diagnostics"].get("spectra")]
-    if profiled:
-        found.append(spectra_of(profiled[0].records[0], figures))
-    return found
+        _legend(axis, len(drawn))
+
+    return 1, paint
 
 
-def spectra_of(record: dict[str, Any], figures: Figures) -> str:
-    """The singular values of one run at the first and the last recorded step."""
+def _several(rows: Named) -> bool:
+    return any(len(row.records) > 1 for _, _, row in rows)
+
+
+def _thresholds(rows: Named, group: Group, curves: Curves):
+    """A dot per seed, a bar to the median; runs that did not get there stand at the right edge as open triangles."""
+    target = target_of(group.rows)
+    if target is None:
+        return None
+    found = [(i, name, [one.step for one in curves.reached(row, target)]) for i, name, row in rows]
+    end = max(row.spec["steps"] for _, _, row in rows)
+    if all(math.isinf(step) for _, _, steps in found for step in steps):
+        return None
+
+    def paint(axes) -> None:
+        axis = axes[0][0]
+        edge = 1.06 * end
+        for place, (i, _, steps) in enumerate(found):
+            colour = look(i)["color"]
+            middle = st.median_reached([st.Reached(step, None) for step in steps]).step
+            if math.isfinite(middle):
+                axis.barh(place, middle, height=0.55, color=colour, alpha=0.25)
+            for n, step in enumerate(sorted(steps)):
+                shift = 0.3 * ((n + 0.5) / len(steps) - 0.5)
+                late = math.isinf(step)
+                axis.plot(
+                    edge if late else step, place + shift, ">" if late else "o", color=colour,
+                    markerfacecolor="none" if late else colour, clip_on=False,
+                )  # fmt: skip
+        axis.set(
+            xlim=(0, edge),
+            xlabel=f"steps to {group.result['metric']} {target:.3f}; bar: median; triangle: not within {end}",
+            title=group.spec["task"],
+        )
+        _names(axis, [name for _, name, _ in found])
+
+    return 1, paint
+
+
+def _names(axis, names: list[str]) -> None:
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.grid(visible=False, axis="y")
+
+
+def _memory(rows: Named):
+    """Peak memory by what it holds."""
+    kinds = sorted({kind for _, _, row in rows for kind in row.records[0]["cost"]["peak_bytes"]})
+
+    def paint(axes) -> None:
+        axis = axes[0][0]
+        left = [0.0] * len(rows)
+        for n, kind in enumerate(kinds):
+            sizes = [row.records[0]["cost"]["peak_bytes"].get(kind, 0) / MIB for _, _, row in rows]
+            axis.barh(
+                range(len(rows)), sizes, left=left, height=0.7, label=kind.replace("_", " "), color=look(n)["color"],
+                hatch="" if n < 7 else "//", edgecolor="white", linewidth=0.5,
+            )  # fmt: skip
+            left = [a + b for a, b in zip(left, sizes, strict=True)]
+        for place, total in enumerate(left):
+            axis.annotate(f"{total:,.0f}", (total, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.set(xlabel="peak memory, MiB (first seed)", xlim=(0, 1.12 * max(left)))
+        _names(axis, [name for _, name, _ in rows])
+        _legend(axis, len(kinds))
+
+    return 1, paint
+
+
+def _pareto(rows: Named, group: Group):
+    """The metric against memory and, of the hardware with most rows, against the time of a step; the line is the front."""
+    ranked = [entry for entry in rows if entry[2].ranked]
+    if len(ranked) < 2:
+        return None
+    machines: dict[str, Named] = {}
+    for entry in ranked:
+        where = {hardware(record) for record in entry[2].records}
+        if len(where) == 1:
+            machines.setdefault(where.pop(), []).append(entry)
+    panels = [("peak memory, MiB", ranked, lambda row: row.peak_bytes / MIB)]
+    if machines:
+        where, timed = max(machines.items(), key=lambda item: (len(item[1]), item[0]))
+        if len(timed) > 1:
+            panels.append((f"time of a step, s\n{where}", timed, lambda row: row.step_s))
+
+    def paint(axes) -> None:
+        for axis, (label, entries, cost) in zip(axes[0], panels, strict=True):
+            costs, scores = [cost(row) for _, _, row in entries], [row.final for _, _, row in entries]
+            on = st.front(costs, scores, entries[0][2].higher_is_better)
+            line = sorted((c, s) for c, s, keep in zip(costs, scores, on, strict=True) if keep)
+            axis.plot(*zip(*line, strict=True), color="0.6", linewidth=1, drawstyle="steps-post", zorder=1)
+            for (i, name, _), c, s in zip(entries, costs, scores, strict=True):
+                axis.plot(c, s, label=name, **{**look(i), "linestyle": "none"}, markersize=7)
+            axis.margins(0.12)
+            axis.set(xlabel=label)
+        axes[0][0].set_ylabel(f"final {group.result['metric']}")
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        axes[0][-1].legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2)
+
+    return len(panels), paint
+
+
+def _rates(group: Group):
+    """The final metric over the learning rate: mean and seeds, for methods with more than one rate."""
+    grids = [making.finished(rows) for rows in making.alike(group.every) if rows[0].ranked]
+    names = making.names([Row({**rows[0].spec, "lr": None}, rows[0].records) for rows in grids])
+    grids = [(name, sorted(rows, key=lambda row: row.spec["lr"])) for name, rows in zip(names, grids, strict=True)]
+    grids = [(name, rows) for name, rows in grids if len(rows) > 1][:AT_MOST]
+    if not grids:
+        return None
+
+    def paint(axes) -> None:
+        axis = axes[0][0]
+        for i, (name, rows) in enumerate(grids):
+            axis.plot([row.spec["lr"] for row in rows], [row.final for row in rows], label=name, **look(i))
+            for row in rows:
+                values = list(row.finals.values())
+                axis.plot([row.spec["lr"]] * len(values), values, "_", color=look(i)["color"], alpha=0.6)
+        every = sorted({row.spec["lr"] for _, rows in grids for row in rows})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(every, [f"{lr:g}" for lr in every])
+        axis.set(
+            xlabel="learning rate; dashes: seeds", ylabel=f"final {group.result['metric']}", title=group.spec["task"]
+        )
+        _legend(axis, len(grids))
+
+    return 1, paint
+
+
+def _alignment(rows: Named, curves: Curves):
+    """One colour per row, mean over seeds; the release dotted, the update solid."""
+    columns = (("alignment_noisy", ":"), ("alignment_decoded", "-"))
+    drawn = [(i, name, line, mean_curve(row, curves, key)) for i, name, row in rows for key, line in columns]
+    drawn = [entry for entry in drawn if entry[3]]
+    if not drawn:
+        return None
+
+    def paint(axes) -> None:
+        axis = axes[0][0]
+        for i, name, line, points in drawn:
+            label = name if line == "-" else None
+            style = {**look(i), "linestyle": line, "marker": None}
+            axis.plot(list(points), list(points.values()), label=label, **style)
+        axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+        axis.set(xlabel="step", ylabel="cosine to the clean clipped sum", title="dotted: released; solid: decoded")
+        _legend(axis, len(drawn))
+
+    return 1, paint
+
+
+def spectra_of(record: dict[str, Any], figures: Figures) -> tuple[str, str]:
+    """The singular values of one run at the first and the last recorded step: (title, link)."""
     spec, spectra = record["spec"], record["diagnostics"]["spectra"]
     title = (
         f"Singular values at step {spectra[0]['step']} and {spectra[-1]['step']} of {spec['method']}, {spec['task']}"
     )
     name = f"{spec['task']}-{spec['method']}-eps{spec['epsilon']:g}-singular-values.svg"
-    return _image(figures, name, title, _profiles(spectra), (2, len(spectra[0]["matrices"])))
-
-
-def _image(figures: Figures, name: str, title: str, draw, grid: tuple[int, int] = (1, 1)) -> str:
-    if figures.folder is not None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figures.folder.mkdir(parents=True, exist_ok=True)
-        settings = {"svg.hashsalt": "dpft", "svg.fonttype": "none", "font.size": 9}
-        with pyplot.style.context(STYLE), matplotlib.rc_context(settings), atomic(figures.folder / name) as temporary:
-            size = (max(7.5, 3.2 * grid[1]), max(4.0, 2.6 * grid[0]))
-            figure, axes = pyplot.subplots(*grid, figsize=size, squeeze=False, layout="constrained")
-            try:
-                draw(axes)
-                figure.savefig(temporary, format="svg", metadata={"Date": None})
-            finally:
-                pyplot.close(figure)
-    return f"![{title}]({figures.link}/{name})"
-
-
-def _alignment(axes, aligned: list[Row], rows: list[Row], store: Store) -> None:
-    """One colour per row, mean over seeds; the release dashed, the update solid."""
-    axis = axes[0][0]
-    for i, row in enumerate(aligned):
-        for column, line in (("alignment_noisy", ":"), ("alignment_decoded", "-")):
-            points: dict[int, list[float]] = defaultdict(list)
-            for record in row.records:
-                curve = store.curve(record["run_id"])
-                for step, value in curve.filter(curve[column].is_not_null()).select("step", column).iter_rows():
-                    points[step].append(value)
-            if points:
-                steps = sorted(points)
-                label = name_of(row, rows) if line == "-" else None
-                axis.plot(steps, [mean(points[s]) for s in steps], line, color=f"C{i % 10}", label=label, linewidth=1.5)
-    axis.set(xlabel="step", ylabel="cosine to the clean clipped sum")
-    axis.set_title("dotted: released; solid: decoded", fontsize=8)
-    if axis.lines:
-        axis.legend(fontsize=7, ncols=2)
-    axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    return title, figures.draw(name, _profiles(spectra), (2, len(spectra[0]["matrices"])))
 
 
 def _profiles(spectra: list[dict[str, Any]]):
@@ -101,7 +260,7 @@ def _profiles(spectra: list[dict[str, Any]]):
             for axis, (name, matrix) in zip(line, taken["matrices"].items(), strict=True):
                 for i, (kind, mark) in enumerate((("noisy", "."), ("clean", "-"), ("decoded", "x"))):
                     values = [v if v > 0 else float("nan") for v in matrix[kind] or []]
-                    axis.plot(range(1, len(values) + 1), values, mark, color=f"C{i}", label=kind, markersize=4)
+                    axis.plot(range(1, len(values) + 1), values, mark, color=look(i)["color"], label=kind, markersize=4)
                 axis.axhline(
                     bulk_edge(*matrix["shape"], matrix["noise_std"]), color="0.5", linestyle="--", linewidth=0.8
                 )

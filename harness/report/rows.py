@@ -6,6 +6,7 @@ import itertools
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ class Row:
     spec: dict[str, Any]
     records: list[dict[str, Any]]
     grid: tuple[float, ...] = ()  # the learning rates of which this row has the best
+    chosen: tuple[str, ...] = ()  # the settings that this choice was over
 
     @property
     def method(self) -> str:
@@ -47,6 +49,25 @@ class Row:
     def final(self) -> float:
         return statistics.mean(r["result"]["final"] for r in self.records)
 
+    @property
+    def higher_is_better(self) -> bool:
+        return self.records[0]["result"]["higher_is_better"]
+
+    @property
+    def finals(self) -> dict[int, float]:
+        """Seed -> final metric."""
+        return {r["spec"]["seed"]: r["result"]["final"] for r in self.records}
+
+    @property
+    def peak_bytes(self) -> float:
+        """Median over seeds of the peak memory."""
+        return statistics.median(sum(r["cost"]["peak_bytes"].values()) for r in self.records)
+
+    @property
+    def step_s(self) -> float:
+        """Median over seeds of the time of a step."""
+        return statistics.median(r["cost"]["step_s"] for r in self.records)
+
 
 def groups(records: list[dict[str, Any]]) -> list[list[Row]]:
     cells: dict[str, list[dict]] = defaultdict(list)
@@ -64,48 +85,81 @@ def groups(records: list[dict[str, Any]]) -> list[list[Row]]:
     return found
 
 
-def ordered(rows: list[Row]) -> list[Row]:
+def ordered(rows: Sequence[Row]) -> list[Row]:
     """Best first, controls last."""
-    sign = 1 if rows[0].records[0]["result"]["higher_is_better"] else -1
+    sign = 1 if rows[0].higher_is_better else -1
     return sorted(rows, key=lambda row: (row.ranked, sign * row.final), reverse=True)
 
 
-def best_rates(rows: list[Row]) -> list[Row]:
-    """Of rows that differ in the learning rate alone, the one with the best mean; baselines keep all theirs.
-
-    A method whose steps come out longer at equal lr must be compared with the baseline at a larger one, too.
-    """
-    alike: dict[str, list[Row]] = defaultdict(list)
+def alike(rows: Sequence[Row], free: Sequence[str] = ("lr",)) -> list[list[Row]]:
+    """Rows that differ in nothing but the settings `free`, together."""
+    found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        alike[json.dumps({**row.spec, "lr": None, "seed": None}, sort_keys=True)].append(row)
+        found[json.dumps({**row.spec, "seed": None, **dict.fromkeys(free)}, sort_keys=True)].append(row)
+    return list(found.values())
+
+
+def finished(rows: Sequence[Row]) -> list[Row]:
+    """Of rows that are alike those with the most seeds: a rate that has seen fewer is not finished."""
+    seeds = max(len(row.records) for row in rows)
+    return [row for row in rows if len(row.records) == seeds]
+
+
+def best_rates(rows: Sequence[Row], free: Sequence[str] = ("lr",), baselines: bool = False) -> list[Row]:
+    """Of rows that differ in the learning rate (or the settings `free`) alone, the one with the best mean.
+
+    Baselines keep all theirs unless `baselines`: a method whose steps come out longer at equal lr must be compared with the
+    baseline at a larger one, too.
+    """
     kept = []
-    for grid in alike.values():
-        if len(grid) == 1 or grid[0].baseline:
+    for grid in alike(rows, free):
+        if len(grid) == 1 or (grid[0].baseline and not baselines):
             kept += grid
         else:
-            seeds = max(len(row.records) for row in grid)  # a rate that has seen fewer seeds is not finished
-            best = ordered([row for row in grid if len(row.records) == seeds])[0]
-            kept.append(Row(best.spec, best.records, tuple(sorted(row.spec["lr"] for row in grid))))
+            best = ordered(finished(grid))[0]
+            chosen = tuple(key for key in free if len({row.spec[key] for row in grid}) > 1)
+            rates = tuple(sorted({row.spec["lr"] for row in grid}))
+            kept.append(Row(best.spec, best.records, rates if "lr" in chosen else (), chosen))
     return kept
 
 
-def places(rows: list[Row]) -> tuple[list[int | None], str | None]:
-    """The rank of each of the `ordered` rows of one group, None where it has none, and why nothing is ranked (or None)."""
-    private = [row for row in rows if row.private]
-    named = [(name_of(row, rows), r["privacy"]) for row in private for r in row.records]
-    reason = matched([privacy for _, privacy in named], [name for name, _ in named]) if private else None
+def places(rows: Sequence[Row], free: Sequence[str] = ()) -> tuple[list[int | None], str | None]:
+    """The rank of each of the `ordered` rows of one group, None where it has none, and why nothing is ranked (or None).
+
+    free: keys of the privacy section that need not be the same in all rows.
+    """
+    named = [
+        (name, r["privacy"]) for name, row in zip(names(rows), rows, strict=True) if row.private for r in row.records
+    ]
+    reason = matched([privacy for _, privacy in named], [name for name, _ in named], free) if named else None
     ranks = itertools.count(1)
     return [next(ranks) if row.ranked and reason is None else None for row in rows], reason
 
 
-def name_of(row: Row, rows: list[Row]) -> str:
-    """The method, with the settings that tell its rows in this table apart."""
-    same = [other.spec for other in rows if other.method == row.method]
-    varying = [key for key in row.spec if key not in ("seed", "options") and any(s[key] != row.spec[key] for s in same)]
+def names(rows: Sequence[Row]) -> list[str]:
+    """For each row the method, with the settings that tell its rows in this table apart."""
+    values: dict[str, dict[tuple[str, str], set[str]]] = defaultdict(lambda: defaultdict(set))
+    for row in rows:
+        for kind, settings in (("spec", row.spec), ("option", row.spec["options"])):
+            for key, value in settings.items():
+                values[row.method][kind, key].add(repr(value))
+    options = {method: {key for kind, key in found if kind == "option"} for method, found in values.items()}
+    for row in rows:  # an option that a row leaves at its default is another value
+        for key in options[row.method] - row.spec["options"].keys():
+            values[row.method]["option", key].add("")
+    return [_name(row, values[row.method]) for row in rows]
+
+
+def _name(row: Row, values: dict[tuple[str, str], set[str]]) -> str:
     own = row.spec["options"]
-    varying += [key for key in own if any(s["options"].get(key) != own[key] for s in same)]
-    if row.grid and "lr" not in varying:
-        varying.append("lr")
+    varying = [key for key in row.spec if key not in ("seed", "options") and len(values["spec", key]) > 1]
+    varying += [key for key in own if len(values["option", key]) > 1]
+    varying += [key for key in row.chosen if key not in varying]
     if not varying:
         return row.method
     return f"{row.method} ({', '.join(f'{key}={own.get(key, row.spec.get(key))}' for key in varying)})"
+
+
+def name_of(row: Row, rows: Sequence[Row]) -> str:
+    """The name of one of `rows`; `names` has all of them in one go."""
+    return next(name for name, other in zip(names(rows), rows, strict=True) if other is row)

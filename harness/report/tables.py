@@ -1,158 +1,163 @@
-"""Tables of rows that may be compared: the comparison itself, what decoders did, theory against measurement, curves."""
+"""The tables of one group: the comparison itself and the curves."""
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
-from dpft.harness.report.rows import Row, name_of, places
-from dpft.harness.store import Store
-from dpft.harness.thresholds import crossing, relative_target
+from dpft.harness.report.reading import Curves
+from dpft.harness.report.rows import Row
+from dpft.harness.report.text import Part, Table
+from dpft.harness.report.views import MIB, Group, mean_cut
+from dpft.harness.thresholds import relative_target
 
 FRACTION = 0.9
 
 
-def comparison(rows: list[Row], store: Store) -> str:
+def comparison(group: Group, curves: Curves, public: bool = False) -> list[Part]:
     """The table of one group: rank, budget, metric, steps to threshold, cost; whether and why it is not ranked."""
-    from tabulate import tabulate
-
-    spec, result = rows[0].spec, rows[0].records[0]["result"]
-    private = [row for row in rows if row.private]
-    ranks, reason = places(rows)
-    target = target_of(rows)
+    target = target_of(group.rows)
     cells = [
-        {"#": rank or "", **_cells(row, rows, store, target, result)} for row, rank in zip(rows, ranks, strict=True)
+        {"#": "" if rank is None else str(rank), "method": name, **_cells(row, group, curves, target, public)}
+        for rank, name, row in zip(group.ranks, group.names, group.rows, strict=True)
     ]
-    seeds = sorted({r["spec"]["seed"] for row in rows for r in row.records})
-    head = f"### {spec['task']} (v{spec['task_version']}), {spec['model']}, head `{spec['head']}`"
-    head += "" if not private else f", ε ≤ {private[0].spec['epsilon']:g}"
-    parts = [head, tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True, stralign="right")]
-    if private:
-        parts.append(_budget(private[0].records[0]["privacy"], _accountants(named)))
-    if reason is not None:
-        parts.append(f"**Not ranked**: {reason}")
-    parts.append(_notes(rows, target, len(seeds)))
-    return "\n\n".join(parts)
+    parts: list[Part] = [f"### {group.title}", Table(cells)]
+    if group.private:
+        parts.append(_budget([r["privacy"] for row in group.private for r in row.records], group.view.steps_free))
+    if group.matched is not None:
+        parts.append(group.matched)
+    if group.left_out:
+        parts.append(f"Left out: {'; '.join(group.left_out)}.")
+    if group.reason is not None:
+        parts.append(f"**Not ranked**: {group.reason}")
+    parts.append(_notes(group, target, public))
+    return parts
 
 
-def curves(rows: list[Row], store: Store) -> str:
+def curve_table(group: Group, curves: Curves) -> list[Part]:
     """The metric at the evaluations (at most 12 of them), mean over seeds, a column per row of the table above."""
-    from tabulate import tabulate
-
     columns: dict[str, dict[int, str]] = {}
-    for row in rows:
-        found = defaultdict(list)
-        for record in row.records:
-            curve = store.curve(record["run_id"])
-            for point in curve.filter(curve["metric"].is_not_null()).iter_rows(named=True):
-                found[point["step"]].append(point["metric"])
-        columns[name_of(row, rows)] = {step: f"{statistics.mean(values):.4f}" for step, values in found.items()}
+    for name, row in zip(group.names, group.rows, strict=True):
+        columns[name] = {step: f"{value:.4f}" for step, value in mean_curve(row, curves, "metric").items()}
     steps = sorted({step for column in columns.values() for step in column})
     steps = sorted({steps[(i + 1) * len(steps) // min(12, len(steps)) - 1] for i in range(min(12, len(steps)))})
-    cells = [{"step": step, **{name: column.get(step, "") for name, column in columns.items()}} for step in steps]
-    examples = rows[0].spec["eval_examples"]
-    where = "the whole validation split" if examples is None else f"{examples} validation examples"
-    metric = rows[0].records[0]["result"]["metric"]
-    table = tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True, stralign="right")
-    return f"Curve: {metric} on {where}, by step.\n\n{table}"
+    cells = [{"step": str(step), **{name: column.get(step, "") for name, column in columns.items()}} for step in steps]
+    return [f"Curve: {group.result['metric']} on {_examples(group)}, by step.", Table(cells)]
 
 
-def target_of(rows: list[Row], fraction: float = FRACTION) -> float | None:
+def mean_curve(row: Row, curves: Curves, column: str) -> dict[int, float]:
+    """Step -> mean over seeds, at the evaluations at which the column has a value."""
+    found = defaultdict(list)
+    for record in row.records:
+        curve = curves.of(record)
+        for step, value in zip(curve["step"], curve[column], strict=True):
+            if value is not None:
+                found[step].append(value)
+    return {step: statistics.mean(found[step]) for step in sorted(found)}
+
+
+def target_of(rows: Sequence[Row], fraction: float = FRACTION) -> float | None:
     """The metric at `fraction` of the way from chance to the best DP baseline (to the best method, where there is none)."""
-    result = rows[0].records[0]["result"]
     competing = [row for row in rows if row.ranked]
     baselines = [row for row in competing if row.baseline] or competing
     if not baselines:
         return None
-    best = (max if result["higher_is_better"] else min)(row.final for row in baselines)
-    return relative_target(best, fraction, result["chance"])
+    best = (max if baselines[0].higher_is_better else min)(row.final for row in baselines)
+    return relative_target(best, fraction, baselines[0].records[0]["result"]["chance"])
 
 
-def _cells(row: Row, rows: list[Row], store: Store, target: float | None, result: dict[str, Any]) -> dict[str, str]:
+def _cells(row: Row, group: Group, curves: Curves, target: float | None, public: bool) -> dict[str, str]:
     records, privacy = row.records, row.records[0]["privacy"]
-    cost = records[0]["cost"]
     uppers = [r["privacy"]["epsilon"][2] for r in records if r["privacy"] and r["privacy"]["epsilon"]]
-    steps, spent = _steps(row, store, target)
-    return {
-        "method": name_of(row, rows),
-        "trainable": f"{cost['trainable_parameters']:,}",
+    steps, spent = _steps(row, curves, target)
+    cut = mean_cut(row)
+    cells = {
+        "trainable": f"{records[0]['cost']['trainable_parameters']:,}",
         "ε [certified upper]": f"{max(uppers):.3f}" if uppers else "∞" if privacy is None else "not certified",
         "σ": f"{privacy['noise_multiplier']:.3f}" if privacy else "0",
-        f"final {result['metric']}": spread([r["result"]["final"] for r in records]),
+        f"final {group.result['metric']}": spread([r["result"]["final"] for r in records]),
+    }
+    if cut is not None:
+        cells["at step (ε spent)"] = f"{cut[0]:g} ({'∞' if cut[1] is None else f'{cut[1]:.2f}'})"
+    cells |= {
         "steps to threshold": steps,
         "ε at threshold": spent,
-        "peak memory": median([sum(r["cost"]["peak_bytes"].values()) / 2**20 for r in records], "{:,.0f} MiB"),
-        "step time": median([r["cost"]["step_s"] for r in records], "{:.2f} s"),
-        "alignment noisy / decoded": " / ".join(
-            median([r["diagnostics"]["alignment"][key] for r in records], "{:.3f}") for key in ("noisy", "decoded")
-        ),
+        "peak memory": f"{row.peak_bytes / MIB:,.0f} MiB",
+        "step time": f"{row.step_s:.2f} s",
     }
+    if not public:
+        alignment = [r["diagnostics"]["alignment"] for r in records]
+        cells["alignment noisy / decoded"] = " / ".join(
+            median([a[key] for a in alignment], "{:.3f}") for key in ("noisy", "decoded")
+        )
+    return cells
 
 
-def reached(row: Row, store: Store, target: float | None) -> tuple[float, float | None] | None:
-    """(steps, epsilon spent by then) to `target`: the median over seeds, where a censored run counts as infinitely late."""
-    if target is None:
-        return None
-    found = []
-    for record in row.records:
-        curve = store.curve(record["run_id"])
-        evaluated = curve.filter(curve["metric"].is_not_null())
-        better = record["result"]["higher_is_better"]
-        hit = crossing(evaluated["step"].to_list(), evaluated["metric"].to_list(), target, better)
-        spent = None if hit.step is None else curve.filter(curve["step"] == hit.step)["epsilon"][0]
-        found.append((float("inf") if hit.step is None else hit.step, spent))
-    return sorted(found, key=lambda item: item[0])[len(found) // 2]  # upper median: censored runs are not hidden
-
-
-def _steps(row: Row, store: Store, target: float | None) -> tuple[str, str]:
-    found = reached(row, store, target)
+def _steps(row: Row, curves: Curves, target: float | None) -> tuple[str, str]:
+    found = curves.median_reached(row, target)
     if found is None:
         return "–", "–"
-    step, spent = found
-    if step == float("inf"):
-        return f"> {row.spec['steps']}", "–"
-    return f"{step}", "∞" if not row.private else f"{spent:.2f}"
+    if found.step == float("inf"):
+        cut = mean_cut(row)
+        return f"> {row.spec['steps'] if cut is None else cut[0]:g}", "–"
+    return f"{found.step:g}", "∞" if not row.private else f"{found.epsilon:.2f}"
 
 
-def _accountants(named: list[tuple[str, dict[str, Any]]]) -> str:
-    """Which accountants certified the rows, as the end of a sentence."""
-    if all(privacy.get("mechanism", "gaussian") == "gaussian" for _, privacy in named):
-        return "PRV accountant, upper bound."
+def _accountants(privacies: list[dict[str, Any]]) -> str:
+    """Which accountants certified the rows."""
+    if all(privacy.get("mechanism", "gaussian") == "gaussian" for privacy in privacies):
+        return "PRV accountant, upper bound"
     return (
         "upper bounds of the PRV accountant (Gaussian; Laplace coordinates through the Gaussian that covers them) and of "
-        "privacy loss distributions with revealed scale (spherical noise)."
+        "privacy loss distributions with revealed scale (spherical noise)"
     )
 
 
-def _budget(privacy: dict[str, Any], accountants: str) -> str:
-    return (
-        f"Budget: ε = {privacy['target']:g}, δ = {privacy['delta']:.3g}; {privacy['adjacency']}; Poisson sampling, "
-        f"B = {privacy['expected_batch_size']:,} expected of N = {privacy['num_examples']:,}, T = {privacy['steps_planned']:,} "
-        f"steps; {accountants}"
-    )
+def _budget(privacies: list[dict[str, Any]], steps_free: bool) -> str:
+    privacy = privacies[0]
+    text = f"Budget: ε = {privacy['target']:g}, δ = {privacy['delta']:.3g}; {privacy['adjacency']}; Poisson sampling, "
+    if steps_free:
+        text += f"N = {privacy['num_examples']:,}"
+    else:
+        text += (
+            f"B = {privacy['expected_batch_size']:,} expected of N = {privacy['num_examples']:,}, "
+            f"T = {privacy['steps_planned']:,} steps"
+        )
+    return f"{text}; {_accountants(privacies)}."
 
 
-def _notes(rows: list[Row], target: float | None, seeds: int) -> str:
-    result = rows[0].records[0]["result"]
+def _examples(group: Group) -> str:
+    examples = group.spec["eval_examples"]
+    return "the whole validation split" if examples is None else f"{examples} validation examples"
+
+
+def _notes(group: Group, target: float | None, public: bool) -> str:
+    seeds = len({r["spec"]["seed"] for row in group.rows for r in row.records})
     text = f"{seeds} seed{'s' if seeds > 1 else ''}. "
     if target is not None:
-        text += f"Threshold: {target:.4f}, {FRACTION:.0%} of the way from chance ({result['chance']:g}) to the best DP baseline. "
-    grids = {row.grid for row in rows if row.grid}
+        text += (
+            f"Threshold: {target:.4f}, {FRACTION:.0%} of the way from chance ({group.result['chance']:g}) to the best "
+            "DP baseline. "
+        )
+    grids = {row.grid for row in group.rows if row.grid}
     if grids:
         rates = "; ".join(", ".join(f"{lr:g}" for lr in grid) for grid in sorted(grids))
-        text += f"Of each method the best learning rate by the final metric ({rates}), of the baseline all of them. "
+        text += f"Of each method the best learning rate by the final metric ({rates})"
+        text += ". " if group.view.steps_free else ", of the baseline all of them. "
+    diagnostics = "curves and times" if public else "alignment, curves and times"
     return text + (
-        "Unnumbered rows are controls. Choices made on validation data (lr, clip norm) are not covered by ε; alignment, curves "
-        "and times are non-private diagnostics."
+        "Unnumbered rows are controls. Choices made on validation data (lr, clip norm) are not covered by ε; "
+        f"{diagnostics} are non-private diagnostics."
     )
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     mean = f"{statistics.mean(values):.4f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
-def median(values: list[float | None], form: str) -> str:
+def median(values: Sequence[float | None], form: str) -> str:
     known = [v for v in values if v is not None]
     return form.format(statistics.median(known)) if known else "–"

@@ -1,0 +1,62 @@
+"""One line per run, for a reader's own analysis."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dpft.harness.report.reading import Curves
+from dpft.harness.report.tables import target_of
+from dpft.harness.report.views import Group, hardware
+from dpft.harness.store import atomic
+
+
+def csv(records: list[dict[str, Any]], groups: list[Group], curves: Curves, public: bool, path: Path) -> None:
+    """Write `path`: spec, budget, result, cost and hardware of every run, failed ones too; empty where there is nothing.
+
+    threshold, steps_to_threshold, epsilon_at_threshold: those of the run's table (`dpft report`), empty when censored.
+    """
+    import polars
+
+    reached: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        target = target_of(group.rows)
+        for row in group.every:
+            for record, one in zip(row.records, curves.reached(row, target), strict=bool(target)):
+                reached[record["run_id"]] = {
+                    "threshold": target,
+                    "steps_to_threshold": None if one.step == float("inf") else int(one.step),
+                    "epsilon_at_threshold": one.epsilon,
+                }
+    lines = [_line(record, reached.get(record["run_id"], {}), public) for record in records]
+    frame = polars.DataFrame(lines, infer_schema_length=None)
+    with atomic(path) as temporary:
+        frame.write_csv(temporary)
+
+
+def _line(record: dict[str, Any], reached: dict[str, Any], public: bool) -> dict[str, Any]:
+    privacy, result, cost = (record[section] or {} for section in ("privacy", "result", "cost"))
+    upper = (privacy.get("epsilon") or [None] * 3)[2]
+    line = {
+        "run_id": record["run_id"],
+        "status": record["status"],
+        **{key: value for key, value in record["spec"].items() if key != "options"},
+        "options": json.dumps(record["spec"]["options"], sort_keys=True),
+        "certified_epsilon": upper,
+        "certified_delta": privacy.get("delta"),
+        "noise_multiplier": privacy.get("noise_multiplier"),
+        "sampling_probability": privacy.get("sampling_probability"),
+        **{key: result.get(key) for key in ("metric", "final", "best_step", "chance")},
+        **{key: reached.get(key) for key in ("threshold", "steps_to_threshold", "epsilon_at_threshold")},
+        "peak_bytes": sum(cost["peak_bytes"].values()) if cost.get("peak_bytes") else None,
+        **{key: cost.get(key) for key in ("step_s", "train_s", "example_gradients", "trainable_parameters")},
+        "hardware": hardware(record),
+        "error": record["error"],
+    }
+    if not public:
+        diagnostics = record["diagnostics"] or {}
+        alignment = diagnostics.get("alignment") or {}
+        line |= {f"alignment_{key}": alignment.get(key) for key in ("noisy", "decoded")}
+        line["clipped_fraction"] = diagnostics.get("clipped_fraction")
+    return line

@@ -1,0 +1,150 @@
+"""What may be concluded from one group: paired differences to a baseline, learning rates, Pareto fronts."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+from dpft.harness import statistics as st
+from dpft.harness.report import rows as making
+from dpft.harness.report.reading import Curves
+from dpft.harness.report.rows import Row
+from dpft.harness.report.tables import target_of
+from dpft.harness.report.text import Part, Table
+from dpft.harness.report.views import FREE_SETTINGS, Group, hardware
+from dpft.harness.statistics.aggregate import FEWEST
+
+MARGIN = 0.05  # of the way from chance to a method's best: within it a learning rate is as good
+
+
+def differences(group: Group, curves: Curves, baseline: str | None) -> list[Part]:
+    """Every competing method against the baseline, each at its best learning rate, over the seeds that both have.
+
+    Nothing where the rows are not ranked, there is no baseline, or no method shares two seeds with it.
+    """
+    if group.reason is not None:
+        return []
+    free = FREE_SETTINGS if group.view.steps_free else ("lr",)
+    rivals = [making.ordered(making.finished(rows))[0] for rows in making.alike(group.rows, free) if rows[0].ranked]
+    base = baseline_of(rivals, baseline)
+    if base is None:
+        return []
+    named = {name: row for name, row in zip(group.names, group.rows, strict=True) if any(row is r for r in rivals)}
+    first = next(name for name, row in named.items() if row is base)
+    rivals_of = {
+        name: row for name, row in named.items() if row is not base and len(row.finals.keys() & base.finals.keys()) > 1
+    }
+    if not rivals_of:
+        return []
+    found = st.compare(
+        {name: row.finals for name, row in rivals_of.items()}, base.finals, higher_is_better=base.higher_is_better
+    )
+    target = target_of(group.rows)
+    of_base = [one.step for one in curves.reached(base, target)]
+    cells = []
+    for name, row in rivals_of.items():
+        steps = [one.step for one in curves.reached(row, target)]
+        cells.append(_line(name, found[name], len(found), st.win_probability(steps, of_base)))
+    return [_heading(first, group, len(found)), Table(cells)]
+
+
+def baseline_of(rows: list[Row], name: str | None) -> Row | None:
+    """The row that others are compared with: of the method `name`, else of dp-adam, else of dp-sgd; the best where several."""
+    if name is not None:
+        of_name = [row for row in rows if row.method == name]
+    else:
+        by_method = defaultdict(list)
+        for row in rows:
+            if row.baseline:
+                by_method[row.method].append(row)
+        of_name = by_method["dp-adam"] or by_method["dp-sgd"]
+    return making.ordered(making.finished(of_name))[0] if of_name else None
+
+
+def _line(name: str, one: st.Comparison, methods: int, earlier: float) -> dict[str, str]:
+    if one.interval is not None:
+        interval = f"{one.interval.low:+.4f} to {one.interval.high:+.4f}"
+    else:
+        interval = f"({min(one.values):+.4f} to {max(one.values):+.4f})"
+    return {
+        "method": name,
+        "seeds": str(len(one.seeds)),
+        "difference": f"{one.difference:+.4f}",
+        "95% interval": interval,
+        "p": ("" if one.exact else "~") + f"{one.p:.3g}",
+        "Holm's p": f"{one.adjusted:.3g}",
+        "detectable": _detectable(one, methods),
+        "P(earlier)": f"{earlier:.2f}",
+        "verdict": one.verdict,
+    }
+
+
+def _detectable(one: st.Comparison, methods: int) -> str:
+    if math.isfinite(one.detectable):
+        return f"{one.detectable:.4f}"
+    needed = st.fewest_seeds(st.LEVEL / methods)
+    return f"none; {st.detectable_difference(one.std, needed, st.LEVEL / methods):.4f} with {needed} seeds"
+
+
+def _heading(base: str, group: Group, methods: int) -> str:
+    chosen = "settings" if group.view.steps_free else "learning rate"
+    level = "5%" if methods == 1 else f"5% / {methods} (Holm)"
+    return (
+        f"Paired differences in {group.result['metric']} to `{base}`, over the seeds that both have. Each method stands at the "
+        f"{chosen} with its best mean over these same seeds; p does not cover that choice. p: two-sided sign-flip test over "
+        f"seeds, exact up to {st.paired.EXACT_UP_TO} of them. Interval: bootstrap; in parentheses, below {FEWEST} seeds, "
+        f"only the range of the differences. Detectable: the difference seen with power 80% at level {level}, from their spread. "
+        "P(earlier): that a run reaches the threshold in fewer steps than one of the baseline, ties half."
+    )
+
+
+def learning_rates(group: Group) -> list[Part]:
+    """How wide the range of good learning rates is, for methods that ran at two or more with the same number of seeds."""
+    grids = [making.finished(rows) for rows in making.alike(group.every) if rows[0].ranked]
+    if not any(len(rows) > 1 for rows in grids):
+        return []
+    names = making.names([Row({**rows[0].spec, "lr": None}, rows[0].records) for rows in grids])
+    cells = []
+    for name, rows in zip(names, grids, strict=True):
+        chance = rows[0].records[0]["result"]["chance"]
+        scores = {row.spec["lr"]: row.final for row in rows}
+        best = (max if rows[0].higher_is_better else min)(scores.values())
+        width = st.lr_width(scores, MARGIN * abs(best - chance), rows[0].higher_is_better)
+        cells.append(
+            {
+                "method": name,
+                "learning rates": ", ".join(f"{lr:g}" for lr in sorted(scores)),
+                "best": f"{width.best:g}",
+                "as good": f"{width.low:g} to {width.high:g}",
+                "octaves": ("≥ " if width.open else "") + f"{width.octaves:.2g}",
+            }
+        )
+    text = (
+        f"Robustness to the learning rate. As good: neighbours of the best within {MARGIN:.0%} of the way from chance to it; "
+        "≥: the grid ends there."
+    )
+    uneven = st.uneven_grids({cell["method"]: list(range(len(rows))) for cell, rows in zip(cells, grids, strict=True)})
+    return [text if uneven is None else f"{text} {uneven}", Table(cells)]
+
+
+def pareto(group: Group) -> list[Part]:
+    """Which rows are on the front of metric against memory and, within one kind of hardware, against the time of a step."""
+    pairs = [(name, row) for name, row in zip(group.names, group.rows, strict=True) if row.ranked]
+    if len(pairs) < 2 or group.reason is not None:
+        return []
+    metric = group.result["metric"]
+    found = [f"memory: {_front(pairs, [row.peak_bytes for _, row in pairs])}"]
+    by_machine = defaultdict(list)
+    for name, row in pairs:
+        by_machine[frozenset(hardware(record) for record in row.records)].append((name, row))
+    comparable = {machine: rows for machine, rows in by_machine.items() if len(machine) == 1 and len(rows) > 1}
+    for machine, rows in sorted(comparable.items(), key=lambda item: sorted(item[0])):
+        found.append(f"step time on {next(iter(machine))}: {_front(rows, [row.step_s for _, row in rows])}")
+    left = len(pairs) - sum(map(len, comparable.values()))
+    text = f"Pareto front of {metric} against {'; against '.join(found)}."
+    return [text + (f" Times of {left} rows are from other machines, or from several." if left else "")]
+
+
+def _front(pairs: list[tuple[str, Row]], costs: list[float]) -> str:
+    keep = st.front(costs, [row.final for _, row in pairs], pairs[0][1].higher_is_better)
+    return ", ".join(name for (name, _), on in zip(pairs, keep, strict=True) if on)

@@ -1,0 +1,126 @@
+"""What a report reads of a results folder: records without their bulk, and the evaluations of all curves in one scan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dpft.harness.errors import BadInput
+from dpft.harness.report.rows import Row
+from dpft.harness.statistics import Reached, median_reached, to_threshold
+from dpft.harness.store import Store, check
+
+COLUMNS = ("step", "metric", "epsilon", "alignment_noisy", "alignment_decoded")
+
+
+class _Summary(msgspec.Struct):
+    """The diagnostics that a table needs; the others, a row per matrix and step, are skipped by the parser."""
+
+    private: Any = None
+    alignment: Any = None
+    clipped_fraction: Any = None
+
+
+class _Slim(msgspec.Struct, omit_defaults=True):
+    """A record, as harness/store.py knows it."""
+
+    schema: Any = msgspec.UNSET
+    run_id: Any = msgspec.UNSET
+    status: Any = msgspec.UNSET
+    spec: Any = msgspec.UNSET
+    privacy: Any = msgspec.UNSET
+    result: Any = msgspec.UNSET
+    cost: Any = msgspec.UNSET
+    diagnostics: _Summary | msgspec.UnsetType | None = msgspec.UNSET
+    provenance: Any = msgspec.UNSET
+    error: Any = msgspec.UNSET
+
+
+class _Bulk(msgspec.Struct):
+    diagnostics: Any
+
+
+_DECODER = msgspec.json.Decoder(_Slim)
+
+
+def summaries(store: Store) -> list[dict[str, Any]]:
+    """All records, by run id, without the diagnostics per matrix. Raises BadInput like `Store.records`."""
+    if not store.folder.is_dir():
+        raise BadInput(f"There is no results folder {store.folder}; make one with `dpft run`.")
+    return [_summary(path) for path in sorted(store.folder.glob("*.json"))]
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        slim = _DECODER.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"The record {path} is damaged ({error}); delete it and run again.") from error
+    record = {key: value for key in slim.__struct_fields__ if (value := getattr(slim, key)) is not msgspec.UNSET}
+    if isinstance(slim.diagnostics, _Summary):
+        record["diagnostics"] = msgspec.structs.asdict(slim.diagnostics)
+    check(record, str(path))
+    if record["run_id"] != path.stem:
+        raise BadInput(f"The record {path} is of run {record['run_id']}; rename or delete it.")
+    return record
+
+
+def diagnostics(store: Store, record: dict[str, Any]) -> dict[str, Any]:
+    """All diagnostics of a run, read again where the record is a summary."""
+    if "alignment_by_parameter" in record["diagnostics"]:
+        return record["diagnostics"]
+    return msgspec.json.decode(store.record_path(record["run_id"]).read_bytes(), type=_Bulk).diagnostics
+
+
+class Curves:
+    """The evaluations of runs, read at once. Raises BadInput, naming the file, for a curve that is missing or damaged."""
+
+    def __init__(self, store: Store, records: Iterable[dict[str, Any]]):
+        run_ids = sorted({record["run_id"] for record in records})
+        self._evaluations = _scan(store, run_ids) if run_ids else {}
+
+    def of(self, record: dict[str, Any]) -> dict[str, list]:
+        """Column -> one value per evaluation; up to the step at which the record was cut, where a view did so."""
+        found = self._evaluations[record["run_id"]]
+        if "cut" not in record:
+            return found
+        kept = sum(step <= record["cut"]["step"] for step in found["step"])
+        return {column: values[:kept] for column, values in found.items()}
+
+    def reached(self, row: Row, target: float | None) -> list[Reached]:
+        """Where each seed of a row reaches `target`; empty where there is no target."""
+        if target is None:
+            return []
+        found = []
+        for record in row.records:
+            curve = self.of(record)
+            better = record["result"]["higher_is_better"]
+            found.append(to_threshold(curve["step"], curve["metric"], curve["epsilon"], target, better))
+        return found
+
+    def median_reached(self, row: Row, target: float | None) -> Reached | None:
+        """The upper median over seeds, None without a target."""
+        found = self.reached(row, target)
+        return median_reached(found) if found else None
+
+
+def _scan(store: Store, run_ids: list[str]) -> dict[str, dict[str, list]]:
+    import polars
+
+    paths = [store.curve_path(run_id) for run_id in run_ids]
+    schema = {column: polars.Int64 if column == "step" else polars.Float64 for column in COLUMNS}
+    try:
+        frame = (
+            polars.scan_parquet(paths, schema=schema, extra_columns="ignore", include_file_paths="path")
+            .filter(polars.col("metric").is_not_null())
+            .group_by("path", maintain_order=True)
+            .agg(polars.all())
+            .collect()
+        )
+        found = {Path(row.pop("path")).stem: row for row in frame.iter_rows(named=True)}
+    except (polars.exceptions.PolarsError, OSError):  # one of them is bad: the slow way names it
+        found = {run_id: store.curve(run_id).drop_nulls("metric").to_dict(as_series=False) for run_id in run_ids}
+    nothing: dict[str, list] = {column: [] for column in COLUMNS}
+    return {run_id: found.get(run_id, nothing) for run_id in run_ids}
