@@ -10,7 +10,6 @@ import click
 
 from dpft.harness.errors import BadInput
 
-
 VIEWS = ("budget-steps", "budget", "compute", "time", "memory")
 FILE = click.Path(path_type=Path, dir_okay=False)
 
