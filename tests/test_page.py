@@ -102,11 +102,12 @@ def test_filters_and_search_narrow_the_table(opened):
     assert set(column(tab, "Task")) == {"sentences-3"} and all("dp-adam" in name for name in column(tab, "Method"))
     tab.get_by_role("button", name="Clear").click()
     tab.select_option("#filter-status", label="oom")
-    tab.wait_for_function("document.querySelectorAll('tr.row').length > 0")
+    tab.locator("tr.row").first.wait_for()
     assert set(column(tab, "Status")) == {"oom"} and all("Reason" in name for name in column(tab, "Method"))
     tab.get_by_role("button", name="Clear").click()
-    tab.fill("#search", "reason 149.")
-    tab.wait_for_function("document.querySelectorAll('tr.row').length == 1")
+    tab.fill("#search", "reason 9949.")
+    tab.locator("tr.row").nth(1).wait_for(state="detached")
+    assert "Reason 9949." in tab.locator("tr.row").inner_text()
 
 
 def test_a_run_opens_by_mouse_and_by_keyboard_with_its_ledger(opened):
@@ -133,7 +134,8 @@ def test_curves_are_drawn_chosen_and_read_by_keyboard(opened):
     tab = opened()
     tab.wait_for_selector("#chart path.mean")
     before = tab.locator("#legend li").count()
-    tab.locator("tr.row input:not(:checked):enabled").first.check()
+    name = tab.locator("tr.row input:not(:checked):enabled").first.get_attribute("aria-label")
+    tab.get_by_label(name, exact=True).first.check()
     assert tab.locator("#legend li").count() == before + 1
     tab.select_option("#chart-x", "epsilon")
     tab.locator("#chart").focus()
