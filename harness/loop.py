@@ -91,7 +91,7 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     saved = time.monotonic()
     setup.prepared.model.train()
     if setup.engine.needs_per_example:
-        few = _batch(setup, setup.prepared.validation, _spread(len(setup.prepared.validation), 4))
+        few = _batch(setup, setup.prepared.validation, _spread(len(setup.prepared.validation), 4), state.step)
         with setup.method.rehearsal():
             check(setup.engine, few, _encodings(setup, state.step))
         setup.clock.take()
@@ -139,7 +139,7 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     indices = setup.sampler.sample()
     encodings = _encodings(setup, step)
     sums = RunningSums(setup.parameters, encodings)
-    losses, norms = _accumulate(setup, indices, sums, encodings)
+    losses, norms = _accumulate(setup, indices, step, sums, encodings)
     total = sums.complete()
     evaluated = (step + 1) % spec.eval_every == 0 or step + 1 == spec.steps
     probe = evaluated and setup.epsilon_curve is not None and setup.engine.needs_per_example
@@ -183,12 +183,14 @@ def _encodings(setup: Setup, step: int) -> dict[str, Encoding]:
     return {name: encoding for name, encoding in found.items() if encoding is not None}
 
 
-def _accumulate(setup: Setup, indices: list[int], total: Sums, encodings) -> tuple[torch.Tensor, torch.Tensor]:
+def _accumulate(
+    setup: Setup, indices: list[int], step: int, total: Sums, encodings
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The clipped sum of one logical batch, over microbatches of like length. Raises Diverged before any release."""
     losses, norms = [], []
     clip_norm = setup.spec.clip_norm if setup.spec.clip_norm is not None else math.inf
     for micro in buckets(indices, setup.prepared.train_lengths, setup.max_tokens):
-        batch = _batch(setup, setup.prepared.train, micro)
+        batch = _batch(setup, setup.prepared.train, micro, step)
         loss, norm = setup.engine.accumulate(batch, total, clip_norm, encodings)
         losses.append(loss)
         norms.append(norm)
@@ -239,9 +241,10 @@ def evaluate(setup: Setup, state: State, examples: int | None) -> dict[str, floa
     return {key: float(value) for key, value in values.items()}
 
 
-def _batch(setup: Setup, examples, indices: list[int]) -> dict[str, torch.Tensor]:
-    """Those examples, padded to the longest of them, on the run's device."""
-    batch = setup.prepared.collate([examples[i] for i in indices])
+def _batch(setup: Setup, examples, indices: list[int], step: int | None = None) -> dict[str, torch.Tensor]:
+    """Those examples, padded to the longest of them, on the run's device; step: with their views of that training step."""
+    chosen, views = [examples[i] for i in indices], setup.prepared.train_collate
+    batch = setup.prepared.collate(chosen) if step is None or views is None else views(chosen, step)
     return {key: value.to(setup.device, non_blocking=True) for key, value in batch.items()}
 
 

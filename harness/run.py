@@ -91,7 +91,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
     task, method = registry.task(spec.task)(), registry.make(spec.method, spec.decoder, spec.options)
     prepared = task.prepare(
         task.load(settings.data_dir),
-        ModelSpec(spec.model, spec.head, spec.max_length),
+        ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm),
         stream("cpu", "head", spec.task, spec.seed),
     )
     if len(prepared.train) != privacy_plan.num_examples:

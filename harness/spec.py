@@ -13,7 +13,7 @@ from typing import Any
 
 from dpft.harness import registry
 from dpft.harness.errors import BadInput, unknown
-from dpft.tasks.base import HEADS
+from dpft.tasks.base import BATCH_NORMS, HEADS
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "linear")
@@ -34,6 +34,8 @@ class RunSpec:
     eval_examples: validation examples used for the curve (the final value always uses all); null: all.
     clipping: function of the norm, and clip_groups: what is clipped together (harness/engine/clipping.py).
     decoder: what becomes of the release (methods/decoders).
+    views: random views of each training image that its loss is averaged over before clipping (2204.13650); batch_norm of image
+    models: `refuse`, or `group` to convert it to GroupNorm.
     options: settings of the method (LoRA rank, ...) and of its decoder where they differ from their defaults.
     """
 
@@ -63,6 +65,8 @@ class RunSpec:
     clip_groups: str = "flat"
     decoder: str = "mean"
     decoder_version: int = 1
+    views: int = 1
+    batch_norm: str = "refuse"
     options: dict[str, Any] = field(default_factory=dict)
 
     def canonical(self) -> str:
@@ -207,10 +211,21 @@ def _validate(spec: RunSpec) -> None:
         ("clipping", CLIPPINGS),
         ("clip_groups", CLIP_GROUPS),
         ("head", HEADS),
+        ("batch_norm", BATCH_NORMS),
     ):
         if getattr(spec, key) not in allowed:
             raise unknown(key, getattr(spec, key), allowed)
-    positive = ("epsilon", "clip_norm", "lr", "batch_size", "steps", "eval_every", "max_length", "eval_examples")
+    positive = (
+        "epsilon",
+        "clip_norm",
+        "lr",
+        "batch_size",
+        "steps",
+        "eval_every",
+        "max_length",
+        "eval_examples",
+        "views",
+    )
     for key in positive:
         value = getattr(spec, key)
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -220,6 +235,8 @@ def _validate(spec: RunSpec) -> None:
             raise BadInput(f"{key} must be zero or more, not {getattr(spec, key)}; correct it.")
     if spec.warmup_steps >= spec.steps:
         raise BadInput(f"warmup_steps ({spec.warmup_steps}) must be fewer than steps ({spec.steps}); lower it.")
+    if (spec.views, spec.batch_norm) != (1, "refuse") and not registry.task(spec.task).images:
+        raise BadInput(f"views and batch_norm are settings of image tasks, which {spec.task} is not; leave them out.")
     if spec.delta is not None and not 0 < spec.delta < 1:
         raise BadInput(f"delta must lie between 0 and 1, not {spec.delta}; 1/(2N) is the usual choice.")
 

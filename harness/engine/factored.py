@@ -33,7 +33,7 @@ class FactoredEngine(Engine):
 
     def __init__(self, model, loss, parameters, clock, clipping=None):
         super().__init__(model, loss, parameters, clock, clipping)
-        self._recorder = Recorder(self._done)
+        self._recorder = Recorder(self._done, getattr(model, "views", 1))
         self._rules = {}
         self._agreed = False
         self._groups = self.clipping.grouped(parameters)

@@ -45,6 +45,9 @@ class OpacusEngine(Engine):
         parameter.grad_sample = parameter.grad = None
         if sample is None:
             raise unused(name)
+        views = getattr(self.model, "views", 1)
+        if not isinstance(sample, list) and views > 1 and len(sample) == batch_size * views:
+            sample = sample.unflatten(0, (batch_size, views)).sum(1)
         if isinstance(sample, list) or len(sample) != batch_size:
             raise CannotRun(f"Opacus does not keep the examples of {name} apart; use --engine factored or reference.")
         return sample
