@@ -25,7 +25,7 @@ from dpft.harness.spec import RunSpec
 from dpft.methods.base import Method
 from dpft.tasks.base import Prepared, Task
 
-MEMORY_STEPS = 2  # live bytes are counted over the first two steps: the second has the optimizer's state
+MEMORY_STEPS = 2  # live bytes are counted over the first two steps of a phase: the second has the optimizer's state
 
 
 class OutOfTime(Exception):
@@ -68,6 +68,8 @@ class State:
     alignment_by_parameter: list[dict[str, Any]] = field(default_factory=list)
     decoder_by_parameter: list[dict[str, Any]] = field(default_factory=list)
     spectra: list[dict[str, Any]] = field(default_factory=list)
+    row_scores: dict[str, list[float]] = field(default_factory=dict)  # of clean sums, for `selection` alone
+    selection: dict[str, Any] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     step_seconds: list[dict[str, float]] = field(default_factory=list)
     eval_seconds: float = 0.0
@@ -115,7 +117,7 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
 def _measured_step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     """One step, with live bytes counted over the first steps (CPU) or the allocator's peak (CUDA)."""
     live = None
-    if state.step < MEMORY_STEPS and setup.device.type == "cpu":
+    if any(0 <= state.step - start < MEMORY_STEPS for start in setup.method.phases()) and setup.device.type == "cpu":
         live = probes.LiveBytes(setup.clock)
         live.label("parameters", setup.prepared.model.parameters())
         live.label("parameters", setup.prepared.model.buffers())
@@ -141,6 +143,8 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     sums = RunningSums(setup.parameters, encodings)
     losses, norms = _accumulate(setup, indices, step, sums, encodings)
     total = sums.complete()
+    if setup.method.selects(step):
+        probes.add_row_scores(state.row_scores, total)
     evaluated = (step + 1) % spec.eval_every == 0 or step + 1 == spec.steps
     probe = evaluated and setup.epsilon_curve is not None and setup.engine.needs_per_example
     wanted = setup.matrices if probe and step + 1 in spectra.steps(spec.steps, spec.eval_every) else []
@@ -160,6 +164,8 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
         state.alignment_by_parameter.append({"step": step + 1, **look.by_parameter})
         if look.spectra:
             state.spectra.append({"step": step + 1, "matrices": look.spectra})
+    if state.row_scores and setup.method.chosen and not state.selection:
+        state.selection = probes.overlap(state.row_scores, setup.method.chosen)
     with clock("optimizer"):
         _apply(setup, optimizer, update, step)
     if evaluated and setup.method.decoder.observed:  # functions of the release alone: this row costs no privacy
@@ -213,6 +219,8 @@ def _book(setup: Setup, ledger: Ledger, step: int) -> None:
 
 def _apply(setup: Setup, optimizer, update: updates.Updates, step: int) -> None:
     """Hand the update to the optimizer at this step's learning rate."""
+    if not update:
+        return
     if not updates.finite(update):
         raise Diverged("An update is not finite; lower lr or the clip norm.")
     for group in optimizer.param_groups:

@@ -99,6 +99,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
             f"The task says N = {privacy_plan.num_examples} but {len(prepared.train)} training examples were loaded; "
             "the accounting would be wrong, so mend the data."
         )
+    method.schedule(spec.steps)
     reason = method.skip(prepared.model)
     if reason is not None:
         raise Skipped(reason)
@@ -220,7 +221,7 @@ def _cost(spec: RunSpec, setup: loop.Setup | None, state: loop.State, seconds: f
         "phase_s": {key: sum(row.get(key, 0.0) for row in timed) / len(timed) for key in sorted(phases)},
         "peak_bytes": dict(sorted(state.peak_bytes.items())),
         "example_gradients": spec.batch_size * spec.steps,
-        "trainable_parameters": None if setup is None else sum(p.numel() for p in setup.parameters.values()),
+        "trainable_parameters": None if setup is None else setup.method.trained(setup.parameters),
         "total_parameters": None if setup is None else sum(p.numel() for p in setup.prepared.model.parameters()),
     }
 
@@ -237,6 +238,7 @@ def _diagnostics(state: loop.State) -> dict[str, Any]:
         "decoder_by_parameter": spectra.shortened(state.decoder_by_parameter),
         "spectra": state.spectra,
         "clipped_fraction": mean("clipped_fraction"),
+        **({"selection": spectra.shortened(state.selection)} if state.selection else {}),
     }
 
 

@@ -59,7 +59,7 @@ class ImageClassification(Classification):
         )
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Cross entropy of each example, [batch], averaged over its views: one gradient of all of them is clipped (2204.13650)."""
+        """Cross entropy of each example, [batch], averaged over its views; one gradient is clipped (2204.13650)."""
         from torch.nn import functional
 
         scores, labels = logits(model, batch), batch["labels"]

@@ -3,7 +3,6 @@
 import torch
 
 from dpft.harness.engine.base import Engine, unused
-from dpft.harness.engine.encoding import IDENTITY
 from dpft.harness.errors import CannotRun
 
 
@@ -33,7 +32,8 @@ class OpacusEngine(Engine):
                 raise CannotRun(f"Opacus fails on this model ({error}); use --engine factored or reference.") from error
         with self.clock("clip"):
             samples = {name: self._take(name, p, len(losses)) for name, p in self.parameters.items()}
-            samples = {name: encodings.get(name, IDENTITY).dense(g) for name, g in samples.items()}
+            for name, encoding in encodings.items():
+                samples[name] = encoding.finished(encoding.dense(samples[name]))
             squares = {name: g.flatten(1).square().sum(1, dtype=torch.float64) for name, g in samples.items()}
             factors, norms = self.clip(squares, clip_norm)
             for name, g in samples.items():

@@ -63,6 +63,7 @@ class Recorder:
 
     def __init__(self, done: Callable[[Use], None], views: int = 1):
         self._views = views
+        self.idle: frozenset[str] = frozenset()  # parameters whose gradients nobody wants in this pass
         self.uses: list[Use] = []
         self.batch_size: int | None = None
         self._done = done
@@ -85,7 +86,7 @@ class Recorder:
             return
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
-            if not self.recording:
+            if not self.recording or self.idle.issuperset(owned.values()):
                 return None
             return self._tapped(Use(path, module, owned, self.batch_size, flattened), args, kwargs, output)
 
