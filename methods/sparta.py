@@ -23,7 +23,8 @@ class Sparta(SparseRows):
 
     Warm-up (`warmup_fraction` of the steps, at least one): head, norms and biases train. Selection (`selection_fraction`, at
     least one): no weight moves; the matrices alone are asked for, and of every release each row's score is the sum of the
-    magnitudes of its entries. Training: the `trainable_fraction` best rows of every matrix, head, norms and biases; moments start anew.
+    magnitudes of its entries. Training: the `trainable_fraction` best rows of every matrix, head, norms and biases; moments
+    start anew.
     score: `release`, |sum_i clip(g_i) + noise|, post-processing of an ordinary release, as in the authors' code; `absolute`,
     sum_i |clip(g_i)| + noise, as in the text: a query of its own with the same sensitivity, for |g| has the norm of g. The rows
     are a function of releases alone: no clean gradient reaches this class. Recipe of the paper: 20%, 2%, SGD with momentum .9.
