@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -260,12 +259,6 @@ def _spread(size: int, count: int) -> list[int]:
     """`count` indices below `size` (all, when there are fewer), evenly spaced."""
     count = min(count, size)
     return [i * size // count for i in range(count)]
-
-
-def median_step_seconds(state: State) -> float | None:
-    """Median over the steps after the first, measured ones; evaluation and sampling are outside."""
-    timed = [sum(phases.values()) for phases in state.step_seconds[MEMORY_STEPS:]]
-    return statistics.median(timed) if timed else None
 
 
 def _keep(setup: Setup, state: State, optimizer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import statistics
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -217,7 +218,7 @@ def _cost(spec: RunSpec, setup: loop.Setup | None, state: loop.State, seconds: f
         "train_s": sum(steps),
         "eval_s": state.eval_seconds,
         "warmup_s": sum(steps[: loop.MEMORY_STEPS]),
-        "step_s": loop.median_step_seconds(state),
+        "step_s": statistics.median(steps[loop.MEMORY_STEPS :]) if timed else None,
         "phase_s": {key: sum(row.get(key, 0.0) for row in timed) / len(timed) for key in sorted(phases)},
         "peak_bytes": dict(sorted(state.peak_bytes.items())),
         "example_gradients": spec.batch_size * spec.steps,
