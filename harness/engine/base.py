@@ -143,7 +143,7 @@ class PlainEngine(Engine):
                 raise unused(name)
             encoding = encodings.get(name, IDENTITY)
             if encoding.absolute:
-                raise BadInput("Magnitudes of single examples need per-example gradients, which a run without privacy does not take.")
+                raise BadInput("A run without privacy takes no per-example gradients, so it has no magnitudes of them.")
             total[name].add_(encoding.dense(gradient[None])[0])
         return losses.detach(), torch.zeros(len(losses), device=losses.device)
 
