@@ -39,7 +39,7 @@ class ImageClassification(Classification):
 
         if spec.head != "native":
             raise CannotRun(f"Image models have their native head only, not {spec.head!r}; leave head out.")
-        source = pretraining.folder(spec.model) if spec.model in pretraining.MODELS else models.resolve(spec.model)
+        source = pretraining.resolve(spec.model)
         model, weights = models.load_model(source, "native", self.classes, generator, batch_norm=spec.batch_norm)
         collate = Collator(Form.of(source, model.config))
         tokens, views = collate.form.tokens, None

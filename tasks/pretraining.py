@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpft.harness.cache import cache_dir
-from dpft.harness.errors import CannotRun
+from dpft.harness.errors import CannotRun, unknown
 from dpft.tasks import digits
 from dpft.tasks.downloads import sha256_hex, sha256_of
 
@@ -47,6 +47,17 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 EPOCHS, BATCH, LR = 30, 64, 2e-3
 FORM = {"image_mean": [0.5], "image_std": [0.5]}
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id that the name of an image model means. Raises CannotRun for an unknown name, with the nearest one."""
+    from dpft.tasks import models
+
+    if name in MODELS:
+        return folder(name)
+    if "/" not in name and not Path(name).expanduser().is_dir():
+        raise CannotRun(f"{unknown('image model', name, MODELS)} Or give a local folder or a hub id.")
+    return models.resolve(name)
 
 
 def folder(name: str) -> str:

@@ -261,3 +261,5 @@ def test_settings_of_images_are_refused_for_texts_and_others_for_images():
         a_run(views=0)
     record, _ = run.execute(a_run(head="mean"), Settings(), quiet)
     assert record["status"] == "error" and "native head only" in record["error"]
+    record, _ = run.execute(a_run(model="digits-vti"), Settings(), quiet)
+    assert "no image model called 'digits-vti'; did you mean 'digits-vit'" in record["error"]
