@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpft.harness import registry, spec
+from dpft.harness import registry, suites
 from dpft.harness.errors import unknown
 
 
@@ -25,8 +25,8 @@ def listing(kind: str) -> list[dict[str, Any]]:
             for name, t in registry.tasks().items()
         ]
     return [
-        {"name": n, "runs": len(spec.load_suite(n).runs), "description": s.get("description", "")}
-        for n, s in spec.suites().items()
+        {"name": n, "runs": len(suites.load_suite(n).runs), "description": s.get("description", "")}
+        for n, s in suites.suites().items()
     ]
 
 
@@ -64,12 +64,12 @@ def description(name: str) -> dict[str, Any]:
         t = registry.tasks()[name]
         keys = ("version", "kind", "description", "source", "metric", "higher_is_better", "chance", "threshold")
         return {"task": name, **{key: getattr(t, key) for key in keys}, "hub": t.hub or "none: comes from a package"}
-    if name in spec.suites():
-        suite = spec.load_suite(name)
+    if name in suites.suites():
+        suite = suites.load_suite(name)
         return {
             "suite": name,
             "description": suite.description,
             "runs": [f"{s.run_id} {s.label()}" for s in suite.runs],
         }
-    known = [*registry.methods(), *registry.decoders(), *registry.tasks(), *spec.suites()]
+    known = [*registry.methods(), *registry.decoders(), *registry.tasks(), *suites.suites()]
     raise unknown("method, decoder, task or suite", name, known)

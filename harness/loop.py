@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -20,12 +19,12 @@ from dpft.harness.engine.encoding import Encoding
 from dpft.harness.errors import Diverged
 from dpft.harness.mechanism import Mechanism
 from dpft.harness.privacy import Ledger
-from dpft.harness.sampling import PoissonSampler, buckets
+from dpft.harness.sampling import PoissonSampler, buckets, spread
 from dpft.harness.spec import RunSpec
 from dpft.methods.base import Method
 from dpft.tasks.base import Prepared, Task
 
-MEMORY_STEPS = 2  # live bytes are counted over the first two steps: the second has the optimizer's state
+MEMORY_STEPS = 2  # live bytes are counted over the first two steps of a phase: the second has the optimizer's state
 
 
 class OutOfTime(Exception):
@@ -70,6 +69,8 @@ class State:
     alignment_by_parameter: list[dict[str, Any]] = field(default_factory=list)
     decoder_by_parameter: list[dict[str, Any]] = field(default_factory=list)
     spectra: list[dict[str, Any]] = field(default_factory=list)
+    row_scores: dict[str, list[float]] = field(default_factory=dict)  # of clean sums, for `selection` alone
+    selection: dict[str, Any] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     step_seconds: list[dict[str, float]] = field(default_factory=list)
     eval_seconds: float = 0.0
@@ -93,7 +94,7 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     saved = time.monotonic()
     setup.prepared.model.train()
     if setup.engine.needs_per_example:
-        few = _batch(setup, setup.prepared.validation, _spread(len(setup.prepared.validation), 4))
+        few = _batch(setup, setup.prepared.validation, spread(len(setup.prepared.validation), 4), state.step)
         with setup.method.rehearsal():
             check(setup.engine, few, _encodings(setup, state.step))
         setup.clock.take()
@@ -117,7 +118,7 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
 def _measured_step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     """One step, with live bytes counted over the first steps (CPU) or the allocator's peak (CUDA)."""
     live = None
-    if state.step < MEMORY_STEPS and setup.device.type == "cpu":
+    if any(0 <= state.step - start < MEMORY_STEPS for start in setup.method.phases()) and setup.device.type == "cpu":
         live = probes.LiveBytes(setup.clock)
         live.label("parameters", setup.prepared.model.parameters())
         live.label("parameters", setup.prepared.model.buffers())
@@ -141,8 +142,10 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     indices = setup.sampler.sample()
     encodings = _encodings(setup, step)
     sums = RunningSums(setup.parameters, encodings)
-    losses, norms = _accumulate(setup, indices, sums, encodings)
+    losses, norms = _accumulate(setup, indices, step, sums, encodings)
     total = sums.complete()
+    if setup.method.selects(step):
+        probes.add_row_scores(state.row_scores, total)
     evaluated = (step + 1) % spec.eval_every == 0 or step + 1 == spec.steps
     probe = evaluated and setup.epsilon_curve is not None and setup.engine.needs_per_example
     wanted = setup.matrices if probe and step + 1 in spectra.steps(spec.steps, spec.eval_every) else []
@@ -162,6 +165,8 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
         state.alignment_by_parameter.append({"step": step + 1, **look.by_parameter})
         if look.spectra:
             state.spectra.append({"step": step + 1, "matrices": look.spectra})
+    if state.row_scores and setup.method.chosen and not state.selection:
+        state.selection = probes.overlap(state.row_scores, setup.method.chosen)
     with clock("optimizer"):
         _apply(setup, optimizer, update, step)
     if evaluated and setup.method.decoder.observed:  # functions of the release alone: this row costs no privacy
@@ -185,12 +190,14 @@ def _encodings(setup: Setup, step: int) -> dict[str, Encoding]:
     return {name: encoding for name, encoding in found.items() if encoding is not None}
 
 
-def _accumulate(setup: Setup, indices: list[int], total: Sums, encodings) -> tuple[torch.Tensor, torch.Tensor]:
+def _accumulate(
+    setup: Setup, indices: list[int], step: int, total: Sums, encodings
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The clipped sum of one logical batch, over microbatches of like length. Raises Diverged before any release."""
     losses, norms = [], []
     clip_norm = setup.spec.clip_norm if setup.spec.clip_norm is not None else math.inf
     for micro in buckets(indices, setup.prepared.train_lengths, setup.max_tokens):
-        batch = _batch(setup, setup.prepared.train, micro)
+        batch = _batch(setup, setup.prepared.train, micro, step)
         loss, norm = setup.engine.accumulate(batch, total, clip_norm, encodings)
         losses.append(loss)
         norms.append(norm)
@@ -210,6 +217,8 @@ def _book(setup: Setup, ledger: Ledger, step: int) -> None:
 
 def _apply(setup: Setup, optimizer, update: updates.Updates, step: int) -> None:
     """Hand the update to the optimizer at this step's learning rate."""
+    if not update:
+        return
     if not updates.finite(update):
         raise Diverged("An update is not finite; lower lr or the clip norm.")
     for group in optimizer.param_groups:
@@ -225,7 +234,7 @@ def evaluate(setup: Setup, state: State, examples: int | None) -> dict[str, floa
     metric = setup.task.make_metric()
     model.eval()
     size = len(prepared.validation)
-    indices = _spread(size, size if examples is None else examples)
+    indices = spread(size, size if examples is None else examples)
     found = []
     for micro in buckets(indices, prepared.validation_lengths, setup.max_tokens * 2):
         batch = _batch(setup, prepared.validation, micro)
@@ -238,22 +247,11 @@ def evaluate(setup: Setup, state: State, examples: int | None) -> dict[str, floa
     return {key: float(value) for key, value in values.items()}
 
 
-def _batch(setup: Setup, examples, indices: list[int]) -> dict[str, torch.Tensor]:
-    """Those examples, padded to the longest of them, on the run's device."""
-    batch = setup.prepared.collate([examples[i] for i in indices])
+def _batch(setup: Setup, examples, indices: list[int], step: int | None = None) -> dict[str, torch.Tensor]:
+    """Those examples, padded to the longest of them, on the run's device; step: with their views of that training step."""
+    chosen, views = [examples[i] for i in indices], setup.prepared.train_collate
+    batch = setup.prepared.collate(chosen) if step is None or views is None else views(chosen, step)
     return {key: value.to(setup.device, non_blocking=True) for key, value in batch.items()}
-
-
-def _spread(size: int, count: int) -> list[int]:
-    """`count` indices below `size` (all, when there are fewer), evenly spaced."""
-    count = min(count, size)
-    return [i * size // count for i in range(count)]
-
-
-def median_step_seconds(state: State) -> float | None:
-    """Median over the steps after the first, measured ones; evaluation and sampling are outside."""
-    timed = [sum(phases.values()) for phases in state.step_seconds[MEMORY_STEPS:]]
-    return statistics.median(timed) if timed else None
 
 
 def _keep(setup: Setup, state: State, optimizer) -> None:

@@ -122,6 +122,26 @@ class Look:
             spectra.add_update(self.spectra, update)
 
 
+def add_row_scores(scores: dict[str, list[float]], clean: dict[str, torch.Tensor]) -> None:
+    """Add to `scores` the sums of magnitudes over the rows of what was asked for of a clean sum, by matrix. Non-private."""
+    with uncounted():
+        for name, tensor in clean.items():
+            if tensor.dim() > 1 and tensor.numel():
+                rows = tensor.flatten(1).abs().sum(1, dtype=torch.float64).tolist()
+                scores[name] = [a + b for a, b in zip(scores.get(name, [0.0] * len(rows)), rows, strict=True)]
+
+
+def overlap(scores: dict[str, list[float]], chosen: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """How many of the chosen rows clean scores would have chosen, too: by matrix, over all rows, and what chance would give."""
+    found, shared, kept, by_chance = {}, 0, 0, 0.0
+    for name, rows in chosen.items():
+        best = sorted(range(len(scores[name])), key=lambda i, name=name: -scores[name][i])[: len(rows)]
+        common = len(set(best) & set(rows.tolist()))
+        found[name] = common / len(rows)
+        shared, kept, by_chance = shared + common, kept + len(rows), by_chance + len(rows) ** 2 / len(scores[name])
+    return {"overlap": shared / kept, "by_chance": by_chance / kept, "by_parameter": found}
+
+
 @contextmanager
 def uncounted():
     """What is made in here is no part of the step that is measured."""

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import statistics
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -110,9 +111,10 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device):
     task, method = registry.task(spec.task)(), registry.make(spec.method, spec.decoder, spec.options)
     prepared = task.prepare(
         task.load(settings.data_dir),
-        ModelSpec(spec.model, spec.head, spec.max_length),
+        ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm),
         stream("cpu", "head", spec.task, spec.seed),
     )
+    method.schedule(spec.steps)
     reason = method.skip(prepared.model)
     if reason is not None:
         raise Skipped(reason)
@@ -250,11 +252,11 @@ def _cost(spec: RunSpec, setup: loop.Setup | None, state: loop.State, seconds: f
         "train_s": sum(steps),
         "eval_s": state.eval_seconds,
         "warmup_s": sum(steps[: loop.MEMORY_STEPS]),
-        "step_s": loop.median_step_seconds(state),
+        "step_s": statistics.median(steps[loop.MEMORY_STEPS :]) if timed else None,
         "phase_s": {key: sum(row.get(key, 0.0) for row in timed) / len(timed) for key in sorted(phases)},
         "peak_bytes": dict(sorted(state.peak_bytes.items())),
         "example_gradients": spec.batch_size * spec.steps,
-        "trainable_parameters": None if setup is None else sum(p.numel() for p in setup.parameters.values()),
+        "trainable_parameters": None if setup is None else setup.method.trained(setup.parameters),
         "total_parameters": None if setup is None else sum(p.numel() for p in setup.prepared.model.parameters()),
     }
 
@@ -271,6 +273,7 @@ def _diagnostics(state: loop.State) -> dict[str, Any]:
         "decoder_by_parameter": spectra.shortened(state.decoder_by_parameter),
         "spectra": state.spectra,
         "clipped_fraction": mean("clipped_fraction"),
+        **({"selection": spectra.shortened(state.selection)} if state.selection else {}),
     }
 
 

@@ -52,3 +52,9 @@ def buckets(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> 
         batch.append(index)
     if batch:
         yield batch
+
+
+def spread(size: int, count: int) -> list[int]:
+    """`count` indices below `size` (all, when there are fewer), evenly spaced."""
+    count = min(count, size)
+    return [i * size // count for i in range(count)]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
-import tomllib
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from dpft.harness import registry
 from dpft.harness.errors import BadInput, unknown
 from dpft.harness.privacy.mechanisms import MECHANISMS, family_law
 from dpft.harness.privacy.mechanisms import SHAPES as NOISE_SHAPES
-from dpft.tasks.base import HEADS
+from dpft.tasks.base import BATCH_NORMS, HEADS
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "linear")
@@ -38,6 +35,8 @@ class RunSpec:
     decoder: what becomes of the release (methods/decoders).
     mechanism, noise_shape: what noise (harness/privacy/mechanisms.py); noise_law: of the inverse scale of lmo and plrv, up to
     a factor that is fitted to epsilon; null: searched.
+    views: random views of each training image that its loss is averaged over before clipping (2204.13650); batch_norm of image
+    models: `refuse`, or `group` to convert it to GroupNorm.
     options: settings of the method (LoRA rank, ...) and of its decoder where they differ from their defaults.
     """
 
@@ -70,6 +69,8 @@ class RunSpec:
     mechanism: str = "gaussian"
     noise_shape: str = "spherical"
     noise_law: str | None = None
+    views: int = 1
+    batch_norm: str = "refuse"
     options: dict[str, Any] = field(default_factory=dict)
 
     def canonical(self) -> str:
@@ -111,15 +112,6 @@ def _default(f) -> Any:
     if f.default_factory is not MISSING:
         return f.default_factory()
     return f.default
-
-
-@dataclass(frozen=True)
-class Suite:
-    """A named list of runs."""
-
-    name: str
-    description: str
-    runs: tuple[RunSpec, ...]
 
 
 DEFAULTS: dict[str, Any] = {
@@ -217,10 +209,21 @@ def _validate(spec: RunSpec) -> None:
         ("head", HEADS),
         ("mechanism", MECHANISMS),
         ("noise_shape", NOISE_SHAPES),
+        ("batch_norm", BATCH_NORMS),
     ):
         if getattr(spec, key) not in allowed:
             raise unknown(key, getattr(spec, key), allowed)
-    positive = ("epsilon", "clip_norm", "lr", "batch_size", "steps", "eval_every", "max_length", "eval_examples")
+    positive = (
+        "epsilon",
+        "clip_norm",
+        "lr",
+        "batch_size",
+        "steps",
+        "eval_every",
+        "max_length",
+        "eval_examples",
+        "views",
+    )
     for key in positive:
         value = getattr(spec, key)
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -231,6 +234,8 @@ def _validate(spec: RunSpec) -> None:
     if spec.warmup_steps >= spec.steps:
         raise BadInput(f"warmup_steps ({spec.warmup_steps}) must be fewer than steps ({spec.steps}); lower it.")
     _validate_noise(spec)
+    if (spec.views, spec.batch_norm) != (1, "refuse") and not registry.task(spec.task).images:
+        raise BadInput(f"views and batch_norm are settings of image tasks, which {spec.task} is not; leave them out.")
     if spec.delta is not None and not 0 < spec.delta < 1:
         raise BadInput(f"delta must lie between 0 and 1, not {spec.delta}; 1/(2N) is the usual choice.")
 
@@ -248,51 +253,3 @@ def _validate_noise(spec: RunSpec) -> None:
             family_law(spec.mechanism, spec.noise_law)
         except ValueError as problem:
             raise BadInput(f"noise_law cannot be used: {problem}.") from None
-
-
-def load_suite(name: str, overrides: dict[str, Any] | None = None) -> Suite:
-    """The suite called `name` of tasks/suites.toml, or the one suite in the file at path `name`.
-
-    overrides: settings that replace those of every run (a list is a grid axis).
-    """
-    path = Path(name)
-    if path.suffix == ".toml":
-        if not path.is_file():
-            raise BadInput(f"There is no suite file {name}; give the path of a TOML file.")
-        table = _read_toml(path)
-        if len(table) != 1:
-            raise BadInput(f"{name} must hold exactly one suite (one top-level table), not {len(table)}.")
-        name = next(iter(table))
-    else:
-        table = suites()
-        if name not in table:
-            raise unknown("suite", name, table)
-    suite = table[name]
-    extra = suite.keys() - {"description", "base", "arms"}
-    if extra or not suite.get("arms"):
-        raise BadInput(f"Suite {name!r} needs `arms` and may have `description` and `base`; remove {sorted(extra)}.")
-    given = {k: v for k, v in (overrides or {}).items() if v is not None}
-    runs = [run for arm in suite["arms"] for run in expand({**suite.get("base", {}), **arm, **given})]
-    unique = {run.run_id: run for run in runs}
-    return Suite(name, suite.get("description", ""), tuple(unique.values()))
-
-
-def suites() -> dict[str, dict]:
-    """The tables of tasks/suites.toml by suite name."""
-    from importlib.resources import files
-
-    return _read_toml(files("dpft.tasks") / "suites.toml")
-
-
-def expand(settings: dict[str, Any]) -> list[RunSpec]:
-    """One RunSpec per point of the grid that the list-valued settings span, in the order they are written."""
-    axes = [key for key, value in settings.items() if isinstance(value, list)]
-    points = itertools.product(*(settings[key] for key in axes))
-    return [resolve({**settings, **dict(zip(axes, point, strict=True))}) for point in points]
-
-
-def _read_toml(path) -> dict:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadInput(f"The suite file {path} cannot be read ({error}); mend it.") from error

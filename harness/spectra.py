@@ -37,7 +37,7 @@ def of_release(clean: dict[str, torch.Tensor], noisy: NoisySum, names: list[str]
     """
     found = {}
     for name in names:
-        if clean[name].dim() < 2:
+        if clean[name].dim() < 2 or clean[name].numel() == 0:
             continue
         pair = [t[name].flatten(1).double() for t in (clean, noisy.tensors)]
         values = [torch.linalg.svdvals(t) for t in pair]
@@ -55,8 +55,9 @@ def of_release(clean: dict[str, torch.Tensor], noisy: NoisySum, names: list[str]
 def add_update(found: dict[str, dict[str, Any]], update: dict[str, torch.Tensor]) -> None:
     """The decoded singular values, of parameters that have a decoded matrix of the same shape."""
     for name, row in found.items():
-        decoded = update[name].flatten(1)
-        row["decoded"] = _short(torch.linalg.svdvals(decoded.double())) if list(decoded.shape) == row["shape"] else None
+        decoded = update[name].flatten(1) if name in update else None
+        same = decoded is not None and list(decoded.shape) == row["shape"]
+        row["decoded"] = _short(torch.linalg.svdvals(decoded.double())) if same else None
 
 
 def predict(x: torch.Tensor, m: int, n: int, s: float) -> dict[str, float | int | None]:

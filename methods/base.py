@@ -44,6 +44,7 @@ class Method:
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
     preconditions: bool = False
+    chosen: dict[str, torch.Tensor] = {}  # noqa: RUF012
 
     def __init__(self, options: dict[str, Any] | None = None, decoder: Decoder | None = None):
         self.settings = {**self.options, **(options or {})}
@@ -65,6 +66,21 @@ class Method:
         """
         return model
 
+    def schedule(self, steps: int) -> None:
+        """Told how many steps the run takes, once, before `prepare`: for methods with phases."""
+
+    def phases(self) -> tuple[int, ...]:
+        """The steps at which a phase begins: what trains, and so what memory is needed, may change there."""
+        return (0,)
+
+    def selects(self, step: int) -> bool:
+        """Whether the release of this step is spent on choosing what trains later; `chosen` (rows by name) says what it was."""
+        return False
+
+    def trained(self, parameters: dict[str, nn.Parameter]) -> int:
+        """How many numbers train in the end."""
+        return sum(p.numel() for p in parameters.values())
+
     def objective(self, loss: Loss) -> Loss:
         """The loss of each example whose gradient is queried; default: the task's, at the present weights.
 
@@ -78,14 +94,14 @@ class Method:
         return nullcontext()
 
     def encoding(self, name: str, parameter: nn.Parameter, step: int) -> Encoding | None:
-        """Linear, data-independent map of one example's gradient of one parameter; None: identity."""
+        """Data-independent map (of data: releases are public) of one example's gradient of one parameter; None: identity."""
         return None
 
     def decode(self, noisy: NoisySum, step: int) -> Updates:
         """Post-processing: the update direction of each parameter, in the parameter's shape. Default: the decoder's.
 
         A method that overrides this (to map an encoding back) calls `self.decoder` itself, or has no choice of decoders.
-        LazyUpdates where one at a time is to be held in that shape.
+        LazyUpdates where one at a time is to be held in that shape. Nothing at all (`{}`): no weight moves in this step.
         """
         return self.decoder.decode(noisy, step)
 

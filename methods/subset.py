@@ -43,3 +43,48 @@ class LastLayer(Method):
     def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
         freeze_all_but(model, set(model.head_parameters))
         return model
+
+
+class NormsAndHead(Method):
+    """Scales and shifts of normalisation layers train, and the head."""
+
+    name = "norms-head"
+    summary = "normalisation layers and head"
+    reference = "arXiv:2503.12822"
+    defaults: ClassVar = DPBiTFiT.defaults
+    options: ClassVar = DPBiTFiT.options
+
+    def skip(self, model: nn.Module) -> str | None:
+        return (
+            None
+            if self._norms(model)
+            else "norms-head needs normalisation layers and this model has none; use dp-bitfit."
+        )
+
+    def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
+        freeze_all_but(model, self._norms(model) | set(model.head_parameters))
+        return model
+
+    @staticmethod
+    def _norms(model: nn.Module) -> set[str]:
+        from torch import nn
+
+        kinds = (nn.LayerNorm, nn.GroupNorm)
+        norms = {p for p, m in model.named_modules() if isinstance(m, kinds) or type(m).__name__.endswith("RMSNorm")}
+        return {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in norms}
+
+
+class FirstLast(Method):
+    """The first layer that has a weight (patches, a stem convolution, a table of tokens) trains, and the head."""
+
+    name = "first-last"
+    summary = "first layer and head"
+    reference = "arXiv:2503.12822"
+    defaults: ClassVar = DPBiTFiT.defaults
+    options: ClassVar = DPBiTFiT.options
+
+    def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
+        names = [name for name, _ in model.named_parameters()]
+        first = next(name for name in names if name.endswith("weight")).rpartition(".")[0]
+        freeze_all_but(model, {n for n in names if n.rpartition(".")[0] == first} | set(model.head_parameters))
+        return model

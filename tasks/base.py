@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # `dpft list tasks` must not pay for torch
     from torch import nn
 
 HEADS = ("mean", "native", "mlm")
+BATCH_NORMS = ("refuse", "group")
 Example = dict[str, Any]  # one raw row: named columns
 
 
@@ -35,12 +36,15 @@ class ModelSpec:
     """Which pretrained model, with which head, on how many tokens.
 
     model: packaged name (`minilm-l6`), local folder, or hub id; head: `mean` (mean pooling and a zero-initialised
-    linear layer), `native` (the architecture's own), `mlm` (prompted masked-language-model head).
+    linear layer), `native` (the architecture's own), `mlm` (prompted masked-language-model head). Of image tasks alone: views,
+    how many random views of each training example its loss is averaged over; batch_norm: `refuse`, or `group` to convert it.
     """
 
     model: str
     head: str = "mean"
     max_length: int = 128
+    views: int = 1
+    batch_norm: str = "refuse"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Prepared:
     collate: pads encoded examples to one batch on the CPU, every tensor's first dimension is the batch, also when it is
     0 (but no transformers model runs on such a batch); it is here and not on the task because it knows the tokenizer.
     data_fingerprint, model_fingerprint: sha256 of the raw rows and of the pretrained weights (without a new head).
+    train_collate: where training examples have random views, (examples, step) -> batch; a function of the two and the seed.
     """
 
     model: nn.Module
@@ -61,6 +66,7 @@ class Prepared:
     collate: Callable[[Sequence[Example]], dict[str, torch.Tensor]]
     data_fingerprint: str
     model_fingerprint: str
+    train_collate: Callable[[Sequence[Example], int], dict[str, torch.Tensor]] | None = None
 
 
 class Task:
@@ -69,7 +75,7 @@ class Task:
     Class attributes: `name` (registry key), `version` (raise it when the data, split, label or metric changes: it is
     part of the run id), `kind`, `description`, `source` (citation and licence), `metric` (name of the headline metric),
     `higher_is_better`, `chance` (value of that metric for an uninformed model), `threshold` (metric value that counts
-    as "learned" when a run stands alone).
+    as "learned" when a run stands alone), `images` (examples are images: runs may set `views` and `batch_norm`).
     """
 
     name: ClassVar[str]
@@ -84,6 +90,7 @@ class Task:
     default_model: ClassVar[str] = "minilm-l6"
     default_head: ClassVar[str] = "mean"
     default_max_length: ClassVar[int] = 128
+    images: ClassVar[bool] = False
     hub: ClassVar[str | None] = None  # "id/config" on the hub, None when the data come from a package
 
     def train_size(self, data_dir: Path | None) -> int:

@@ -1,4 +1,4 @@
-"""Text classification: what all tasks that give one label to a text or to a pair of texts share."""
+"""Classification: what all tasks share that give one label to a text, to a pair of texts or to an image."""
 
 from __future__ import annotations
 
@@ -12,17 +12,41 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class TextClassification(Task):
-    """Rows are `{"text": str, "label": int}`, with `"pair": str` where two texts are compared.
+class Classification(Task):
+    """One label per example, judged by accuracy unless `metrics` says otherwise.
 
-    Besides the attributes of `Task`: `classes` (number of labels), `metrics` (all that are computed; `metric` is the
-    headline), `template` and `label_words` of the prompted `mlm` head, in the notation of LM-BFF (see `prompts`).
+    Besides the attributes of `Task`: `classes` (number of labels), `metrics` (all that are computed; `metric` is the headline).
     """
 
     kind = "classification"
     metric = "accuracy"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     classes: ClassVar[int] = 2
+
+    def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Cross entropy of each example, shape [batch], in fp32 (fp64 for an fp64 model) whatever autocast does."""
+        from torch.nn import functional
+
+        return functional.cross_entropy(logits(model, batch), batch["labels"], reduction="none")
+
+    def predict(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[list[int], list[int]]:
+        """(most likely labels, true labels) of one batch."""
+        return logits(model, batch).argmax(dim=-1).tolist(), batch["labels"].tolist()
+
+    def make_metric(self) -> evaluate.Metric:
+        """An `evaluate.Metric` that gives every name in `self.metrics`; nothing is fetched."""
+        from dpft.tasks.metrics import make
+
+        return make(self.metrics)
+
+
+class TextClassification(Classification):
+    """Rows are `{"text": str, "label": int}`, with `"pair": str` where two texts are compared.
+
+    Besides the attributes of `Classification`: `template` and `label_words` of the prompted `mlm` head, in the notation of
+    LM-BFF (see `prompts`).
+    """
+
     template: ClassVar[str]
     label_words: ClassVar[tuple[str, ...]]
 
@@ -52,22 +76,6 @@ class TextClassification(Task):
             data_fingerprint=data.fingerprint,
             model_fingerprint=weights,
         )
-
-    def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Cross entropy of each example, shape [batch], in fp32 (fp64 for an fp64 model) whatever autocast does."""
-        from torch.nn import functional
-
-        return functional.cross_entropy(logits(model, batch), batch["labels"], reduction="none")
-
-    def predict(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[list[int], list[int]]:
-        """(most likely labels, true labels) of one batch."""
-        return logits(model, batch).argmax(dim=-1).tolist(), batch["labels"].tolist()
-
-    def make_metric(self) -> evaluate.Metric:
-        """An `evaluate.Metric` that gives every name in `self.metrics`; nothing is fetched."""
-        from dpft.tasks.metrics import make
-
-        return make(self.metrics)
 
 
 def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The three heads. Each model maps a batch's inputs to scores [batch, classes] and carries what methods ask about it.
+"""The heads. Each model maps a batch's inputs to scores [batch, classes] and carries what methods ask about it.
 
 Attributes of every model: `encoder` (the pretrained part), `config`, `encoder_type` (such as "bert") and
 `head_parameters` (names of the parameters that are not the encoder's). The classes are made inside functions because
@@ -65,6 +65,23 @@ def native_classifier() -> type[nn.Module]:
             return self.model(**inputs).logits
 
     return NativeClassifier
+
+
+@cache
+def image_classifier() -> type[nn.Module]:
+    """The architecture's own `...ForImageClassification`, on images [batch, ...] or on several views [batch, views, ...] of each.
+
+    `views` says how many the training batches hold: the layers then see batch * views rows, an example's one after the other.
+    """
+
+    class ImageClassifier(native_classifier()):
+        views = 1
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            flat = pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values
+            return self.model(pixel_values=flat).logits
+
+    return ImageClassifier
 
 
 @cache

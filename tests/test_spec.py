@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from dpft.harness import registry, spec
+from dpft.harness import registry, spec, suites
 from dpft.harness.errors import BadInput
 
 
@@ -88,12 +88,12 @@ def test_lists_span_a_grid_and_equal_runs_are_made_once(tmp_path):
         '[mine]\n[mine.base]\ntask="sst2"\nseed=[0,1]\n[[mine.arms]]\nmethod="dp-adam"\nlr=[0.1,0.2]\n'
         '[[mine.arms]]\nmethod=["dp-adam","non-private"]\nlr=0.1\n'
     )
-    runs = spec.load_suite(str(path)).runs
+    runs = suites.load_suite(str(path)).runs
     assert len(runs) == 6
     assert {(r.method, r.lr, r.seed) for r in runs} == {
         ("dp-adam", lr, seed) for lr in (0.1, 0.2) for seed in (0, 1)
     } | {("non-private", 0.1, seed) for seed in (0, 1)}
-    assert {r.seed for r in spec.load_suite(str(path), {"seed": 7}).runs} == {7}
+    assert {r.seed for r in suites.load_suite(str(path), {"seed": 7}).runs} == {7}
 
 
 @pytest.mark.parametrize(
@@ -104,19 +104,19 @@ def test_bad_suite_files(tmp_path, text, message):
     path = tmp_path / "s.toml"
     path.write_text(text)
     with pytest.raises(BadInput, match=message):
-        spec.load_suite(str(path))
+        suites.load_suite(str(path))
 
 
 def test_every_suite_of_the_package_resolves():
-    for name in spec.suites():
-        suite = spec.load_suite(name)
+    for name in suites.suites():
+        suite = suites.load_suite(name)
         assert suite.runs and suite.description
         assert len({r.run_id for r in suite.runs}) == len(suite.runs)
 
 
 def test_unknown_suite_names_the_nearest():
     with pytest.raises(BadInput, match="did you mean 'demo'"):
-        spec.load_suite("dmo")
+        suites.load_suite("dmo")
 
 
 def test_spec_is_frozen():

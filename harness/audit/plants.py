@@ -58,9 +58,9 @@ def noise_per_microbatch() -> Iterator[None]:
     parts = [1]
 
     def make(accumulate):
-        def counted(setup, indices, total, encodings):
+        def counted(setup, indices, *rest):
             parts[0] = max(1, math.ceil(len(indices) / MICROBATCH))
-            return accumulate(setup, indices, total, encodings)
+            return accumulate(setup, indices, *rest)
 
         return counted
 
@@ -180,9 +180,9 @@ def realised_size() -> Iterator[None]:
     drawn = [1]
 
     def counting(accumulate):
-        def counted(setup, indices, total, encodings):
+        def counted(setup, indices, *rest):
             drawn[0] = max(1, len(indices))
-            return accumulate(setup, indices, total, encodings)
+            return accumulate(setup, indices, *rest)
 
         return counted
 

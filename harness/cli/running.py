@@ -109,10 +109,10 @@ def plan(suite, overrides, data_dir, results, as_json):
 
 
 def _runs(suite: str | None, overrides: dict[str, Any]):
-    from dpft.harness import spec
+    from dpft.harness import suites
 
     if suite is not None:
-        return list(spec.load_suite(suite, overrides).runs)
+        return list(suites.load_suite(suite, overrides).runs)
     if "task" not in overrides or "method" not in overrides:
         raise BadInput("Name a suite (`dpft list suites`), or give at least --task and --method.")
-    return spec.expand(overrides)
+    return suites.expand(overrides)

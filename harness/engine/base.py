@@ -124,7 +124,7 @@ def example_gradient(engine: Engine, example: Batch, encodings: dict[str, Encodi
     for name in engine.parameters:
         if name not in encoded:
             raise unused(name)
-    return loss.detach(), {name: encoded[name] for name in engine.parameters}
+    return loss.detach(), {name: encodings.get(name, IDENTITY).finished(encoded[name]) for name in engine.parameters}
 
 
 class PlainEngine(Engine):
@@ -141,8 +141,10 @@ class PlainEngine(Engine):
         for (name, _), gradient in zip(self.parameters.items(), gradients, strict=True):
             if gradient is None:
                 raise unused(name)
-            encoding = encodings.get(name)
-            total[name].add_(gradient if encoding is None else encoding.dense(gradient[None])[0])
+            encoding = encodings.get(name, IDENTITY)
+            if encoding.absolute:
+                raise BadInput("A run without privacy takes no per-example gradients, so it has no magnitudes of them.")
+            total[name].add_(encoding.dense(gradient[None])[0])
         return losses.detach(), torch.zeros(len(losses), device=losses.device)
 
 

@@ -1,4 +1,4 @@
-"""Encodings: linear, data-independent maps of one example's gradient, applied before it is clipped."""
+"""Encodings: data-independent maps of one example's gradient, applied before it is clipped."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ class Encoding:
     For a Linear weight m is the output and n the input dimension, and the map acts on the factors of
     `G = E^T A`: `(E L)^T (A R)`, so G itself is never formed. One-dimensional parameters take `left` only; weights of
     convolutions [m, ...] are seen as [m, n] with all further dimensions in n, and their encoded gradient stays so.
-    scale: what is kept by a vector is multiplied by it.
+    scale: what is kept by a vector is multiplied by it. absolute: after that every entry is replaced by its magnitude, which
+    changes no norm. A side of no rows at all leaves nothing: the parameter is not asked for.
     """
 
     left: torch.Tensor | None = None
     right: torch.Tensor | None = None
     scale: float = 1.0
+    absolute: bool = False
+
+    def finished(self, mapped: torch.Tensor) -> torch.Tensor:
+        """What `rows`, `columns` and `dense` leave to do, on one example's whole gradient: `absolute`."""
+        return mapped.abs() if self.absolute else mapped
 
     def shape(self, shape: torch.Size) -> tuple[int, ...]:
         """The encoded shape of a parameter of `shape`."""
@@ -40,7 +46,7 @@ class Encoding:
         return self._side(self.right, factor)
 
     def dense(self, per_example: torch.Tensor) -> torch.Tensor:
-        """Applied to materialised gradients, shape [batch, m] or [batch, m, n, ...]."""
+        """The linear map applied to materialised gradients, shape [batch, m] or [batch, m, n, ...]."""
         if self.left is None and self.right is None:
             return per_example
         if per_example.dim() == 2:

@@ -15,7 +15,7 @@ from dpft.harness.engine.agreement import agree
 from dpft.harness.engine.base import Engine, unused
 from dpft.harness.engine.clipping import overall
 from dpft.harness.engine.encoding import IDENTITY
-from dpft.harness.engine.pieces import Grams, Measured, Piece, charged, measured
+from dpft.harness.engine.pieces import Grams, Measured, Piece, absolute, charged, measured
 from dpft.harness.engine.rules import rule_for
 from dpft.harness.engine.taps import Recorder, Use
 from dpft.harness.errors import CannotRun
@@ -35,7 +35,7 @@ class FactoredEngine(Engine):
 
     def __init__(self, model, loss, parameters, clock, clipping=None):
         super().__init__(model, loss, parameters, clock, clipping)
-        self._recorder = Recorder(self._done)
+        self._recorder = Recorder(self._done, getattr(model, "views", 1))
         self._rules = {}
         self._agreed = False
         self._groups = self.clipping.grouped(parameters)
@@ -51,6 +51,7 @@ class FactoredEngine(Engine):
 
     def accumulate(self, batch, total, clip_norm, encodings):
         self._pass = _Pass(total, clip_norm, encodings)
+        self._rest(batch)
         losses = self._passes(batch)
         with self.clock("clip"):
             for name, uses in self._pass.deferred.items():
@@ -71,6 +72,14 @@ class FactoredEngine(Engine):
 
     def close(self):
         self._recorder.close()
+
+    def _rest(self, batch) -> None:
+        """Parameters of which nothing is asked for contribute nothing; layers that have no others are not even tapped."""
+        now, first = self._pass, next(iter(batch.values()))
+        for name, encoding in now.encodings.items():
+            if 0 in encoding.shape(self.parameters[name].shape):
+                now.found[name] = Measured([], torch.zeros(len(first), device=first.device), None)
+        self._recorder.idle = frozenset(now.found)
 
     def _passes(self, batch) -> torch.Tensor:
         """Forward and backward with the weights taken out of the graph; `_done` hears of every use on the way back."""
@@ -109,6 +118,8 @@ class FactoredEngine(Engine):
 
     def _make(self, name: str, uses: list[tuple[str, Use]]) -> None:
         """The pieces of one parameter and what they measure; its group is settled if it was the last one missing."""
+        if name in self._recorder.idle:
+            return
         now, kinds = self._pass, defaultdict(list)
         for local, use in uses:
             kinds[local, type(use.module)].append(use)
@@ -116,6 +127,8 @@ class FactoredEngine(Engine):
         pieces: list[Piece] = [
             self._rules[group[0].module](group, local, encoding) for (local, _), group in kinds.items()
         ]
+        if encoding.absolute:
+            pieces = absolute(name, pieces)
         now.found[name] = self._measured(name, pieces)
         group = self.clipping.group_of(name)
         if group and all(member in now.found for member in self._groups[group]):

@@ -3,7 +3,6 @@
 import torch
 
 from dpft.harness.engine.base import Engine, unused
-from dpft.harness.engine.encoding import IDENTITY
 from dpft.harness.errors import CannotRun
 
 
@@ -33,7 +32,8 @@ class OpacusEngine(Engine):
                 raise CannotRun(f"Opacus fails on this model ({error}); use --engine factored or reference.") from error
         with self.clock("clip"):
             samples = {name: self._take(name, p, len(losses)) for name, p in self.parameters.items()}
-            samples = {name: encodings.get(name, IDENTITY).dense(g) for name, g in samples.items()}
+            for name, encoding in encodings.items():
+                samples[name] = encoding.finished(encoding.dense(samples[name]))
             squares = {name: g.flatten(1).square().sum(1, dtype=torch.float64) for name, g in samples.items()}
             factors, norms = self.clip(squares, clip_norm)
             for name, g in samples.items():
@@ -45,6 +45,9 @@ class OpacusEngine(Engine):
         parameter.grad_sample = parameter.grad = None
         if sample is None:
             raise unused(name)
+        views = getattr(self.model, "views", 1)
+        if not isinstance(sample, list) and views > 1 and len(sample) == batch_size * views:
+            sample = sample.unflatten(0, (batch_size, views)).sum(1)
         if isinstance(sample, list) or len(sample) != batch_size:
             raise CannotRun(f"Opacus does not keep the examples of {name} apart; use --engine factored or reference.")
         return sample

@@ -95,6 +95,18 @@ class LinearPiece:
         return self.gradients.dtype
 
 
+class AbsolutePiece(LinearPiece):
+    """The magnitudes `|E_b^T A_b|`, which have the norm of the gradient; one example at a time is materialised for their sum."""
+
+    def dense(self, example: int, shape: torch.Size) -> torch.Tensor:
+        return super().dense(example, shape).abs()
+
+    def add_weighted(self, total: torch.Tensor, factors: torch.Tensor) -> None:
+        flat = total.view(total.shape[0], -1)
+        for inputs, gradients, factor in zip(self.inputs, self.gradients, factors, strict=True):
+            flat.addcmul_((gradients.T @ inputs).abs_(), factor)
+
+
 @dataclass
 class EmbeddingPiece:
     """Gradient of an embedding table [vocabulary, d]: row v gets the sum of E over the tokens equal to v."""
@@ -148,6 +160,15 @@ class KeptPiece:
 
 
 Piece = LinearPiece | EmbeddingPiece | KeptPiece
+
+
+def absolute(name: str, pieces: list[Piece]) -> list[Piece]:
+    """The pieces of an entrywise magnitude. Raises CannotRun where the gradient is a sum of pieces, or a table's."""
+    if len(pieces) == 1 and isinstance(pieces[0], LinearPiece):
+        return [AbsolutePiece(pieces[0].inputs, pieces[0].gradients)]
+    if len(pieces) == 1 and isinstance(pieces[0], KeptPiece):
+        return [KeptPiece(pieces[0].gradients.abs())]
+    raise CannotRun(f"There is no rule for magnitudes of gradients of {name}; freeze it or use --engine reference.")
 
 
 @dataclass

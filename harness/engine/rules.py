@@ -58,11 +58,11 @@ def _matrix(inputs: torch.Tensor, gradients: torch.Tensor) -> Piece:
 
 def _convolution(uses: list[Use], local: str, encoding: Encoding) -> Piece:
     """Conv1d and Conv2d: a Linear layer on patches (2110.05679 for ghost norms; groups are materialised)."""
-    gradients = _joined([_wide(u.gradient).flatten(2).mT for u in uses])
+    gradients = _joined([_rows(u.flat(u.gradient).flatten(2).mT, u) for u in uses])
     if local == "bias":
         return KeptPiece(encoding.rows(gradients).sum(1))
     module = uses[0].module
-    patches = _joined([_patches(module, _wide(u.input)) for u in uses])
+    patches = _joined([_rows(_patches(module, _wide(u.flat(u.input))), u) for u in uses])
     if module.groups == 1:
         return _matrix(encoding.columns(patches), encoding.rows(gradients))
     size, positions = patches.shape[:2]
@@ -106,11 +106,11 @@ def _layer_norm(uses: list[Use], local: str, encoding: Encoding) -> Piece:
 
 def _group_norm(uses: list[Use], local: str, encoding: Encoding) -> Piece:
     def one(use: Use) -> torch.Tensor:
-        gradient = _wide(use.gradient)
+        gradient = _wide(use.flat(use.gradient))
         if local == "weight":
-            module = use.module
-            gradient = F.group_norm(use.input.to(gradient.dtype), module.num_groups, eps=module.eps).mul_(gradient)
-        return gradient.flatten(2).sum(2) if gradient.dim() > 2 else gradient
+            module, image = use.module, use.flat(use.input).to(gradient.dtype)
+            gradient = F.group_norm(image, module.num_groups, eps=module.eps).mul_(gradient)
+        return gradient.flatten(2).sum(2).view(use.batch_size, -1, gradient.shape[1]).sum(1)
 
     return KeptPiece(encoding.dense(_added(one, uses)))
 
@@ -139,10 +139,12 @@ def _by_vmap(uses: list[Use], local: str, encoding: Encoding) -> Piece:
         weight = _wide(getattr(use.module, local).detach())
 
         def gradient_of(gradient: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-            caller = _Caller(use, [t[None] if row else t for t, row in zip(tensors, rows, strict=True)])
+            alone = [t[None] if row and not use.flattened else t for t, row in zip(tensors, rows, strict=True)]
+            caller = _Caller(use, alone)
 
             def output(value: torch.Tensor) -> torch.Tensor:
-                return torch.func.functional_call(caller, {f"module.{local}": value})[0]
+                found = torch.func.functional_call(caller, {f"module.{local}": value})
+                return found if use.flattened else found[0]
 
             return torch.func.vjp(output, weight)[1](gradient)[0]
 
@@ -181,9 +183,9 @@ def _added(one: Callable[[Use], torch.Tensor], uses: list[Use]) -> torch.Tensor:
     return kept
 
 
-def _rows(factor: torch.Tensor) -> torch.Tensor:
-    """[b, ..., n] as [b, T, n], fp32 at least: the norm that is clipped is the norm of what is summed."""
-    return _wide(factor).reshape(len(factor), -1, factor.shape[-1])
+def _rows(factor: torch.Tensor, use: Use | None = None) -> torch.Tensor:
+    """[b, ..., n] as [b, T, n], fp32 at least: the norm that is clipped is the norm of what is summed. use: of a flat factor."""
+    return _wide(factor).reshape(len(factor) if use is None else use.batch_size, -1, factor.shape[-1])
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

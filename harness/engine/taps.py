@@ -38,6 +38,10 @@ class Use:
         """The first tensor of the call."""
         return self.tensors[0]
 
+    def flat(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of this use as the layer saw it, examples one after the other where that is how it sees them."""
+        return tensor.flatten(0, 1) if self.flattened else tensor
+
     def receive(self, tensors: tuple[torch.Tensor, ...], gradient: torch.Tensor) -> None:
         """What autograd brings back; one row per example from here on."""
         if self.flattened:
@@ -53,10 +57,13 @@ class Use:
 class Recorder:
     """Hooks on every layer that owns a trainable parameter; calls `done(use)` when a use has its gradient.
 
-    `start` begins a pass, `stop` ends it; hooks do nothing outside of one.
+    `start` begins a pass, `stop` ends it; hooks do nothing outside of one. views: how many rows of one example a model may hand
+    its layers, one after the other: then every layer may see [batch * views, ...].
     """
 
-    def __init__(self, done: Callable[[Use], None]):
+    def __init__(self, done: Callable[[Use], None], views: int = 1):
+        self._views = views
+        self.idle: frozenset[str] = frozenset()  # parameters whose gradients nobody wants in this pass
         self.uses: list[Use] = []
         self.batch_size: int | None = None
         self._done = done
@@ -79,7 +86,7 @@ class Recorder:
             return
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
-            if not self.recording:
+            if not self.recording or self.idle.issuperset(owned.values()):
                 return None
             return self._tapped(Use(path, module, owned, self.batch_size, flattened), args, kwargs, output)
 
@@ -130,7 +137,8 @@ class Recorder:
             tensors[0] = tensors[0].expand(size, *tensors[0].shape[1:])
             output = output.expand(size, *output.shape[1:])
         rows = len(tensors[0]) if tensors and tensors[0].dim() else 0
-        use.flattened = use.flattened and rows != size and rows % size == 0
+        seen_flat = use.flattened and rows % size == 0 if self._views == 1 else rows == size * self._views
+        use.flattened = seen_flat and rows != size
         if (rows != size and not use.flattened) or output.dim() == 0 or len(output) != rows:
             raise CannotRun(
                 f"Layer {use.path} sees {rows} rows for {size} examples, so their gradients cannot be told apart; "

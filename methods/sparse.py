@@ -1,0 +1,137 @@
+"""Training a few rows of every matrix: what these methods share, and two that choose the rows without looking at data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from dpft.harness.errors import BadInput
+from dpft.harness.updates import LazyUpdates
+from dpft.methods.base import freeze_all_but
+from dpft.methods.decoders.matrices import matrices_of
+from dpft.methods.decoders.moments import Adam
+from dpft.methods.full import DPAdam
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dpft.harness.engine.encoding import Encoding
+    from dpft.harness.mechanism import NoisySum
+    from dpft.harness.spec import RunSpec
+
+
+class SparseRows(DPAdam):
+    """A share of the rows of every matrix of the body trains, with vectors (norms, biases) and the head; a base class, no method.
+
+    A row is an output neuron of a Linear layer or a filter of a convolution. Embedding tables and tokens stay frozen.
+    trainable_fraction: of the rows of each matrix, at least one. What is clipped, noised and kept by Adam (or as momentum) are
+    the rows that train and nothing else; the others keep their bits, so there is no weight decay.
+    """
+
+    defaults: ClassVar = {**DPAdam.defaults, "lr": 1e-3}
+    options: ClassVar = {**DPAdam.options, "head_lr_factor": 10.0, "trainable_fraction": 0.2}
+    ranges: ClassVar = {"trainable_fraction": (1e-6, 1.0)}
+
+    def __init__(self, options=None, decoder=None):
+        super().__init__(options, decoder)
+        self.chosen: dict[str, torch.Tensor] = {}  # matrix -> its rows that train
+        self._rule, self._momentum = "sgd", 0.0
+        self._adam, self._velocity = Adam(), {}
+
+    def validate(self, spec: RunSpec) -> None:
+        super().validate(spec)
+        if self.decoder.name != "mean":
+            raise BadInput(f"{self.name} trains rows from plain releases; leave out decoder={self.decoder.name}.")
+        if spec.weight_decay:
+            raise BadInput(f"{self.name} leaves the rows that it freezes as they are; set weight_decay = 0.")
+
+    def skip(self, model: nn.Module) -> str | None:
+        return None if self._body(model) else f"{self.name} needs matrices outside the head; use last-layer."
+
+    def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
+        head = set(model.head_parameters)
+        self.matrices = {name: p.shape for name, p in model.named_parameters() if name in self._body(model)}
+        vectors = {name for name, p in model.named_parameters() if p.dim() == 1}
+        freeze_all_but(model, head | vectors | set(self.matrices))
+        self.chosen = self.choose(model, generator)
+        return model
+
+    def choose(self, model: nn.Module, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The rows of every matrix that train, ascending; empty where releases are to choose them."""
+        return {}
+
+    def count(self, name: str) -> int:
+        """How many rows of a matrix train."""
+        return max(1, round(self.settings["trainable_fraction"] * self.matrices[name][0]))
+
+    def best(self, scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The rows with the largest scores [rows] of every matrix, ascending."""
+        return {name: score.topk(self.count(name)).indices.sort().values for name, score in scores.items()}
+
+    def encoding(self, name: str, parameter: nn.Parameter, step: int) -> Encoding | None:
+        from dpft.harness.engine.encoding import Encoding
+
+        if name not in self.matrices:
+            return None
+        self.chosen[name] = self.chosen[name].to(parameter.device)
+        return Encoding(left=self.chosen[name])
+
+    def decode(self, noisy: NoisySum, step: int) -> LazyUpdates:
+        return self.directions(self.decoder.decode(noisy, step), step, step + 1)
+
+    def directions(self, parts: dict[str, torch.Tensor], step: int, seen: int) -> LazyUpdates:
+        """The updates: Adam's (or momentum's) directions of what was released, put back among zeros. seen: releases so far."""
+        if self._rule != "sgd":
+            self._adam.precondition(parts, lambda name: seen)
+        elif self._momentum:
+            for name, part in parts.items():
+                kept = self._velocity.get(name)
+                kept = self._velocity[name] = part.clone() if kept is None else kept.mul_(self._momentum).add_(part)
+                part.copy_(kept)
+        shapes = self.matrices
+        maps = {name: self.encoding(name, part, step) for name, part in parts.items() if name in shapes}
+        return LazyUpdates(parts, lambda name, p: maps[name].lift(p, shapes[name]) if name in maps else p)
+
+    def optimizer(self, parameters, head, spec) -> torch.optim.Optimizer:
+        self._rule, self._momentum, self.preconditions = spec.optimizer, spec.momentum, True
+        return super().optimizer(parameters, head, spec)
+
+    def trained(self, parameters: dict[str, nn.Parameter]) -> int:
+        whole = sum(p.numel() for name, p in parameters.items() if name not in self.matrices)
+        return whole + sum(self.count(name) * shape[1:].numel() for name, shape in self.matrices.items())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self._adam.state_dict() | {f"velocity|{name}": tensor for name, tensor in self._velocity.items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self._adam.load_state_dict(state)
+        self._velocity = {key.removeprefix("velocity|"): t for key, t in state.items() if key.startswith("velocity|")}
+
+    @staticmethod
+    def _body(model: nn.Module) -> set[str]:
+        return set(matrices_of(model, dict(model.named_parameters()))) - set(model.head_parameters)
+
+
+class MagnitudeRows(SparseRows):
+    """The rows whose pretrained weights are largest in sum of magnitudes train, from the first step on."""
+
+    name = "magnitude-rows"
+    summary = "sparse: rows with the largest pretrained weights, norms, biases and head"
+    reference = "arXiv:2503.12822"
+
+    def choose(self, model, generator):
+        weights = dict(model.named_parameters())
+        return self.best({name: weights[name].detach().flatten(1).abs().sum(1) for name in self.matrices})
+
+
+class RandomRows(SparseRows):
+    """Rows drawn at random train, from the first step on."""
+
+    name = "random-rows"
+    summary = "sparse: rows drawn at random, norms, biases and head"
+    reference = "arXiv:2503.12822"
+
+    def choose(self, model, generator):
+        import torch
+
+        return self.best({n: torch.rand(shape[0], generator=generator) for n, shape in self.matrices.items()})

@@ -1,0 +1,65 @@
+"""Splits of hub datasets as tables: from a local mirror of parquet files, or through `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpft.harness.errors import CannotRun
+
+if TYPE_CHECKING:
+    import polars
+
+
+def split_of(hub: str, split: str, root: Path | None) -> tuple[polars.DataFrame, str]:
+    """(rows, where they are from) of a split of `hub`, which is "owner/name/config".
+
+    root: the mirror folder, with the file `<hub>/<split>.parquet`; None: the hub. Raises CannotRun, naming the path, when the
+    mirror lacks the file or it is damaged, and when there is no mirror and the hub cannot be reached.
+    """
+    import polars
+
+    if root is None:
+        return _from_hub(hub, split), f"{hub} ({split}) on the hub"
+    path = root / hub / f"{split}.parquet"
+    return _mirrored(hub, path, lambda: polars.read_parquet(path, glob=False)), str(path)
+
+
+def count_of(hub: str, split: str, root: Path) -> int:
+    """Rows of a split in the mirror, from the metadata of its file. Raises CannotRun as `split_of` does."""
+    import polars
+
+    path = root / hub / f"{split}.parquet"
+    return _mirrored(hub, path, lambda: polars.scan_parquet(path, glob=False).select(polars.len()).collect().item())
+
+
+def _mirrored(hub: str, path: Path, read: Callable[[], Any]) -> Any:
+    import polars
+
+    if not path.is_file():
+        hub_id = hub.rpartition("/")[0]
+        raise CannotRun(f"The data mirror has no file {path}; put that split of {hub_id} there as parquet.")
+    try:
+        return read()
+    except (polars.exceptions.PolarsError, OSError) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0].rstrip(".")
+        raise CannotRun(f"{path} is not a readable parquet file ({reason}); copy it again.") from error
+
+
+def _from_hub(hub: str, split: str) -> polars.DataFrame:
+    import datasets
+
+    hub_id, _, config = hub.rpartition("/")
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(hub_id, config, split=split).to_polars()
+    except Exception as error:  # connection, cache and schema errors of four libraries end up here
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+        raise CannotRun(
+            f"Cannot get {hub} from the hub ({reason}); give --data-dir with a mirror {hub}/{split}.parquet."
+        ) from error
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()

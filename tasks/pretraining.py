@@ -1,0 +1,150 @@
+"""Small image models pretrained on the public classes of `digits`, because no pretrained weights of images come in packages.
+
+They are made once, in under a minute on one core, and kept in the cache. One thread and fixed seeds: the same torch on the same
+kind of processor gives the same bits, and a record's model fingerprint says which bits they were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpft.harness.cache import cache_dir
+from dpft.harness.errors import CannotRun, unknown
+from dpft.tasks import digits
+from dpft.tasks.downloads import sha256_hex, sha256_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MODELS: dict[str, dict[str, Any]] = {
+    "digits-vit": {
+        "model_type": "vit",
+        "image_size": 8,
+        "patch_size": 2,
+        "num_channels": 1,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    "digits-resnet": {
+        "model_type": "resnet",
+        "image_size": 16,
+        "num_channels": 1,
+        "embedding_size": 16,
+        "hidden_sizes": [16, 32],
+        "depths": [1, 1],
+        "layer_type": "basic",
+        "dpft_norm": "group",  # its normalisation layers are GroupNorm
+    },
+}
+EPOCHS, BATCH, LR = 30, 64, 2e-3
+FORM = {"image_mean": [0.5], "image_std": [0.5]}
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id that the name of an image model means. Raises CannotRun for an unknown name, with the nearest one."""
+    from dpft.tasks import models
+
+    if name in MODELS:
+        return folder(name)
+    if "/" not in name and not Path(name).expanduser().is_dir():
+        raise CannotRun(f"{unknown('image model', name, MODELS)} Or give a local folder or a hub id.")
+    return models.resolve(name)
+
+
+def folder(name: str) -> str:
+    """The folder of a pretrained model of MODELS, made if it is not there or not what was written.
+
+    Raises CannotRun when the cache folder cannot be written.
+    """
+    import torch
+
+    recipe = {"name": name, "config": MODELS[name], "public": digits.PUBLIC, "epochs": EPOCHS, "batch": BATCH, "lr": LR}
+    recipe |= {"torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability()}
+    text = json.dumps(recipe, sort_keys=True)
+    path = cache_dir() / "pretrained" / f"{name}-{sha256_hex(text.encode())[:16]}"
+    if not _intact(path, text):
+        _write(path, text, _pretrained(MODELS[name]), name)
+    return str(path)
+
+
+def _intact(path: Path, recipe: str) -> bool:
+    try:
+        stored = json.loads((path / "recipe.json").read_text(encoding="utf-8"))
+        return stored["recipe"] == recipe and stored["sha256"] == sha256_of(path / "model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, CannotRun):
+        return False
+
+
+def _write(path: Path, recipe: str, model: nn.Module, name: str) -> None:
+    """In one atomic step: two processes may make it at once, with the same bits."""
+    from dpft.tasks.models import quiet
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".making-"))
+        with quiet():
+            model.save_pretrained(scratch)
+        size = MODELS[name]["image_size"]
+        form = {**FORM, "size": {"height": size, "width": size}}
+        (scratch / "preprocessor_config.json").write_text(json.dumps(form))
+        (scratch / "recipe.json").write_text(
+            json.dumps({"recipe": recipe, "sha256": sha256_of(scratch / "model.safetensors")})
+        )
+        if path.exists():  # damaged, or made meanwhile by another process
+            shutil.rmtree(path, ignore_errors=True)
+        try:
+            os.rename(scratch, path)
+        except OSError:
+            shutil.rmtree(scratch, ignore_errors=True)
+            if not _intact(path, recipe):
+                raise
+    except OSError as error:
+        raise CannotRun(
+            f"Cannot write to {path.parent} ({error.strerror}); set DPFT_CACHE to a writable folder."
+        ) from error
+
+
+def _pretrained(config: dict[str, Any]) -> nn.Module:
+    """Adam with a linearly falling learning rate, on randomly moved images of the public classes."""
+    import numpy
+    import torch
+    import transformers
+
+    from dpft.tasks.groupnorm import convert
+    from dpft.tasks.images import Collator, Form, shifted
+
+    images, labels = digits.of_classes(digits.PUBLIC)
+    targets = torch.tensor(labels)
+    form = Form((config["image_size"],) * 2, 1, tuple(FORM["image_mean"]), tuple(FORM["image_std"]), 1)
+    random = numpy.random.Generator(numpy.random.PCG64(0))
+    options = {key: value for key, value in config.items() if key != "model_type"}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            made = transformers.AutoConfig.for_model(config["model_type"], num_labels=len(digits.PUBLIC), **options)
+            model = transformers.AutoModelForImageClassification.from_config(made)
+        convert(model)
+        optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+        steps = EPOCHS * (len(images) // BATCH)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = LR * (1 - step / steps)
+            chosen = random.permutation(len(images))[:BATCH]
+            pixels = Collator(form).pixels([shifted(images[i], random, False) for i in chosen])
+            loss = torch.nn.functional.cross_entropy(model(pixel_values=pixels).logits, targets[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    finally:
+        torch.set_num_threads(threads)
+    return model.eval()
