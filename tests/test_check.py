@@ -1,7 +1,6 @@
 """dpft check: planted regressions are caught, clean changes are not, and what cannot be compared is named."""
 
 import dataclasses
-import functools
 import json
 import sys
 
@@ -9,27 +8,68 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpft.harness import cli, mechanism, registry, spec
+from dpft.harness import cli, execution, mechanism, progress, registry, spec
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.regression import baseline, gate, golden
+from dpft.harness.run_settings import Settings
 from dpft.harness.store import Store
 from dpft.methods.decoders import spectral
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "load_once")
 
-SEEDS = tuple(range(10))
-SIZE = dict(task="low-rank", optimizer="sgd", lr=1.0, batch_size=1024, steps=8, eval_every=4, eval_examples=64, clip_norm=2.0)
-METHODS = ("dp-sgd", "rmt")
+SEEDS = list(range(10))
+SIZE = dict(
+    task="low-rank", optimizer="sgd", lr=1.0, batch_size=1024, steps=8, eval_every=4, eval_examples=64, clip_norm=2.0
+)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def load_once():
-    """The pairs of the task are drawn once for all runs of this file; the data are the task's own."""
-    cls, patch = registry.task("low-rank"), pytest.MonkeyPatch()
-    patch.setattr(cls, "load", functools.cache(cls.load))
-    patch.setattr(registry.task("low-rank"), "load", lambda self, folder, load=cls().load(None): load)
+    """The task's own pairs, drawn once for all runs of this file."""
+    task, patch = registry.task("low-rank"), pytest.MonkeyPatch()
+    data = task().load(None)
+    patch.setattr(task, "load", lambda self, folder: data)
     yield
     patch.undo()
+
+
+def make(folder, method, seeds):
+    """Real runs of one configuration, of a third of a second each."""
+    runs = spec.expand({**SIZE, "method": method, "seed": list(seeds)})
+    execution.run_all(runs, Store(folder), Settings(), execution.Policy(), progress.reporter(0, quiet=True))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory, one_thread, load_once):
+    """Folders of ten seeds of two methods, made by the code as it is."""
+    return {method: make(tmp_path_factory.mktemp(method), method, SEEDS) for method in ("dp-sgd", "rmt")}
+
+
+@pytest.fixture
+def dpft(monkeypatch, capsys):
+    """Run the command in this process: dpft(*arguments) -> (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dpft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def blessed(clean, tmp_path):
+    """A baseline of five seeds of dp-sgd, as a file that a test may spoil; `blessed.folder` has their runs."""
+
+    class Blessed(type(tmp_path)):
+        folder = clean["dp-sgd"]
+
+    path = Blessed(tmp_path / "baseline.json")
+    baseline.bless(path, [r for r in Store(Blessed.folder).each() if r["spec"]["seed"] < 5])
+    return path
 
 
 def too_much_noise(patch):
@@ -43,7 +83,7 @@ def half_the_clip_norm(patch):
 
 
 def misplaced_root(patch):
-    """sqrt(t^2) - sqrt(4 s^4 mn) for sqrt(t^2 - 4 s^4 mn), in the shrinker of rmt."""
+    """sqrt(t^2) - sqrt(4 s^4 mn) where sqrt(t^2 - 4 s^4 mn) belongs, in the shrinker of rmt."""
 
     def unbiased(y, m, n, s):
         t = y**2 - s**2 * (m + n)
@@ -53,4 +93,236 @@ def misplaced_root(patch):
     patch.setattr(spectral, "_unbiased", unbiased)
 
 
-PLANTS = {"dp-sgd": (too_much_noise, half_the_clip_norm), "rmt": (misplaced_root,)}
+PLANTS = [("dp-sgd", too_much_noise), ("dp-sgd", half_the_clip_norm), ("rmt", misplaced_root)]
+
+
+@pytest.mark.parametrize(("method", "plant"), PLANTS)
+def test_a_planted_regression_is_caught_and_confirmed_on_new_seeds(clean, dpft, tmp_path, monkeypatch, method, plant):
+    path, folder = tmp_path / "baseline.json", tmp_path / "runs"
+    assert dpft("check", clean[method], "--baseline", path, "--bless")[0] == 0
+    plant(monkeypatch)
+    make(folder, method, SEEDS[:5])
+    code, out, err = dpft("check", folder, "--baseline", path)
+    assert code == 1, out
+    assert "regression: metric is worse, confirmed" in out and "0.0312, then 0.0312" in out
+    assert "confirming on 5 more seeds" in err and len(Store(folder).records()) == 10
+    found = json.loads(dpft("check", folder, "--baseline", path, "--json")[1])
+    assert found["exit_code"] == 1 and found["false_alarm_rate"] == pytest.approx(0.0025)
+    (one,) = found["configurations"]
+    assert (
+        one["seeds"] == SEEDS
+        and one["interval"]["high"] < -0.01
+        and min(one["measures"]["metric"]["losses"].values()) > 0
+    )
+
+
+def test_the_same_code_passes(clean, dpft, blessed):
+    code, out, err = dpft(
+        "check", blessed.folder, "--baseline", blessed, "--memory-margin", "0", "--time-margin", "0.2"
+    )
+    assert code == 0 and err == "", out
+    (row,) = (line for line in out.splitlines() if line.startswith("| dp-sgd"))
+    assert "| fine" in row and "+0.0000" in row and "peak memory x1.000" in row
+    assert "at most 0.15 " in out, "three measures of one configuration, each tested once at .05"
+
+
+def test_five_seeds_are_tested_once_and_fewer_cannot_tell(blessed, dpft, tmp_path, monkeypatch):
+    half_the_clip_norm(monkeypatch)
+    folder = make(tmp_path / "runs", "dp-sgd", SEEDS[:5])
+    code, out, err = dpft("check", folder, "--baseline", blessed)
+    assert code == 1 and "no seeds are left to confirm it on" in out and "at most 0.05 " in out
+    document = json.loads(blessed.read_text())
+    del document["configurations"][0]["runs"]["4"]
+    blessed.write_text(json.dumps(document))
+    code, out, _ = dpft("check", folder, "--baseline", blessed)
+    assert code == 2 and "cannot tell: 4 seeds: 5 are the fewest that can show a loss at level 0.05" in out
+    assert dpft("check", folder, "--baseline", blessed, "--level", "0.1")[0] == 1
+    assert dpft("check", folder, "--baseline", blessed, "--level", "0.1", "--margin", "0.9")[0] == 0, (
+        "within the margin"
+    )
+
+
+@pytest.mark.parametrize("count", [5, 7, 10, 16])
+def test_false_alarms_are_as_rare_as_stated(clean, count):
+    """200 repetitions in which nothing changed but the seeds' noise, resampled from the real runs; no margin."""
+    rng = np.random.default_rng(count)
+    rule, found, suspected = gate.Rule(margin=0.0), 0, 0
+    one = next(iter(baseline.configurations(Store(clean["dp-sgd"]).each()).values()))
+    finals, run = np.array([run.final for run in one.runs.values()]), one.runs[0]
+
+    def drawn():
+        return dataclasses.replace(
+            one, runs={seed: dataclasses.replace(run, final=float(rng.choice(finals))) for seed in range(count)}
+        )
+
+    for _ in range(200):
+        (outcome,) = gate.check({"": drawn()}, {"": drawn()}, rule, confirm=None)
+        found += outcome.verdict == "regression"
+        suspected += outcome.verdict in ("regression", "not confirmed")
+    rate = rule.rate(range(count))
+    assert rate == pytest.approx(0.05 if count < 10 else 0.0025)
+    assert found <= stats.binom.ppf(0.999, 200, rate)
+    assert 0 < suspected <= stats.binom.ppf(0.999, 200, 0.05), "the first test alone rejects at its level"
+
+
+def test_a_suspicion_that_the_other_half_does_not_share_passes(clean):
+    one = next(iter(baseline.configurations(Store(clean["dp-sgd"]).each()).values()))
+    shifted = {s: dataclasses.replace(r, final=r.final - (0.1 if s < 5 else 0.0)) for s, r in one.runs.items()}
+    outcomes = gate.check({one.key: one}, {one.key: dataclasses.replace(one, runs=shifted)}, gate.Rule(), confirm=None)
+    assert outcomes[0].verdict == "not confirmed" and gate.exit_code(outcomes) == 0
+    assert "was worse on seeds 0, 1, 2, 3, 4, not on seeds 5, 6, 7, 8, 9" in outcomes[0].reason
+
+
+def spoil(path, change):
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "message"),
+    [
+        (lambda d: d["configurations"][0]["spec"].update(task_version=0), [], "task_version is 1, was 0"),
+        (lambda d: d["configurations"][0]["spec"].update(epsilon=3.0), [], "epsilon is 8.0, was 3.0"),
+        (lambda d: d["configurations"][0]["spec"].update(model="layers"), [], "model is linear, was layers"),
+        (lambda d: d["environments"][0]["made_with"].update(torch="1.0"), [], "was 1.0"),
+        (lambda d: d["environments"][0]["made_with"].update(data_fingerprint="0"), [], "data_fingerprint"),
+        (lambda d: d["environments"][0]["hardware"].update(cpu="Z80"), ["--time-margin", "9"], "was Z80"),
+        (
+            lambda d: d["environments"][0]["hardware"].update(threads=64),
+            ["--memory-margin", "9"],
+            "threads is 1, was 64",
+        ),
+        (lambda d: d["configurations"][0]["runs"].update({"77": d["configurations"][0]["runs"]["0"]}), [], "seeds 77"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(blessed, dpft, change, more, message):
+    spoil(blessed, change)
+    code, out, err = dpft("check", blessed.folder, "--baseline", blessed, *more)
+    assert code == 2 and message in out, out + err
+
+
+def test_another_machine_matters_for_time_and_memory_only(blessed, dpft):
+    spoil(blessed, lambda d: d["environments"][0]["hardware"].update(cpu="Z80"))
+    assert dpft("check", blessed.folder, "--baseline", blessed)[0] == 0
+
+
+def test_a_run_that_fails_now_is_a_no_and_slower_steps_are_seen(blessed, dpft, tmp_path):
+    folder = tmp_path / "runs"
+    records = [r for r in Store(blessed.folder).each() if r["spec"]["seed"] < 5]
+    Store(folder).open_for_writing()
+    for record in records:
+        slow = {**record, "cost": {**record["cost"], "step_s": record["cost"]["step_s"] * 1.5}}
+        (folder / f"{record['run_id']}.json").write_text(json.dumps(slow))
+    assert dpft("check", folder, "--baseline", blessed)[0] == 0
+    assert dpft("check", folder, "--baseline", blessed, "--time-margin", "0.6")[0] == 0
+    code, out, _ = dpft("check", folder, "--baseline", blessed, "--time-margin", "0.4")
+    assert code == 1 and "step time is worse" in out and "step time x1.500" in out
+    broken = {**records[0], "status": "diverged", "result": None, "error": "The loss is not finite."}
+    (folder / f"{records[0]['run_id']}.json").write_text(json.dumps(broken))
+    code, out, _ = dpft("check", folder, "--baseline", blessed)
+    assert code == 1 and "failed: 1 of 5 runs" in out and "diverged: The loss is not finite." in out
+    _, _, err = dpft("check", folder, "--baseline", tmp_path / "again.json", "--bless")
+    assert "left out: low-rank/dp-sgd" in err and "4 runs were blessed" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is damaged"),
+        ("[]", "is no baseline"),
+        ('{"schema": 99, "kind": "quality"}', "has schema 99, not 1"),
+        ('{"schema": 1, "kind": "quality"}', "is damaged"),
+        ('{"schema": 1, "kind": "quality", "environments": [], "configurations": []}', "is damaged"),
+        ('{"schema": 1, "kind": "quality", "environments": [], "configurations": [3]}', "is damaged"),
+        ('{"schema": 1, "kind": "golden"}', "give it with --golden"),
+        (None, "There is no baseline"),
+    ],
+)
+def test_a_bad_baseline_is_one_sentence(blessed, dpft, text, message):
+    blessed.unlink() if text is None else blessed.write_text(text)
+    code, out, err = dpft("check", blessed.folder, "--baseline", blessed)
+    assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("final", [None, "high", float("nan"), True])
+def test_a_final_value_that_is_none_is_damage(blessed, dpft, final):
+    spoil(blessed, lambda d: d["configurations"][0]["runs"]["0"].update(final=final))
+    code, _, err = dpft("check", blessed.folder, "--baseline", blessed)
+    assert code == 2 and "is damaged" in err
+
+
+def test_bad_questions_are_one_sentence(blessed, dpft, tmp_path):
+    (tmp_path / "empty").mkdir()
+    other = make(tmp_path / "other", "dp-sgd", [50])
+    for arguments, message in [
+        ([tmp_path / "empty"], "There are no runs"),
+        ([tmp_path / "empty", "--bless"], "no finished run to bless"),
+        ([tmp_path / "nowhere"], "no results folder"),
+        ([other], "configuration and seed of the baseline"),
+        ([], "either a results FOLDER or --golden"),
+        ([other, "--golden"], "either a results FOLDER or --golden"),
+        (["--golden"], "give it without --golden"),
+    ]:
+        code, out, err = dpft("check", *arguments, "--baseline", blessed)
+        assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1, arguments
+    assert json.loads(blessed.read_text())["kind"] == "quality", "a refused bless leaves the file alone"
+
+
+@pytest.fixture(scope="module")
+def traced(one_thread, load_once):
+    """Golden traces of three methods, by the code as it is."""
+    return golden.traces(["dp-sgd", "last-layer", "rmt"])
+
+
+def verdicts(traced, methods, changes=()):
+    return {v.method: v for v in golden.compare({m: traced[m] for m in methods}, golden.traces(methods), list(changes))}
+
+
+def test_golden_traces_repeat_exactly_and_every_kind_of_method_has_one(traced):
+    assert {one["status"] for one in traced.values()} == {"done"}
+    assert all(len(one["digest"]) == 20 for one in traced.values())
+    assert traced["last-layer"]["spec"]["model"] == "layers"
+    assert {v.verdict for v in verdicts(traced, ["last-layer", "rmt"]).values()} == {"equal"}
+    assert golden.trace("dp-lora")["status"] == "done"
+
+
+@pytest.mark.parametrize(("method", "plant"), PLANTS)
+def test_golden_traces_catch_what_is_planted(traced, monkeypatch, method, plant):
+    plant(monkeypatch)
+    again = golden.traces([method])
+    (exact,) = golden.compare({method: traced[method]}, again, [])
+    assert exact.verdict == "differs" and "step 1:" in exact.reason
+    (elsewhere,) = golden.compare({method: traced[method]}, again, ["torch is 3.0, was 2.0"])
+    assert elsewhere.verdict == "not comparable" and "torch is 3.0" in elsewhere.reason
+
+
+def test_golden_on_another_platform_is_compared_within_a_tolerance(traced):
+    near = json.loads(json.dumps(traced))
+    near["rmt"]["norm"] = [norm * 1.0001 for norm in near["rmt"]["norm"]]
+    near["rmt"]["digest"] = ["0"] * 20
+    assert {v.verdict for v in golden.compare(traced, near, ["cpu is A, was B"])} == {"close"}
+    assert golden.exit_code(golden.compare(traced, near, [])) == 1
+    changed = json.loads(json.dumps(traced))
+    changed["rmt"]["spec"]["method_version"] = 0
+    del changed["dp-sgd"]
+    found = {
+        v.method: v.verdict for v in golden.compare(changed, {"rmt": traced["rmt"], "dp-sgd": traced["dp-sgd"]}, [])
+    }
+    assert found == {"dp-sgd": "new", "last-layer": "gone", "rmt": "not comparable"}
+
+
+def test_golden_is_blessed_and_checked_by_command(dpft, tmp_path, monkeypatch):
+    few = {name: registry.methods()[name] for name in ("dp-bitfit", "dp-sgd")}
+    monkeypatch.setattr(registry, "methods", lambda: few)
+    path = tmp_path / "golden.json"
+    assert dpft("check", "--golden", "--baseline", path)[0] == 2
+    assert dpft("check", "--golden", "--baseline", path, "--bless")[0] == 0
+    code, out, err = dpft("check", "--golden", "--baseline", path, "--quiet")
+    assert code == 0 and out.count("equal") == 2 and err == ""
+    half_the_clip_norm(monkeypatch)
+    code, out, _ = dpft("check", "--golden", "--baseline", path, "--json")
+    assert code == 1 == json.loads(out)["exit_code"]
+    spoil(path, lambda d: d["traces"]["dp-sgd"]["loss"].pop())
+    code, _, err = dpft("check", "--golden", "--baseline", path, "--quiet")
+    assert code == 2 and "is not whole" in err
