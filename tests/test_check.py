@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from scipy import stats
 
 from dpft.harness import cli, execution, mechanism, progress, registry, spec
@@ -19,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "load_once")
 
 SEEDS = list(range(10))
 SIZE = dict(
-    task="low-rank", optimizer="sgd", lr=1.0, batch_size=1024, steps=8, eval_every=4, eval_examples=64, clip_norm=2.0
+    task="low-rank", optimizer="sgd", lr=1.0, batch_size=1024, steps=8, eval_every=8, eval_examples=64, clip_norm=2.0
 )
 
 
@@ -42,8 +45,9 @@ def make(folder, method, seeds):
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory, one_thread, load_once):
-    """Folders of ten seeds of two methods, made by the code as it is."""
-    return {method: make(tmp_path_factory.mktemp(method), method, SEEDS) for method in ("dp-sgd", "rmt")}
+    """Folders of ten seeds of dp-sgd and five of rmt, made by the code as it is."""
+    sizes = {"dp-sgd": SEEDS, "rmt": SEEDS[:5]}
+    return {method: make(tmp_path_factory.mktemp(method), method, seeds) for method, seeds in sizes.items()}
 
 
 @pytest.fixture
@@ -96,12 +100,11 @@ def misplaced_root(patch):
 PLANTS = [("dp-sgd", too_much_noise), ("dp-sgd", half_the_clip_norm), ("rmt", misplaced_root)]
 
 
-@pytest.mark.parametrize(("method", "plant"), PLANTS)
-def test_a_planted_regression_is_caught_and_confirmed_on_new_seeds(clean, dpft, tmp_path, monkeypatch, method, plant):
+def test_a_regression_is_confirmed_on_seeds_that_were_kept_back(clean, dpft, tmp_path, monkeypatch):
     path, folder = tmp_path / "baseline.json", tmp_path / "runs"
-    assert dpft("check", clean[method], "--baseline", path, "--bless")[0] == 0
-    plant(monkeypatch)
-    make(folder, method, SEEDS[:5])
+    assert dpft("check", clean["dp-sgd"], "--baseline", path, "--bless")[0] == 0
+    too_much_noise(monkeypatch)
+    make(folder, "dp-sgd", SEEDS[:5])
     code, out, err = dpft("check", folder, "--baseline", path)
     assert code == 1, out
     assert "regression: metric is worse, confirmed" in out and "0.0312, then 0.0312" in out
@@ -109,11 +112,17 @@ def test_a_planted_regression_is_caught_and_confirmed_on_new_seeds(clean, dpft, 
     found = json.loads(dpft("check", folder, "--baseline", path, "--json")[1])
     assert found["exit_code"] == 1 and found["false_alarm_rate"] == pytest.approx(0.0025)
     (one,) = found["configurations"]
-    assert (
-        one["seeds"] == SEEDS
-        and one["interval"]["high"] < -0.01
-        and min(one["measures"]["metric"]["losses"].values()) > 0
-    )
+    assert one["seeds"] == SEEDS and one["interval"]["high"] < -0.01
+    assert min(one["measures"]["metric"]["losses"].values()) > 0
+
+
+@pytest.mark.parametrize(("method", "plant"), PLANTS[1:])
+def test_five_seeds_are_tested_once(clean, dpft, tmp_path, monkeypatch, method, plant):
+    path = tmp_path / "baseline.json"
+    baseline.bless(path, [r for r in Store(clean[method]).each() if r["spec"]["seed"] < 5])
+    plant(monkeypatch)
+    code, out, _ = dpft("check", make(tmp_path / "runs", method, SEEDS[:5]), "--baseline", path)
+    assert code == 1 and "no seeds are left to confirm it on" in out and "at most 0.05 " in out
 
 
 def test_the_same_code_passes(clean, dpft, blessed):
@@ -123,36 +132,59 @@ def test_the_same_code_passes(clean, dpft, blessed):
     assert code == 0 and err == "", out
     (row,) = (line for line in out.splitlines() if line.startswith("| dp-sgd"))
     assert "| fine" in row and "+0.0000" in row and "peak memory x1.000" in row
-    assert "at most 0.15 " in out, "three measures of one configuration, each tested once at .05"
+    assert "at most 0.05 " in out
 
 
-def test_five_seeds_are_tested_once_and_fewer_cannot_tell(blessed, dpft, tmp_path, monkeypatch):
-    half_the_clip_norm(monkeypatch)
-    folder = make(tmp_path / "runs", "dp-sgd", SEEDS[:5])
-    code, out, err = dpft("check", folder, "--baseline", blessed)
-    assert code == 1 and "no seeds are left to confirm it on" in out and "at most 0.05 " in out
-    document = json.loads(blessed.read_text())
-    del document["configurations"][0]["runs"]["4"]
-    blessed.write_text(json.dumps(document))
-    code, out, _ = dpft("check", folder, "--baseline", blessed)
-    assert code == 2 and "cannot tell: 4 seeds: 5 are the fewest that can show a loss at level 0.05" in out
-    assert dpft("check", folder, "--baseline", blessed, "--level", "0.1")[0] == 1
-    assert dpft("check", folder, "--baseline", blessed, "--level", "0.1", "--margin", "0.9")[0] == 0, (
-        "within the margin"
-    )
+def worse(one, seeds, loss=0.1):
+    """The same runs, with a final metric that is lower by `loss` on `seeds`."""
+    runs = {s: dataclasses.replace(r, final=r.final - loss) if s in seeds else r for s, r in one.runs.items()}
+    return dataclasses.replace(one, runs=runs)
+
+
+def judged(one, seeds, count, **rule):
+    """The outcome for the first `count` seeds of `one` when those in `seeds` are worse now."""
+    old = dataclasses.replace(one, runs={s: one.runs[s] for s in SEEDS[:count]})
+    (outcome,) = gate.check({"": old}, {"": worse(old, seeds)}, gate.Rule(**rule), confirm=None)
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def ten(clean):
+    """The ten runs of dp-sgd."""
+    return next(iter(baseline.configurations(Store(clean["dp-sgd"]).each()).values()))
+
+
+def test_fewer_than_five_seeds_cannot_tell(ten):
+    outcome = judged(ten, SEEDS, 4)
+    assert (outcome.verdict, outcome.code) == ("cannot tell", 2)
+    assert outcome.reason == "4 seeds: 5 are the fewest that can show a loss at level 0.05"
+    assert judged(ten, SEEDS, 4, level=0.1).verdict == "regression"
+    assert judged(ten, SEEDS, 5, margin=0.2).verdict == "fine", "within the margin"
+    assert judged(ten, SEEDS[:4], 5).verdict == "fine", "four of five seeds are no evidence at .05"
+
+
+def test_a_suspicion_that_the_other_half_does_not_share_passes(ten):
+    outcome = judged(ten, SEEDS[:5], 10)
+    assert (outcome.verdict, outcome.code) == ("not confirmed", 0)
+    assert "was worse on seeds 0, 1, 2, 3, 4, not on seeds 5, 6, 7, 8, 9" in outcome.reason
+    assert judged(ten, SEEDS[5:], 10).verdict == "fine" and judged(ten, SEEDS, 10).verdict == "regression"
+
+
+def test_where_lower_is_better_a_lower_value_is_no_loss(ten):
+    down = dataclasses.replace(ten, higher_is_better=False)
+    assert judged(down, SEEDS, 10).verdict == "fine"
 
 
 @pytest.mark.parametrize("count", [5, 7, 10, 16])
-def test_false_alarms_are_as_rare_as_stated(clean, count):
+def test_false_alarms_are_as_rare_as_stated(ten, count):
     """200 repetitions in which nothing changed but the seeds' noise, resampled from the real runs; no margin."""
     rng = np.random.default_rng(count)
     rule, found, suspected = gate.Rule(margin=0.0), 0, 0
-    one = next(iter(baseline.configurations(Store(clean["dp-sgd"]).each()).values()))
-    finals, run = np.array([run.final for run in one.runs.values()]), one.runs[0]
+    finals, run = np.array([run.final for run in ten.runs.values()]), ten.runs[0]
 
     def drawn():
         return dataclasses.replace(
-            one, runs={seed: dataclasses.replace(run, final=float(rng.choice(finals))) for seed in range(count)}
+            ten, runs={seed: dataclasses.replace(run, final=float(rng.choice(finals))) for seed in range(count)}
         )
 
     for _ in range(200):
@@ -163,14 +195,6 @@ def test_false_alarms_are_as_rare_as_stated(clean, count):
     assert rate == pytest.approx(0.05 if count < 10 else 0.0025)
     assert found <= stats.binom.ppf(0.999, 200, rate)
     assert 0 < suspected <= stats.binom.ppf(0.999, 200, 0.05), "the first test alone rejects at its level"
-
-
-def test_a_suspicion_that_the_other_half_does_not_share_passes(clean):
-    one = next(iter(baseline.configurations(Store(clean["dp-sgd"]).each()).values()))
-    shifted = {s: dataclasses.replace(r, final=r.final - (0.1 if s < 5 else 0.0)) for s, r in one.runs.items()}
-    outcomes = gate.check({one.key: one}, {one.key: dataclasses.replace(one, runs=shifted)}, gate.Rule(), confirm=None)
-    assert outcomes[0].verdict == "not confirmed" and gate.exit_code(outcomes) == 0
-    assert "was worse on seeds 0, 1, 2, 3, 4, not on seeds 5, 6, 7, 8, 9" in outcomes[0].reason
 
 
 def spoil(path, change):
@@ -245,9 +269,40 @@ def test_a_bad_baseline_is_one_sentence(blessed, dpft, text, message):
     assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("final", [None, "high", float("nan"), True])
-def test_a_final_value_that_is_none_is_damage(blessed, dpft, final):
-    spoil(blessed, lambda d: d["configurations"][0]["runs"]["0"].update(final=final))
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"final": final} for final in (None, "high", float("nan"), True)),
+        {"environment": 7},
+        {"environment": None},
+        {"peak_bytes": []},
+        {"colour": "red"},
+    ],
+)
+def test_a_spoilt_run_is_damage(blessed, dpft, change):
+    spoil(blessed, lambda d: d["configurations"][0]["runs"]["0"].update(change))
+    code, _, err = dpft("check", blessed.folder, "--baseline", blessed)
+    assert code == 2 and "is damaged" in err
+
+
+def test_the_workflow_of_the_readme_runs(clean, dpft, blessed, tmp_path, monkeypatch):
+    """Its two commands, as written, in a folder with a suite and a baseline; the runs are there already."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (workflow,) = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL))
+    commands = [step["run"] for step in workflow["jobs"]["check"]["steps"] if step.get("run", "").startswith("dpft")]
+    run, check = (command.partition(" >> ")[0].split()[1:] for command in commands)
+    settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in {**SIZE, "seed": SEEDS}.items())
+    (tmp_path / "suite.toml").write_text(f'[mine.base]\n{settings}\n[[mine.arms]]\nmethod = "dp-sgd"\n')
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/runs").symlink_to(clean["dp-sgd"])
+    monkeypatch.chdir(tmp_path)
+    assert dpft(*run)[0] == 0
+    code, out, err = dpft(*check)
+    assert code == 0 and "| fine" in out, out + err
+
+
+def test_a_spoilt_spec_is_damage(blessed, dpft):
+    spoil(blessed, lambda d: d["configurations"][0]["spec"].pop("task"))
     code, _, err = dpft("check", blessed.folder, "--baseline", blessed)
     assert code == 2 and "is damaged" in err
 
@@ -263,8 +318,9 @@ def test_bad_questions_are_one_sentence(blessed, dpft, tmp_path):
         ([], "either a results FOLDER or --golden"),
         ([other, "--golden"], "either a results FOLDER or --golden"),
         (["--golden"], "give it without --golden"),
+        ([other, "--bless", "--baseline", tmp_path / "no" / "where.json"], "There is no folder"),
     ]:
-        code, out, err = dpft("check", *arguments, "--baseline", blessed)
+        code, out, err = dpft("check", "--baseline", blessed, *arguments)
         assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1, arguments
     assert json.loads(blessed.read_text())["kind"] == "quality", "a refused bless leaves the file alone"
 
@@ -284,7 +340,15 @@ def test_golden_traces_repeat_exactly_and_every_kind_of_method_has_one(traced):
     assert all(len(one["digest"]) == 20 for one in traced.values())
     assert traced["last-layer"]["spec"]["model"] == "layers"
     assert {v.verdict for v in verdicts(traced, ["last-layer", "rmt"]).values()} == {"equal"}
-    assert golden.trace("dp-lora")["status"] == "done"
+
+
+def test_the_traces_of_this_repository_are_whole_and_hold(traced):
+    document = baseline.read(Path(__file__).parent.parent / "results/golden.json", "golden")
+    assert all(one["status"] == "done" and len(one["digest"]) == 20 for one in document["traces"].values())
+    changes = golden.changes(document["platform"], golden.platform())
+    old = {method: document["traces"][method] for method in traced}
+    found = {one.verdict for one in golden.compare(old, traced, changes)}
+    assert found == {"equal"} if not changes else "differs" not in found, "bless it anew if the change is wanted"
 
 
 @pytest.mark.parametrize(("method", "plant"), PLANTS)
@@ -313,13 +377,13 @@ def test_golden_on_another_platform_is_compared_within_a_tolerance(traced):
 
 
 def test_golden_is_blessed_and_checked_by_command(dpft, tmp_path, monkeypatch):
-    few = {name: registry.methods()[name] for name in ("dp-bitfit", "dp-sgd")}
+    few = {"dp-sgd": registry.method("dp-sgd")}
     monkeypatch.setattr(registry, "methods", lambda: few)
     path = tmp_path / "golden.json"
     assert dpft("check", "--golden", "--baseline", path)[0] == 2
     assert dpft("check", "--golden", "--baseline", path, "--bless")[0] == 0
     code, out, err = dpft("check", "--golden", "--baseline", path, "--quiet")
-    assert code == 0 and out.count("equal") == 2 and err == ""
+    assert code == 0 and out.count("equal") == 1 and err == ""
     half_the_clip_norm(monkeypatch)
     code, out, _ = dpft("check", "--golden", "--baseline", path, "--json")
     assert code == 1 == json.loads(out)["exit_code"]

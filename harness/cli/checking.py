@@ -51,6 +51,8 @@ def check(folder, baseline, bless, golden, as_json, quiet, data_dir, device, **r
     """
     if golden == (folder is not None):
         raise BadInput("Give either a results FOLDER or --golden.")
+    if bless and not baseline.absolute().parent.is_dir():
+        raise BadInput(f"There is no folder {baseline.parent} for the baseline; make it.")
     if golden:
         return _golden(baseline, bless, as_json, quiet)
     from dpft.harness.store import Store
@@ -117,10 +119,7 @@ def _confirm(store, data_dir, device, quiet):
         from dpft.harness.run_settings import Settings, pick_device
         from dpft.harness.spec import RunSpec
 
-        try:
-            runs = [RunSpec(**spec) for spec in specs]
-        except TypeError as error:
-            raise BadInput(f"A spec of the baseline is not of this dpft ({error}); bless it anew.") from error
+        runs = [RunSpec(**spec) for spec in specs]
         one = runs[0]
         known = (
             registry.task(one.task).version,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput
-from dpft.harness.spec import completed
+from dpft.harness.spec import RunSpec, completed
 from dpft.harness.store import atomic
 
 SCHEMA = 1
@@ -120,6 +121,8 @@ def load(path: Path) -> dict[str, Configuration]:
         found = [_configuration(entry, document["environments"]) for entry in document["configurations"]]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}") from error
+    if not found:
+        raise damaged(path, "it holds no configuration")
     return {one.key: one for one in found}
 
 
@@ -131,15 +134,16 @@ def _configuration(entry: dict[str, Any], environments: list[dict[str, Any]]) ->
         for number in (run.final, run.peak_bytes, run.step_s, run.steps_to_threshold):
             if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
                 raise ValueError(f"{number!r} is no number")
-        if run.final is None or run.final != run.final:
+        if run.final is None or not math.isfinite(run.final):
             raise ValueError(f"seed {seed} has no final value")
+        if not (isinstance(run.made_with, dict) and isinstance(run.hardware, dict)):
+            raise ValueError(f"seed {seed} has no environment")
         runs[int(seed)] = run
     if not runs or not isinstance(entry["higher_is_better"], bool):
         raise ValueError("a configuration without runs or direction")
-    spec = completed(entry["spec"])
-    return Configuration(
-        {k: v for k, v in spec.items() if k != "seed"}, entry["metric"], entry["higher_is_better"], runs
-    )
+    spec = RunSpec(**{**entry["spec"], "seed": 0}).to_dict()
+    del spec["seed"]
+    return Configuration(spec, entry["metric"], entry["higher_is_better"], runs)
 
 
 def write(path: Path, kind: str, content: dict[str, Any]) -> None:

@@ -128,21 +128,28 @@ def check(path: Path, observe: Callable[[str], None] = lambda method: None) -> l
     """Trace every method again and compare with the baseline at `path`. Raises BadInput when that cannot be read."""
     document = baseline.read(path, "golden")
     old, was = document.get("traces"), document.get("platform")
-    shape = {"spec", "status", "reason", "digest", *COLUMNS}
     if not (isinstance(was, dict) and isinstance(old, dict) and old):
         raise baseline.damaged(path, "it holds no traces")
     for name, one in old.items():
-        if (
-            not isinstance(one, dict)
-            or shape - one.keys()
-            or len({len(one[c] or ()) for c in (*COLUMNS, "digest")}) > 1
-        ):
+        if not _whole(one):
             raise baseline.damaged(path, f"the trace of {name} is not whole")
-    return compare(old, traces(None, observe), _changes(was, platform()))
+    return compare(old, traces(None, observe), changes(was, platform()))
 
 
-def compare(old: dict[str, Any], new: dict[str, Any], changes: list[str]) -> list[Verdict]:
-    """One verdict per method. changes: how this platform differs from the baseline's; exact when there are none."""
+def _whole(one: Any) -> bool:
+    """Whether `one` is a trace: a spec, a status, and columns of one length with a number or null at each step."""
+    columns = (*COLUMNS, "digest")
+    if not (
+        isinstance(one, dict) and isinstance(one.get("spec"), dict) and {"status", "reason", *columns} <= one.keys()
+    ):
+        return False
+    if not all(isinstance(one[name], list) and len(one[name]) == len(one["digest"]) for name in columns):
+        return False
+    return all(value is None or isinstance(value, (int, float)) for name in COLUMNS for value in one[name])
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], differing: list[str]) -> list[Verdict]:
+    """One verdict per method. differing: how this platform differs from the baseline's; exact when there are none."""
     found = []
     for method in sorted(old.keys() | new.keys()):
         if method not in old:
@@ -150,21 +157,21 @@ def compare(old: dict[str, Any], new: dict[str, Any], changes: list[str]) -> lis
         elif method not in new:
             found += [Verdict(method, "gone", "not registered any more; bless the baseline anew")]
         else:
-            found += [_compare(method, old[method], new[method], changes)]
+            found += [_compare(method, old[method], new[method], differing)]
     return found
 
 
-def _compare(method: str, old: dict[str, Any], new: dict[str, Any], changes: list[str]) -> Verdict:
-    if other := _changes(old["spec"], new["spec"]):
+def _compare(method: str, old: dict[str, Any], new: dict[str, Any], differing: list[str]) -> Verdict:
+    if other := changes(old["spec"], new["spec"]):
         return Verdict(method, "not comparable", ", ".join(other))
     if (old["status"], old["reason"]) != (new["status"], new["reason"]):
         told = [f"{one['status']}" + (f" ({one['reason']})" if one["reason"] else "") for one in (new, old)]
         return Verdict(method, "differs", f"it is {told[0]}, was {told[1]}")
-    difference = _first_difference(old, new, exact=not changes)
+    difference = _first_difference(old, new, exact=not differing)
     if difference is None:
-        return Verdict(method, "close" if changes else "equal", old["reason"])
-    if changes:
-        return Verdict(method, "not comparable", f"{', '.join(changes)}; and {difference}")
+        return Verdict(method, "close" if differing else "equal", old["reason"])
+    if differing:
+        return Verdict(method, "not comparable", f"{', '.join(differing)}; and {difference}")
     return Verdict(method, "differs", difference)
 
 
@@ -182,7 +189,8 @@ def _first_difference(old: dict[str, Any], new: dict[str, Any], exact: bool) -> 
     return None
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two platforms or specs, in words."""
     return [f"{k} is {new.get(k)}, was {old.get(k)}" for k in {**old, **new} if new.get(k) != old.get(k)]
 
 

@@ -60,7 +60,7 @@ def _notes(outcomes: Sequence[Outcome], rule: Rule) -> str:
         f"sign-flip test rejects at {rule.level:g}{also}; with {2 * rule.fewest} seeds or more it must happen on both "
         "halves of them.\n"
         f"- Probability of a false alarm in this table: at most {min(1.0, sum(one.rate for one in outcomes)):.2g} "
-        "(for changes that alter nothing but chance; the same code on the same platform repeats bit for bit).\n"
+        "(of the metric, by changes that alter nothing but chance; the same code on the same platform repeats bit for bit).\n"
         "- steps: median to the task's threshold, baseline -> now; shown, not judged."
     )
 
