@@ -158,6 +158,7 @@ def test_fewer_than_five_seeds_cannot_tell(ten):
     outcome = judged(ten, SEEDS, 4)
     assert (outcome.verdict, outcome.code) == ("cannot tell", 2)
     assert outcome.reason == "4 seeds: 5 are the fewest that can show a loss at level 0.05"
+    assert judged(ten, [], 4).verdict == "fine", "equal results need no test"
     assert judged(ten, SEEDS, 4, level=0.1).verdict == "regression"
     assert judged(ten, SEEDS, 5, margin=0.2).verdict == "fine", "within the margin"
     assert judged(ten, SEEDS[:4], 5).verdict == "fine", "four of five seeds are no evidence at .05"
@@ -318,6 +319,7 @@ def test_bad_questions_are_one_sentence(blessed, dpft, tmp_path):
         ([], "either a results FOLDER or --golden"),
         ([other, "--golden"], "either a results FOLDER or --golden"),
         (["--golden"], "give it without --golden"),
+        ([other, "--margin", "nan"], "finite numbers"),
         ([other, "--bless", "--baseline", tmp_path / "no" / "where.json"], "There is no folder"),
     ]:
         code, out, err = dpft("check", "--baseline", blessed, *arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import click
@@ -23,7 +24,7 @@ SHARE = click.FloatRange(min=0)
 )
 @click.option(
     "--level",
-    type=click.FloatRange(0, 0.5, min_open=True),
+    type=click.FloatRange(0.001, 0.5),  # tests of more than 12 seeds give no p below 1/4096
     default=0.05,
     show_default=True,
     help="Of each one-sided test.",
@@ -53,6 +54,8 @@ def check(folder, baseline, bless, golden, as_json, quiet, data_dir, device, **r
         raise BadInput("Give either a results FOLDER or --golden.")
     if bless and not baseline.absolute().parent.is_dir():
         raise BadInput(f"There is no folder {baseline.parent} for the baseline; make it.")
+    if not all(math.isfinite(value) for value in rule.values() if value is not None):
+        raise BadInput("Level and margins must be finite numbers; correct them.")
     if golden:
         return _golden(baseline, bless, as_json, quiet)
     from dpft.harness.store import Store

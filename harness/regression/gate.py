@@ -131,7 +131,8 @@ def _absent(old: Configuration, fresh: Sequence[Configuration]) -> Outcome:
     near = _nearest(old, fresh)
     if near is not None:
         return Outcome(old.spec, "not comparable", "; ".join(_changes(old.spec, near.spec)))
-    return Outcome(old.spec, "missing", "no run", missing=tuple(sorted(old.runs)))
+    seeds = tuple(sorted(old.runs))
+    return Outcome(old.spec, "missing", f"no run of seeds {_span(seeds)}", missing=seeds)
 
 
 def _configuration(old: Configuration, new: Configuration, rule: Rule, confirm: Confirm) -> Outcome:
@@ -197,7 +198,7 @@ def _compare(base: Outcome, old: Configuration, new: Configuration, seeds: Seque
         found.measures["step time"] = _measure(_ratios(pairs, "step_s"), math.log1p(rule.time))
     if rule.memory is not None:
         found.measures["peak memory"] = _measure(_ratios(pairs, "peak_bytes"), math.log1p(rule.memory))
-    if len(seeds) < rule.fewest:
+    if len(seeds) < rule.fewest and any(differences):
         told = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}: {rule.fewest} are the fewest that can show a loss"
         return replace(found, verdict="cannot tell", reason=f"{told} at level {rule.level:g}")
     return found
