@@ -64,13 +64,14 @@ def _git() -> dict[str, Any] | None:
 def _hardware(device: str) -> dict[str, Any]:
     import torch
 
-    found = {"device": device, "cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found = {"device": device, "cpu": cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.device(device).type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SIZE, TRAIN, VALIDATION = 256, 20_000, 256
 SINGULAR_VALUES = (1.0, 0.7, 0.5, 0.35)
+FEATURES = 64  # of the model `layers`
 
 
 class LowRank(Task):
@@ -55,18 +56,23 @@ class LowRank(Task):
         return Data(rows[:TRAIN], rows[TRAIN:], digest)
 
     def prepare(self, data: Data, spec: ModelSpec, generator: torch.Generator) -> Prepared:
-        """A linear layer at zero. Raises CannotRun for another model."""
-        if spec.model != self.default_model:
+        """`linear`: one layer at zero. `layers`: 64 random features and a head at zero, for methods that train biases or heads.
+
+        Raises CannotRun for another model.
+        """
+        models = {self.default_model: _linear, "layers": _layers}
+        if spec.model not in models:
             raise CannotRun(f"The task {self.name} has a model of its own, not {spec.model!r}; leave model out.")
+        model, fingerprint = models[spec.model]()
         return Prepared(
-            model=_linear(),
+            model=model,
             train=data.train,
             validation=data.validation,
             train_lengths=[1] * len(data.train),
             validation_lengths=[1] * len(data.validation),
             collate=_collate,
             data_fingerprint=data.fingerprint,
-            model_fingerprint=hashlib.sha256(b"zeros").hexdigest(),
+            model_fingerprint=fingerprint,
         )
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -85,7 +91,7 @@ class LowRank(Task):
         return make_r2()
 
 
-def _linear() -> nn.Module:
+def _linear() -> tuple[nn.Module, str]:
     from torch import nn
 
     class Linear(nn.Module):
@@ -99,7 +105,34 @@ def _linear() -> nn.Module:
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             return self.linear(inputs)
 
-    return Linear()
+    return Linear(), hashlib.sha256(b"zeros").hexdigest()
+
+
+def _layers() -> tuple[nn.Module, str]:
+    """Features with a bias, drawn from a fixed seed as a pretrained body would be, and a linear head at zero."""
+    import numpy
+    import torch
+    from torch import nn
+
+    weights = (
+        numpy.random.Generator(numpy.random.PCG64(2)).standard_normal((FEATURES, SIZE)).astype("float32") / SIZE**0.5
+    )
+
+    class Layers(nn.Module):
+        head_parameters: tuple[str, ...] = ("head.weight", "head.bias")
+
+        def __init__(self):
+            super().__init__()
+            self.features, self.head = nn.Linear(SIZE, FEATURES), nn.Linear(FEATURES, SIZE)
+            with torch.no_grad():
+                self.features.weight.copy_(torch.from_numpy(weights))
+            for parameter in (self.features.bias, *self.head.parameters()):
+                nn.init.zeros_(parameter)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.features(inputs)))
+
+    return Layers(), hashlib.sha256(weights.tobytes()).hexdigest()
 
 
 def _collate(examples: Sequence[dict]) -> dict[str, torch.Tensor]:

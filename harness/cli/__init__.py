@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from dpft.harness.cli import auditing, catalogue, measuring, memory, noise, records, running
+from dpft.harness.cli import auditing, catalogue, checking, measuring, memory, noise, records, running
 from dpft.harness.errors import BadInput
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -49,6 +49,7 @@ for command in (
     running.run,
     running.plan,
     records.report,
+    checking.check,
     records.verify,
     records.merge,
     catalogue.list_,

@@ -1,0 +1,140 @@
+"""The regression gate: `dpft check`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import click
+
+from dpft.harness.errors import BadInput
+
+SHARE = click.FloatRange(min=0)
+
+
+@click.command()
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--baseline", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The JSON file to compare with."
+)
+@click.option("--bless", is_flag=True, help="Write the baseline from FOLDER (or the traces) instead of comparing.")
+@click.option(
+    "--golden", is_flag=True, help="Trace 20 steps of every method on a tiny CPU task instead of reading FOLDER."
+)
+@click.option(
+    "--level",
+    type=click.FloatRange(0.001, 0.5),  # tests of more than 12 seeds give no p below 1/4096
+    default=0.05,
+    show_default=True,
+    help="Of each one-sided test.",
+)
+@click.option(
+    "--margin",
+    type=SHARE,
+    default=0.01,
+    show_default=True,
+    help="Mean loss that is put up with, in units of the metric.",
+)
+@click.option("--time-margin", "time", type=SHARE, help="Also gate step time: .2 puts up with 20%. Same hardware only.")
+@click.option("--memory-margin", "memory", type=SHARE, help="Also gate peak memory, likewise.")
+@click.option(
+    "--data-dir", type=click.Path(path_type=Path), envvar="DPFT_DATA", help="Local mirror of data sets, to confirm."
+)
+@click.option("--device", default="auto", show_default=True, help="Where runs that confirm a suspicion are made.")
+@click.option("--quiet", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
+def check(folder, baseline, bless, golden, as_json, quiet, data_dir, device, **rule):
+    """Did a change make a method worse? Compare the runs in FOLDER with a baseline, seed by seed.
+
+    Exit code 0: no; 1: yes; 2: it cannot be told, and why. A suspicion is confirmed on seeds that the baseline keeps back:
+    runs of them that FOLDER lacks are made.
+    """
+    if golden == (folder is not None):
+        raise BadInput("Give either a results FOLDER or --golden.")
+    if bless and not baseline.absolute().parent.is_dir():
+        raise BadInput(f"There is no folder {baseline.parent} for the baseline; make it.")
+    if not all(math.isfinite(value) for value in rule.values() if value is not None):
+        raise BadInput("Level and margins must be finite numbers; correct them.")
+    if golden:
+        return _golden(baseline, bless, as_json, quiet)
+    from dpft.harness.store import Store
+
+    store = Store(folder)
+    if bless:
+        return _bless(baseline, store, as_json)
+    from dpft.harness.regression import gate, show
+    from dpft.harness.regression.baseline import configurations, load
+
+    blessed, limits = load(baseline), gate.Rule(**rule)
+    now = configurations(store.each())
+    if not now:
+        raise BadInput(f"There are no runs in {folder}; make them with `dpft run`.")
+    outcomes = gate.check(blessed, now, limits, _confirm(store, data_dir, device, quiet or as_json))
+    code = gate.exit_code(outcomes)
+    if as_json:
+        click.echo(json.dumps(show.document(outcomes, limits, code), indent=1, allow_nan=False))
+    else:
+        click.echo(show.markdown(outcomes, limits))
+    return code
+
+
+def _bless(path, store, as_json):
+    from dpft.harness.regression.baseline import bless
+
+    count, left_out = bless(path, store.each())
+    for line in left_out:
+        click.echo(f"left out: {line}", err=True)
+    click.echo(f"{count} runs were blessed into {path}.", err=True)
+    if as_json:
+        click.echo(json.dumps({"blessed": count, "left_out": left_out}, indent=1))
+
+
+def _golden(path, bless, as_json, quiet):
+    from dpft.harness.regression import golden
+
+    def observe(method):
+        if not quiet:
+            click.echo(f"tracing {method}", err=True)
+
+    if bless:
+        found = golden.traces(None, observe)
+        golden.bless(path, found)
+        click.echo(f"{len(found)} traces were blessed into {path}.", err=True)
+        if as_json:
+            click.echo(json.dumps({"blessed": len(found)}))
+        return 0
+    verdicts = golden.check(path, observe)
+    code = golden.exit_code(verdicts)
+    if as_json:
+        click.echo(json.dumps({"exit_code": code, "methods": [vars(one) for one in verdicts]}, indent=1))
+    else:
+        click.echo(golden.markdown(verdicts))
+    return code
+
+
+def _confirm(store, data_dir, device, quiet):
+    """Makes runs of one configuration and returns it with all that the store then holds."""
+
+    def confirm(specs):
+        from dpft.harness import execution, progress, registry
+        from dpft.harness.regression.baseline import Configuration, configurations
+        from dpft.harness.run_settings import Settings, pick_device
+        from dpft.harness.spec import RunSpec
+
+        runs = [RunSpec(**spec) for spec in specs]
+        one = runs[0]
+        known = (
+            registry.task(one.task).version,
+            registry.method(one.method).version,
+            registry.decoder(one.decoder).version,
+        )
+        if known != (one.task_version, one.method_version, one.decoder_version):
+            raise BadInput(f"The runs of {one.method} are of another version than this dpft has; make them again.")
+        reporter = progress.reporter(len(runs), quiet)
+        reporter.note(f"{one.method} on {one.task} seems worse; confirming on {len(runs)} more seeds.")
+        execution.run_all(runs, store, Settings(data_dir, device=pick_device(device)), execution.Policy(), reporter)
+        wanted = Configuration({k: v for k, v in specs[0].items() if k != "seed"}, "", True).key
+        return configurations(store.each())[wanted]
+
+    return confirm

@@ -1,0 +1,175 @@
+"""What a gate compares with: baseline files, and the configurations that a folder of records holds. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpft.harness.errors import BadInput
+from dpft.harness.spec import RunSpec, completed
+from dpft.harness.store import atomic
+
+SCHEMA = 1
+PACKAGES = ("torch", "transformers", "peft", "numpy", "evaluate")  # those that can change what a run comes to
+SETTINGS = ("engine", "max_tokens")  # part of the hardware id: they change time and memory, not the result
+HINT = {"golden": "give it with --golden", "quality": "give it without --golden"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    final: the metric on the whole validation split; steps_to_threshold: None when not reached; step_s: median seconds of a step,
+    None where too few were timed; peak_bytes; made_with: versions of the key packages and fingerprints of data and model;
+    hardware: machine and settings, which only time and memory depend on.
+    """
+
+    final: float
+    steps_to_threshold: int | None
+    step_s: float | None
+    peak_bytes: int
+    made_with: dict[str, Any]
+    hardware: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One spec without its seed, its runs by seed, and by seed why others have no result."""
+
+    spec: dict[str, Any]
+    metric: str
+    higher_is_better: bool
+    runs: dict[int, Run] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return json.dumps(self.spec, sort_keys=True)
+
+
+def configurations(records: Iterable[dict[str, Any]]) -> dict[str, Configuration]:
+    """The configurations of `records` by key. Skipped runs are left out; failed ones keep their reason."""
+    found: dict[str, Configuration] = {}
+    for record in records:
+        if record["status"] == "skipped":
+            continue
+        spec = completed(record["spec"])
+        seed, result = spec.pop("seed"), record["result"]
+        metric, higher = (result["metric"], result["higher_is_better"]) if result else ("", True)
+        new = Configuration(spec, metric, higher)
+        one = found.get(new.key)
+        if one is None or (result and not one.metric):
+            one = found[new.key] = Configuration(spec, metric, higher, *((one.runs, one.failed) if one else ({}, {})))
+        if result is None:
+            one.failed[seed] = f"{record['status']}: {record['error']}"
+        else:
+            one.runs[seed] = _run(record)
+    return found
+
+
+def _run(record: dict[str, Any]) -> Run:
+    source = record["provenance"]
+    return Run(
+        final=record["result"]["final"],
+        steps_to_threshold=record["result"]["steps_to_threshold"],
+        step_s=record["cost"]["step_s"],
+        peak_bytes=sum(record["cost"]["peak_bytes"].values()),
+        made_with={
+            **{name: source["versions"].get(name) for name in PACKAGES},
+            **{key: source[key] for key in ("data_fingerprint", "model_fingerprint")},
+        },
+        hardware={**source["hardware"], **{key: source["settings"].get(key) for key in SETTINGS}},
+    )
+
+
+def bless(path: Path, records: Iterable[dict[str, Any]]) -> tuple[int, list[str]]:
+    """Write the finished runs of `records` to `path`; returns (how many runs, which had no result and were left out).
+
+    Raises BadInput when none is finished.
+    """
+    environments: list[dict[str, Any]] = []
+    entries, left_out = [], []
+    for one in configurations(records).values():
+        left_out += [
+            f"{one.spec['task']}/{one.spec['method']} seed {s}: {why}" for s, why in sorted(one.failed.items())
+        ]
+        runs = {}
+        for seed, run in sorted(one.runs.items()):
+            environment = {"made_with": run.made_with, "hardware": run.hardware}
+            if environment not in environments:
+                environments.append(environment)
+            numbers = {k: v for k, v in vars(run).items() if k not in environment}
+            runs[str(seed)] = {**numbers, "environment": environments.index(environment)}
+        if runs:
+            entries.append(
+                {"spec": one.spec, "metric": one.metric, "higher_is_better": one.higher_is_better, "runs": runs}
+            )
+    if not entries:
+        raise BadInput("There is no finished run to bless; make some with `dpft run`.")
+    write(path, "quality", {"environments": environments, "configurations": entries})
+    return sum(len(entry["runs"]) for entry in entries), left_out
+
+
+def load(path: Path) -> dict[str, Configuration]:
+    """The configurations that were blessed into `path`. Raises BadInput when it is missing, damaged or of another kind."""
+    document = read(path, "quality")
+    try:
+        found = [_configuration(entry, document["environments"]) for entry in document["configurations"]]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
+    if not found:
+        raise damaged(path, "it holds no configuration")
+    return {one.key: one for one in found}
+
+
+def _configuration(entry: dict[str, Any], environments: list[dict[str, Any]]) -> Configuration:
+    runs = {}
+    for seed, numbers in entry["runs"].items():
+        kept = {key: value for key, value in numbers.items() if key != "environment"}
+        run = Run(**kept, **environments[numbers["environment"]])
+        for number in (run.final, run.peak_bytes, run.step_s, run.steps_to_threshold):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
+                raise ValueError(f"{number!r} is no number")
+        if run.final is None or not math.isfinite(run.final):
+            raise ValueError(f"seed {seed} has no final value")
+        if not (isinstance(run.made_with, dict) and isinstance(run.hardware, dict)):
+            raise ValueError(f"seed {seed} has no environment")
+        runs[int(seed)] = run
+    if not runs or not isinstance(entry["higher_is_better"], bool):
+        raise ValueError("a configuration without runs or direction")
+    spec = RunSpec(**{**entry["spec"], "seed": 0}).to_dict()
+    del spec["seed"]
+    return Configuration(spec, entry["metric"], entry["higher_is_better"], runs)
+
+
+def write(path: Path, kind: str, content: dict[str, Any]) -> None:
+    """Replace `path` by a baseline file of `kind`."""
+    text = json.dumps({"schema": SCHEMA, "kind": kind, **content}, indent=1, allow_nan=False, ensure_ascii=False)
+    with atomic(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read(path: Path, kind: str) -> dict[str, Any]:
+    """The baseline file at `path`. Raises BadInput unless it is one of `kind` and of this schema."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"There is no baseline {path}; make it with --bless.") from None
+    except (OSError, ValueError) as error:
+        raise damaged(path, str(error)) from error
+    if not isinstance(document, dict) or document.get("kind") not in HINT:
+        raise BadInput(f"The file {path} is no baseline of dpft check; make one with --bless.")
+    if document.get("schema") != SCHEMA:
+        raise BadInput(f"The baseline {path} has schema {document.get('schema')}, not {SCHEMA}; bless it anew.")
+    if document["kind"] != kind:
+        raise BadInput(f"The baseline {path} is a {document['kind']} one; {HINT[document['kind']]}.")
+    return document
+
+
+def damaged(path: Path, why: str) -> BadInput:
+    """The error for a baseline that cannot be understood."""
+    return BadInput(f"The baseline {path} is damaged ({why}); restore it or bless it anew.")
