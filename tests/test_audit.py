@@ -18,12 +18,28 @@ from dpft.harness.cli import cli
 from dpft.harness.errors import BadInput
 
 PRIVATE = [name for name, method in registry.methods().items() if method.private]
+
+
+def in_phases(name):
+    method = registry.make(name, registry.methods()[name].defaults.get("decoder", "mean"), {})
+    method.schedule(24)
+    return len(method.phases()) > 1
+
+
+PHASED = [name for name in PRIVATE if in_phases(name)]
 SMALL = dict(steps=24, canaries=32, sampling_rate=0.25, epsilon=4.0)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("method", PRIVATE)
+@pytest.mark.parametrize("method", PHASED)
+def test_a_method_in_phases_is_audited_as_a_whole(method):
+    with pytest.raises(BadInput, match="several phases; use --one-run"):
+        audit(Question(method, **SMALL))
+    assert one_run(Question(method, **SMALL)).verdict == "consistent"
+
+
+@pytest.mark.parametrize("method", [name for name in PRIVATE if name not in PHASED])
 def test_no_registered_method_is_accused(method):
     found = audit(Question(method, **SMALL))
     assert found.verdict == "consistent", found

@@ -78,6 +78,10 @@ def observe(question: Question, progress: Callable[[int, int], None] = lambda do
             raise BadInput(
                 f"The audit by canaries knows Gaussian noise, not {setup.mechanism.noise.mechanism!r}; use --one-run."
             )
+        if len(setup.method.phases()) > 1:
+            raise BadInput(
+                f"The audit by canaries follows one release shape, and {spec.method} has several phases; use --one-run."
+            )
         places, picks = aim(setup), _Picks()
         made = watch(setup, lambda batch, noisy, step: _note(setup, notes, picks, batch, noisy, step))
 

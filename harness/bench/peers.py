@@ -74,7 +74,10 @@ def _prepared(name: str, model: nn.Module, examples: int = 1, decoder: str | Non
 
     spec = resolve({"task": "sentences", "method": name, "batch_size": examples, "decoder": decoder})
     method = registry.make(spec.method, spec.decoder, spec.options)
+    method.schedule(spec.steps)
     reason = method.skip(model)
+    if len(method.phases()) > 1:
+        reason = "trains in phases whose steps differ; see the times in a run's record"
     if reason is not None:
         raise Skipped(reason)
     device = next(model.parameters()).device

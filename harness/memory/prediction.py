@@ -130,6 +130,11 @@ def _step(question: Question, model: nn.Module, mode: FakeTensorMode | None):
         raise unknown("method", question.method, {*registry.methods(), *ROWS})
     spec = resolve({"task": "sentences", "method": question.method, "batch_size": question.batch, **question.options})
     method = registry.make(spec.method, spec.decoder, spec.options)
+    method.schedule(spec.steps)
+    if len(method.phases()) > 1:
+        raise CannotRun(
+            f"{question.method} trains in phases, each with a memory of its own; see peak_bytes in the record of a run."
+        )
     reason = method.skip(model)
     if reason is not None:
         raise BadInput(reason)
