@@ -67,14 +67,15 @@ class Mechanism:
     def release(self, clipped_sum: dict[str, torch.Tensor]) -> NoisySum:
         """The noisy sum over the expected batch size. Works in place: `clipped_sum` holds no clean values afterwards."""
         size = self.expected_batch_size
-        if self.noise is not None:
+        if not all(map(has_values, clipped_sum.values())):
+            pass  # fakes have nothing that noise could be added to, and blocks of a fixed size take no room that grows
+        elif self.noise is not None:
             self._check(clipped_sum)
             scale, draw = self._scale() * self.clip_norm, self._draw
             count, block = len(self._generators), _BLOCK[self._generators[0].device.type]
             blocks = [part for tensor in clipped_sum.values() for part in tensor.view(-1).split(block)]
             work = [(generator, blocks[i::count], scale, size, draw) for i, generator in enumerate(self._generators)]
-            aside = self._workers is not None and all(map(has_values, clipped_sum.values()))
-            for _ in (self._workers.map if aside else map)(_add_noise, work):
+            for _ in map(_add_noise, work) if self._workers is None else self._workers.map(_add_noise, work):
                 pass
         else:
             torch._foreach_div_(list(clipped_sum.values()), size)
