@@ -12,7 +12,7 @@ HOSTILE = '</script><script>document.title="broken"</script><img src=x onerror="
 def originals():
     """(record, curve file) of the repository's records, without their long diagnostics."""
     found = []
-    for folder in ("official", "spectral", "theory"):
+    for folder in ("official", "full", "theory"):
         for record in Store(ROOT / "results" / folder).records():
             record["diagnostics"] = {
                 k: v for k, v in record["diagnostics"].items() if k in ("private", "alignment", "clipped_fraction")

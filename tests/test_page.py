@@ -174,7 +174,7 @@ def test_the_page_and_the_markdown_rank_alike(dpft_report):
 def dpft_report(tmp_path):
     from dpft.harness import report
 
-    store = Store(ROOT / "results/spectral")
+    store = Store(ROOT / "results/full")
     page.write(tmp_path / "page.html", store, store.each())
     return report.markdown(store.records(), store).split("Decoders.")[0], unpacked(tmp_path / "page.html", "index")
 
