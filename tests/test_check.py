@@ -78,7 +78,7 @@ def blessed(clean, tmp_path):
 
 def too_much_noise(patch):
     real = mechanism._add_noise
-    patch.setattr(mechanism, "_add_noise", lambda work: real((*work[:2], 1.2 * work[2], work[3])))
+    patch.setattr(mechanism, "_add_noise", lambda work: real((*work[:2], 1.2 * work[2], *work[3:])))
 
 
 def half_the_clip_norm(patch):
