@@ -38,7 +38,7 @@ def load_once():
 
 def make(folder, method, seeds):
     """Real runs of one configuration, of a third of a second each."""
-    runs = spec.expand({**SIZE, "method": method, "seed": list(seeds)})
+    runs = [spec.resolve({**SIZE, "method": method, "seed": seed}) for seed in seeds]
     execution.run_all(runs, Store(folder), Settings(), execution.Policy(), progress.reporter(0, quiet=True))
     return folder
 
@@ -372,6 +372,7 @@ def test_golden_on_another_platform_is_compared_within_a_tolerance(traced):
     changed = json.loads(json.dumps(traced))
     changed["rmt"]["spec"]["method_version"] = 0
     del changed["dp-sgd"]
+    del changed["last-layer"]["spec"]["decoder_version"]
     found = {
         v.method: v.verdict for v in golden.compare(changed, {"rmt": traced["rmt"], "dp-sgd": traced["dp-sgd"]}, [])
     }

@@ -13,7 +13,7 @@ from typing import Any
 from dpft.harness import registry
 from dpft.harness.errors import BadInput
 from dpft.harness.regression import baseline
-from dpft.harness.spec import resolve
+from dpft.harness.spec import completed, resolve
 
 # A task with its own model: nothing to download. The batch is large enough for the signal to stand out of the noise, so that
 # spectral decoders do something; 20 steps reach every branch that depends on the step.
@@ -162,7 +162,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], differing: list[str]) -> l
 
 
 def _compare(method: str, old: dict[str, Any], new: dict[str, Any], differing: list[str]) -> Verdict:
-    if other := changes(old["spec"], new["spec"]):
+    if other := changes(completed(old["spec"]), new["spec"]):
         return Verdict(method, "not comparable", ", ".join(other))
     if (old["status"], old["reason"]) != (new["status"], new["reason"]):
         told = [f"{one['status']}" + (f" ({one['reason']})" if one["reason"] else "") for one in (new, old)]
