@@ -162,7 +162,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], differing: list[str]) -> l
 
 
 def _compare(method: str, old: dict[str, Any], new: dict[str, Any], differing: list[str]) -> Verdict:
-    if other := changes(completed(old["spec"]), new["spec"]):
+    if other := changes(completed(old["spec"]), completed(new["spec"])):
         return Verdict(method, "not comparable", ", ".join(other))
     if (old["status"], old["reason"]) != (new["status"], new["reason"]):
         told = [f"{one['status']}" + (f" ({one['reason']})" if one["reason"] else "") for one in (new, old)]
