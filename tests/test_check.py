@@ -346,7 +346,8 @@ def test_golden_traces_repeat_exactly_and_every_kind_of_method_has_one(traced):
 
 def test_the_traces_of_this_repository_are_whole_and_hold(traced):
     document = baseline.read(Path(__file__).parent.parent / "results/golden.json", "golden")
-    assert all(one["status"] == "done" and len(one["digest"]) == 20 for one in document["traces"].values())
+    for one in document["traces"].values():
+        assert len(one["digest"]) == 20 if one["status"] == "done" else one["status"] == "skipped" and one["reason"]
     changes = golden.changes(document["platform"], golden.platform())
     old = {method: document["traces"][method] for method in traced}
     found = {one.verdict for one in golden.compare(old, traced, changes)}
