@@ -38,7 +38,7 @@ def load_once():
 
 def make(folder, method, seeds):
     """Real runs of one configuration, of a third of a second each."""
-    runs = spec.expand({**SIZE, "method": method, "seed": list(seeds)})
+    runs = [spec.resolve({**SIZE, "method": method, "seed": seed}) for seed in seeds]
     execution.run_all(runs, Store(folder), Settings(), execution.Policy(), progress.reporter(0, quiet=True))
     return folder
 
@@ -78,7 +78,7 @@ def blessed(clean, tmp_path):
 
 def too_much_noise(patch):
     real = mechanism._add_noise
-    patch.setattr(mechanism, "_add_noise", lambda work: real((*work[:2], 1.2 * work[2], work[3])))
+    patch.setattr(mechanism, "_add_noise", lambda work: real((*work[:2], 1.2 * work[2], *work[3:])))
 
 
 def half_the_clip_norm(patch):
@@ -346,7 +346,8 @@ def test_golden_traces_repeat_exactly_and_every_kind_of_method_has_one(traced):
 
 def test_the_traces_of_this_repository_are_whole_and_hold(traced):
     document = baseline.read(Path(__file__).parent.parent / "results/golden.json", "golden")
-    assert all(one["status"] == "done" and len(one["digest"]) == 20 for one in document["traces"].values())
+    for one in document["traces"].values():
+        assert len(one["digest"]) == 20 if one["status"] == "done" else one["status"] == "skipped" and one["reason"]
     changes = golden.changes(document["platform"], golden.platform())
     old = {method: document["traces"][method] for method in traced}
     found = {one.verdict for one in golden.compare(old, traced, changes)}
@@ -372,6 +373,7 @@ def test_golden_on_another_platform_is_compared_within_a_tolerance(traced):
     changed = json.loads(json.dumps(traced))
     changed["rmt"]["spec"]["method_version"] = 0
     del changed["dp-sgd"]
+    del changed["last-layer"]["spec"]["decoder_version"]
     found = {
         v.method: v.verdict for v in golden.compare(changed, {"rmt": traced["rmt"], "dp-sgd": traced["dp-sgd"]}, [])
     }

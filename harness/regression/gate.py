@@ -198,7 +198,7 @@ def _compare(base: Outcome, old: Configuration, new: Configuration, seeds: Seque
         found.measures["step time"] = _measure(_ratios(pairs, "step_s"), math.log1p(rule.time))
     if rule.memory is not None:
         found.measures["peak memory"] = _measure(_ratios(pairs, "peak_bytes"), math.log1p(rule.memory))
-    if len(seeds) < rule.fewest and any(differences):
+    if len(seeds) < rule.fewest and any(loss for one in found.measures.values() for loss in one.losses.values()):
         told = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}: {rule.fewest} are the fewest that can show a loss"
         return replace(found, verdict="cannot tell", reason=f"{told} at level {rule.level:g}")
     return found
