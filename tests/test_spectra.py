@@ -9,6 +9,7 @@ from dpft.harness import report, run, spec, spectra
 from dpft.harness.mechanism import GaussianMechanism, stream
 from dpft.harness.probes import Clock, LiveBytes, Look, uncounted
 from dpft.harness.report import rows as reading
+from dpft.harness.report.text import markdown
 from dpft.harness.run_settings import Settings
 from dpft.harness.store import Store
 
@@ -114,15 +115,15 @@ def test_a_method_stands_in_the_table_at_its_best_rate_and_the_baseline_at_all(s
     worse = next(row for row in group if row.method == "rmt" and row.final < best[0].final)
     more = dataclasses.replace(worse, records=worse.records * 2)
     assert reading.best_rates([more, best[0]])[0].spec == worse.spec, "a rate with fewer seeds is not finished"
-    assert "rmt (lr=0.1)" in report.markdown(store.records(), store, rates=True)
+    assert "rmt (lr=0.1)" in report.markdown(store.records(), store, options=report.Options(rates=True))
 
 
 def test_decoders_and_theory_have_tables(store):
     assert "steps to 90% (ratio)" in report.markdown(store.records(), store)
-    text = report.theory(store.records())
+    text = markdown(report.theory(store.records()))
     line = next(line for line in text.splitlines() if line.startswith("|") and "linear" in line and "low-rank" in line)
     assert " / " in line
-    assert "There are no runs to compare" in report.theory([])
+    assert "There are no runs to compare" in report.theory([])[0]
     plain = [r for r in store.records() if r["spec"]["decoder"] == "mean"]
     assert "spikes per matrix" not in report.markdown(plain, store)
 
@@ -131,13 +132,16 @@ def test_pictures_are_written_and_are_the_same_every_time(store, tmp_path):
     figures = report.Figures(tmp_path / "pictures", "pictures")
     text = report.markdown(store.records(), store, figures=figures)
     names = sorted(path.name for path in figures.folder.iterdir())
-    assert names == ["low-rank-linear-eps4-alignment.svg", "low-rank-rmt-eps4-singular-values.svg"]
+    kinds = ("alignment", "epsilon", "lr", "memory", "pareto", "step", "threshold")
+    spectra = "low-rank-rmt-eps4-singular-values.svg"
+    assert set(names) <= {*(f"low-rank-linear-eps4-{kind}.svg" for kind in kinds), spectra}
+    assert {"low-rank-linear-eps4-alignment.svg", "low-rank-linear-eps4-lr.svg", spectra} <= set(names)
     assert all(f"](pictures/{name})" in text for name in names)
     before = [path.read_bytes() for path in sorted(figures.folder.iterdir())]
     assert report.markdown(store.records(), store, figures=figures) == text
     assert [path.read_bytes() for path in sorted(figures.folder.iterdir())] == before
     assert report.markdown(store.records(), store, figures=report.Figures(None, "pictures")) == text
-    assert names[1] in report.theory(store.records(), figures)
+    assert spectra in markdown(report.theory(store.records(), figures))
 
 
 def test_fp32_means_fp32():

@@ -171,3 +171,6 @@ def test_the_pareto_front():
     assert st.front(costs, scores) == [True, True, False, True, True]
     assert st.front(costs, scores, higher_is_better=False) == [True, False, False, False, False]
     assert st.front([], []) == []
+    assert st.front([100, 101, 50], [0.5, 0.7, 0.6]) == [False, True, True]
+    assert st.front([100.0, 100.5], [0.5, 0.7]) == [True, True]
+    assert st.front([100.0, 100.5], [0.5, 0.7], tolerance=0.01) == [False, True], "half a percent is no saving"

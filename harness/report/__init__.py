@@ -46,16 +46,20 @@ class Report:
         if options.baseline is not None and done and options.baseline not in methods:
             raise unknown("method among these runs", options.baseline, methods)
         self.curves = Curves(store, done)
-        self.groups: list[Group] = arrange(done, options.view, self.curves, options.rates)
+        arranged = arrange(done, options.view, self.curves, options.rates)
+        self.groups: list[Group] = [group for group in arranged if group.rows]
+        self.left_out = [line for group in arranged if not group.rows for line in group.left_out]
 
     def parts(self, pictures: Figures | None = None) -> Iterator[Part]:
         """Paragraphs and tables, one section per (task, model, head, epsilon), then what is not in a table and why."""
         if not self.records:
             yield "There are no runs yet; make some with `dpft run`."
-        stems = figures.stems(self.groups)
+        stems, compared = figures.stems(self.groups), False
         for group, stem in zip(self.groups, stems, strict=True):
             yield from tables.comparison(group, self.curves, self.options.public)
-            yield from paired.differences(group, self.curves, self.options.baseline)
+            differences = paired.differences(group, self.curves, self.options.baseline)
+            compared = compared or bool(differences)
+            yield from differences
             yield from paired.learning_rates(group)
             yield from paired.pareto(group)
             yield from decoders.comparison(group, self.curves, self.store, self.options.public)
@@ -63,6 +67,10 @@ class Report:
                 yield from tables.curve_table(group, self.curves)
             if pictures is not None:
                 yield from plots.of_group(group, stem, self.curves, self.store, pictures, self.options.public)
+        if self.left_out:
+            yield f"No table, as the view `{self.options.view.name}` admits no row: {'; '.join(self.left_out)}."
+        if compared:
+            yield paired.READING
         failed = [record for record in self.records if record["status"] != "done"]
         if failed:
             lines = [

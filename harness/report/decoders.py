@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpft.harness import registry
-from dpft.harness.report.reading import Curves, diagnostics
+from dpft.harness.report.reading import Curves, spikes
 from dpft.harness.report.rows import Row
 from dpft.harness.report.tables import median, spread, target_of
 from dpft.harness.report.text import Part, Table
@@ -72,13 +72,7 @@ def _spikes(row: Row, store: Store) -> str:
     """Mean number of singular values that survived, over matrices, evaluated steps and seeds."""
     if row.spec["decoder"] != "rmt":
         return "–"
-    found = [
-        seen["spikes"]
-        for record in row.records
-        for step in diagnostics(store, record).get("decoder_by_parameter", [])
-        for seen in step.values()
-        if isinstance(seen, dict) and "spikes" in seen
-    ]
+    found = [count for record in row.records for count in spikes(store, record)]
     return f"{sum(found) / len(found):.2f}" if found else "–"
 
 

@@ -12,8 +12,8 @@ from dpft.harness.report.rows import Row
 from dpft.harness.report.tables import target_of
 from dpft.harness.report.text import Part, Table
 from dpft.harness.report.views import FREE_SETTINGS, Group, hardware
-from dpft.harness.statistics.aggregate import FEWEST
 
+SAME_MEMORY, SAME_TIME = 0.01, 0.05  # relative differences that are none
 MARGIN = 0.05  # of the way from chance to a method's best: within it a learning rate is as good
 
 
@@ -88,14 +88,20 @@ def _detectable(one: st.Comparison, methods: int) -> str:
 
 def _heading(base: str, group: Group, methods: int) -> str:
     chosen = "settings" if group.view.steps_free else "learning rate"
-    level = "5%" if methods == 1 else f"5% / {methods} (Holm)"
     return (
-        f"Paired differences in {group.result['metric']} to `{base}`, over the seeds that both have. Each method stands at the "
-        f"{chosen} with its best mean over these same seeds; p does not cover that choice. p: two-sided sign-flip test over "
-        f"seeds, exact up to {st.paired.EXACT_UP_TO} of them. Interval: bootstrap; in parentheses, below {FEWEST} seeds, "
-        f"only the range of the differences. Detectable: the difference seen with power 80% at level {level}, from their spread. "
-        "P(earlier): that a run reaches the threshold in fewer steps than one of the baseline, ties half."
+        f"Paired differences in {group.result['metric']} to `{base}` over shared seeds, each method at the {chosen} with its "
+        f"best mean over these seeds; Holm over {methods} method{'s' if methods > 1 else ''}."
     )
+
+
+READING = (
+    f"How to read the paired differences. p: two-sided sign-flip test over seeds, exact up to {st.EXACT_UP_TO} of them; it does "
+    f"not cover the choice of learning rates. Interval: bootstrap; in parentheses, below {st.FEWEST} seeds, only their "
+    "range. Detectable: the true difference that is seen with power 80% at level 5% divided by the number of methods "
+    "(Holm's first step), from the spread of the paired differences; none where that many seeds cannot reach the level whatever "
+    "the data. P(earlier): that a run reaches the threshold in fewer steps than one of the baseline, ties half, runs that do "
+    "not reach it infinitely late."
+)
 
 
 def learning_rates(group: Group) -> list[Part]:
@@ -115,8 +121,8 @@ def learning_rates(group: Group) -> list[Part]:
                 "method": name,
                 "learning rates": ", ".join(f"{lr:g}" for lr in sorted(scores)),
                 "best": f"{width.best:g}",
-                "as good": f"{width.low:g} to {width.high:g}",
-                "octaves": ("≥ " if width.open else "") + f"{width.octaves:.2g}",
+                "as good": f"{width.low:g} to {width.high:g}" if len(scores) > 1 else "–",
+                "octaves": (("≥ " if width.open else "") + f"{width.octaves:.2g}") if len(scores) > 1 else "–",
             }
         )
     text = (
@@ -133,18 +139,24 @@ def pareto(group: Group) -> list[Part]:
     if len(pairs) < 2 or group.reason is not None:
         return []
     metric = group.result["metric"]
-    found = [f"memory: {_front(pairs, [row.peak_bytes for _, row in pairs])}"]
+    found = [f"memory: {_front(pairs, [row.peak_bytes for _, row in pairs], SAME_MEMORY)}"]
     by_machine = defaultdict(list)
     for name, row in pairs:
-        by_machine[frozenset(hardware(record) for record in row.records)].append((name, row))
+        if row.step_s is not None:
+            by_machine[frozenset(hardware(record) for record in row.records)].append((name, row))
     comparable = {machine: rows for machine, rows in by_machine.items() if len(machine) == 1 and len(rows) > 1}
     for machine, rows in sorted(comparable.items(), key=lambda item: sorted(item[0])):
-        found.append(f"step time on {next(iter(machine))}: {_front(rows, [row.step_s for _, row in rows])}")
+        found.append(f"step time on {next(iter(machine))}: {_front(rows, [row.step_s for _, row in rows], SAME_TIME)}")
     left = len(pairs) - sum(map(len, comparable.values()))
-    text = f"Pareto front of {metric} against {'; against '.join(found)}."
-    return [text + (f" Times of {left} rows are from other machines, or from several." if left else "")]
+    text = (
+        f"Pareto front of mean {metric} against {'; against '.join(found)}. Memory within {SAME_MEMORY:.0%} and times within "
+        f"{SAME_TIME:.0%} count as equal."
+    )
+    if left:
+        text += f" {left} row{'s' if left > 1 else ''} more: times unknown, from other hardware or from several kinds."
+    return [text]
 
 
-def _front(pairs: list[tuple[str, Row]], costs: list[float]) -> str:
-    keep = st.front(costs, [row.final for _, row in pairs], pairs[0][1].higher_is_better)
+def _front(pairs: list[tuple[str, Row]], costs: list[float], tolerance: float) -> str:
+    keep = st.front(costs, [row.final for _, row in pairs], pairs[0][1].higher_is_better, tolerance)
     return ", ".join(name for (name, _), on in zip(pairs, keep, strict=True) if on)

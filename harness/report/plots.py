@@ -8,6 +8,7 @@ from typing import Any
 from dpft.harness import statistics as st
 from dpft.harness.report import rows as making
 from dpft.harness.report.figures import Figures, look
+from dpft.harness.report.paired import SAME_MEMORY, SAME_TIME
 from dpft.harness.report.reading import Curves, diagnostics
 from dpft.harness.report.rows import Row
 from dpft.harness.report.tables import FRACTION, mean_curve, target_of
@@ -74,22 +75,27 @@ def _curve(rows: Named, group: Group, curves: Curves, against: str):
                 axis.fill_between(
                     x, list(map(min, values)), list(map(max, values)), color=look(i)["color"], alpha=0.12, linewidth=0
                 )
-        target = target_of(group.rows)
-        for value, said in ((group.result["chance"], "chance"), (target, f"{FRACTION:.0%} of the way to the baseline")):
+        for value, said, line in (
+            (target_of(group.rows), f"threshold ({FRACTION:.0%})", (0, (5, 2))),
+            (group.result["chance"], "chance", (0, (1, 2))),
+        ):
             if value is not None:
-                axis.axhline(value, color="0.45", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
-                axis.annotate(
-                    said, (1, value), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                    ha="right", fontsize=7, color="0.35",
-                )  # fmt: skip
+                axis.axhline(value, color="0.45", linewidth=1, linestyle=line, label=said, zorder=1)
         axis.set(
             xlabel="step" if against == "step" else "ε spent (PRV upper bound)",
             ylabel=group.result["metric"],
             title=f"{group.spec['task']}; band: range over seeds" if _several(rows) else group.spec["task"],
         )
+        if against == "step":
+            _whole(axis)
         _legend(axis, len(drawn))
 
     return 1, paint
+
+
+def _whole(axis) -> None:
+    """Steps are whole numbers."""
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _several(rows: Named) -> bool:
@@ -126,6 +132,7 @@ def _thresholds(rows: Named, group: Group, curves: Curves):
             xlabel=f"steps to {group.result['metric']} {target:.3f}; bar: median; triangle: not within {end}",
             title=group.spec["task"],
         )
+        _whole(axis)
         _names(axis, [name for _, name, _ in found])
 
     return 1, paint
@@ -168,24 +175,25 @@ def _pareto(rows: Named, group: Group):
     machines: dict[str, Named] = {}
     for entry in ranked:
         where = {hardware(record) for record in entry[2].records}
-        if len(where) == 1:
+        if len(where) == 1 and entry[2].step_s is not None:
             machines.setdefault(where.pop(), []).append(entry)
-    panels = [("peak memory, MiB", ranked, lambda row: row.peak_bytes / MIB)]
+    panels = [("peak memory, MiB", ranked, lambda row: row.peak_bytes / MIB, SAME_MEMORY)]
     if machines:
         where, timed = max(machines.items(), key=lambda item: (len(item[1]), item[0]))
         if len(timed) > 1:
-            panels.append((f"time of a step, s\n{where}", timed, lambda row: row.step_s))
+            panels.append((f"time of a step, s\n{where}", timed, lambda row: row.step_s, SAME_TIME))
 
     def paint(axes) -> None:
-        for axis, (label, entries, cost) in zip(axes[0], panels, strict=True):
+        for axis, (label, entries, cost, tolerance) in zip(axes[0], panels, strict=True):
             costs, scores = [cost(row) for _, _, row in entries], [row.final for _, _, row in entries]
-            on = st.front(costs, scores, entries[0][2].higher_is_better)
+            on = st.front(costs, scores, entries[0][2].higher_is_better, tolerance)
             line = sorted((c, s) for c, s, keep in zip(costs, scores, on, strict=True) if keep)
             axis.plot(*zip(*line, strict=True), color="0.6", linewidth=1, drawstyle="steps-post", zorder=1)
             for (i, name, _), c, s in zip(entries, costs, scores, strict=True):
                 axis.plot(c, s, label=name, **{**look(i), "linestyle": "none"}, markersize=7)
             axis.margins(0.12)
-            axis.set(xlabel=label)
+            axis.set(xlabel=label, xlim=(0, 1.15 * max(costs)))  # from zero: nearly equal costs look equal
+            axis.sharey(axes[0][0])
         axes[0][0].set_ylabel(f"final {group.result['metric']}")
         handles, labels = axes[0][0].get_legend_handles_labels()
         axes[0][-1].legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2)
@@ -230,12 +238,14 @@ def _alignment(rows: Named, curves: Curves):
 
     def paint(axes) -> None:
         axis = axes[0][0]
+        solid = {name for _, name, line, _ in drawn if line == "-"}
         for i, name, line, points in drawn:
-            label = name if line == "-" else None
+            label = name if line == "-" or name not in solid else None
             style = {**look(i), "linestyle": line, "marker": None}
             axis.plot(list(points), list(points.values()), label=label, **style)
         axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         axis.set(xlabel="step", ylabel="cosine to the clean clipped sum", title="dotted: released; solid: decoded")
+        _whole(axis)
         _legend(axis, len(drawn))
 
     return 1, paint

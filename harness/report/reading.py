@@ -43,6 +43,18 @@ class _Bulk(msgspec.Struct):
     diagnostics: Any
 
 
+class _Seen(msgspec.Struct):
+    spikes: int | None = None
+
+
+class _Decoded(msgspec.Struct):
+    decoder_by_parameter: list[dict[str, _Seen | int]] = []
+
+
+class _Spikes(msgspec.Struct):
+    diagnostics: _Decoded
+
+
 _DECODER = msgspec.json.Decoder(_Slim)
 
 
@@ -72,6 +84,16 @@ def diagnostics(store: Store, record: dict[str, Any]) -> dict[str, Any]:
     if "alignment_by_parameter" in record["diagnostics"]:
         return record["diagnostics"]
     return msgspec.json.decode(store.record_path(record["run_id"]).read_bytes(), type=_Bulk).diagnostics
+
+
+def spikes(store: Store, record: dict[str, Any]) -> list[int]:
+    """How many singular values survived, of every matrix and evaluated step of a run; the other bulk is not even parsed."""
+    try:
+        steps = msgspec.json.decode(store.record_path(record["run_id"]).read_bytes(), type=_Spikes).diagnostics
+    except (OSError, msgspec.DecodeError) as error:
+        raise BadInput(f"The diagnostics of run {record['run_id']} are damaged ({error}); run it again.") from error
+    seen = [one for step in steps.decoder_by_parameter for one in step.values() if isinstance(one, _Seen)]
+    return [one.spikes for one in seen if one.spikes is not None]
 
 
 class Curves:

@@ -64,9 +64,10 @@ class Row:
         return statistics.median(sum(r["cost"]["peak_bytes"].values()) for r in self.records)
 
     @property
-    def step_s(self) -> float:
-        """Median over seeds of the time of a step."""
-        return statistics.median(r["cost"]["step_s"] for r in self.records)
+    def step_s(self) -> float | None:
+        """Median over seeds of the time of a step; None where runs were too short to tell."""
+        known = [r["cost"]["step_s"] for r in self.records if r["cost"]["step_s"] is not None]
+        return statistics.median(known) if known else None
 
 
 def groups(records: list[dict[str, Any]]) -> list[list[Row]]:

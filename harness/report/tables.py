@@ -85,7 +85,7 @@ def _cells(row: Row, group: Group, curves: Curves, target: float | None, public:
         "steps to threshold": steps,
         "ε at threshold": spent,
         "peak memory": f"{row.peak_bytes / MIB:,.0f} MiB",
-        "step time": f"{row.step_s:.2f} s",
+        "step time": "–" if row.step_s is None else f"{row.step_s:.2f} s",
     }
     if not public:
         alignment = [r["diagnostics"]["alignment"] for r in records]
@@ -134,8 +134,8 @@ def _examples(group: Group) -> str:
 
 
 def _notes(group: Group, target: float | None, public: bool) -> str:
-    seeds = len({r["spec"]["seed"] for row in group.rows for r in row.records})
-    text = f"{seeds} seed{'s' if seeds > 1 else ''}. "
+    fewest, most = (pick(len(row.records) for row in group.rows) for pick in (min, max))
+    text = f"{most} seed{'s' if most > 1 else ''}. " if fewest == most else f"{fewest} to {most} seeds a row. "
     if target is not None:
         text += (
             f"Threshold: {target:.4f}, {FRACTION:.0%} of the way from chance ({group.result['chance']:g}) to the best "

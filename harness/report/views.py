@@ -85,10 +85,12 @@ class Group:
 
 
 def arrange(records: list[dict[str, Any]], view: View, curves: Curves, rates: bool = False) -> list[Group]:
-    """The tables of finished `records`; rates: every learning rate, not only the best of each method."""
+    """The tables of finished `records`; rates: every learning rate, not only the best of each method.
+
+    A group of which the view admits no row has none, and says in `left_out` why.
+    """
     parts = list(_by_hardware(records).values()) if view.name == "time" else [records]
-    found = [_group(rows, view, curves, rates) for part in parts for rows in making.groups(part)]
-    return [group for group in found if group.rows]
+    return [_group(rows, view, curves, rates) for part in parts for rows in making.groups(part)]
 
 
 def _group(rows: list[Row], view: View, curves: Curves, rates: bool) -> Group:
@@ -101,8 +103,15 @@ def _group(rows: list[Row], view: View, curves: Curves, rates: bool) -> Group:
     elif view.name == "compute":
         rows, matched, left_out = _cut(rows, curves, lambda row: row.spec["batch_size"], "{:,.0f} example-gradients")
     elif view.name == "time":
+        untimed = [row for row in rows if row.step_s is None]
+        rows = [row for row in rows if row.step_s is not None]
+        if not rows:
+            return Group(
+                [], [], [], None, view, [], None, [f"{name}: too short to be timed" for name in making.names(untimed)]
+            )
         where = hardware(rows[0].records[0])
         rows, matched, left_out = _cut(rows, curves, lambda row: row.step_s, f"{{:,.0f}} s of steps on {where}")
+        left_out = [*left_out, *(f"{name}: too short to be timed" for name in making.names(untimed))]
     every = making.ordered(rows) if rows else []
     free = FREE_SETTINGS if view.steps_free else ("lr",)
     shown = making.ordered(every if rates else making.best_rates(every, free, view.steps_free)) if rows else []

@@ -4,9 +4,10 @@ Pure functions of numbers: no records, no files, no torch. Seeds are the unit of
 their batches, so comparisons are paired. Where there are too few seeds the functions say so instead of returning a figure.
 """
 
-from dpft.harness.statistics.aggregate import Interval, interval, iqm, profile
+from dpft.harness.statistics.aggregate import FEWEST, Interval, interval, iqm, profile
 from dpft.harness.statistics.censored import Reached, median_reached, restricted_mean, to_threshold, win_probability
 from dpft.harness.statistics.paired import (
+    EXACT_UP_TO,
     LEVEL,
     Comparison,
     SignFlip,
@@ -21,6 +22,8 @@ from dpft.harness.statistics.pareto import front
 from dpft.harness.statistics.robustness import Width, lr_width, uneven_grids
 
 __all__ = [
+    "EXACT_UP_TO",
+    "FEWEST",
     "LEVEL",
     "Comparison",
     "Interval",
