@@ -41,7 +41,7 @@ def test_summaries_are_the_records_without_their_bulk():
 
 
 def test_curves_are_read_as_one_by_one():
-    for name in ("official", "spectral"):
+    for name in ("official", "full"):
         store = Store(ROOT / "results" / name)
         records = [r for r in store.records() if r["status"] == "done"]
         curves = reading.Curves(store, records)
