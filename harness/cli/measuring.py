@@ -23,7 +23,12 @@ from dpft.harness.errors import BadInput
 @click.option(
     "--logical", type=click.IntRange(1), help="Examples per step, in microbatches of B; noise and update once."
 )
-@click.option("--methods", is_flag=True, help="Rows are the private methods instead of engines.")
+@click.option(
+    "--methods",
+    is_flag=False,
+    flag_value="all",
+    help="Rows are methods instead of engines: these, or all private ones.",
+)
 @click.option("--decoders", is_flag=True, help="Rows are the decoders of a DP step, against the plain one.")
 @click.option("--text", is_flag=True, help="Rows are padded and bucketed batches of real sentences.")
 @click.option("--task", default="sentences", show_default=True, help="Where --text has its sentences from.")
@@ -73,7 +78,8 @@ def _rows(options, plugins):
     from dpft.harness.run_settings import pick_device
     from dpft.tasks import models
 
-    if sum([options["text"], options["methods"], options["decoders"], options["engines"] is not None]) > 1:
+    chosen = (options["engines"], options["methods"], options["decoders"] or None, options["text"] or None)
+    if sum(choice is not None for choice in chosen) > 1:
         raise BadInput("--engines, --methods, --decoders and --text choose different rows; give one of them.")
     engines = cells.parse_engines(options["engines"])
     models.resolve(options["model"])
@@ -96,7 +102,10 @@ def _rows(options, plugins):
         registry.task(options["task"])
         return cells.text_rows(base)
     if options["methods"]:
-        return cells.method_rows(base, [name for name, method in registry.methods().items() if method.private])
+        names = [name for name, method in registry.methods().items() if method.private]
+        if options["methods"] != "all":
+            names = [registry.method(name.strip()).name for name in options["methods"].split(",")]
+        return cells.method_rows(base, names)
     if options["decoders"]:
         return cells.decoder_rows(base, list(registry.decoders()))
     return cells.engine_rows(base, engines)
