@@ -176,7 +176,7 @@ def dpft_report(tmp_path):
 
     store = Store(ROOT / "results/full")
     page.write(tmp_path / "page.html", store, store.each())
-    return report.markdown(store.records(), store).split("Decoders.")[0], unpacked(tmp_path / "page.html", "index")
+    return report.markdown(store.records(), store), unpacked(tmp_path / "page.html", "index")
 
 
 def test_unmatched_budgets_are_not_ranked_and_nan_is_no_number(tmp_path):
