@@ -73,6 +73,8 @@ class State:
     eval_seconds: float = 0.0
     final: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    definitions: dict[str, str] = field(default_factory=dict)  # of metrics that are defined differently elsewhere
+    samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # before and after training
     ledger: Ledger = field(default_factory=Ledger)
 
 
@@ -88,6 +90,8 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     optimizer = setup.method.optimizer(setup.parameters, setup.head, spec)
     if setup.checkpoint_path is not None:
         _restore(setup, state, optimizer)
+    if "before" not in state.samples:
+        state.samples["before"] = setup.task.samples(setup.prepared, setup.device)
     saved = time.monotonic()
     setup.prepared.model.train()
     if setup.engine.needs_per_example:
@@ -110,6 +114,16 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
             saved = time.monotonic()
     state.metrics = evaluate(setup, state, None)
     state.final = state.metrics[setup.task.metric]
+    _finish(setup, state)
+
+
+def _finish(setup: Setup, state: State) -> None:
+    """What is made of the trained model once, beside its metric."""
+    start = time.perf_counter()
+    dear, state.definitions = setup.task.last_metrics(setup.prepared, setup.device)
+    state.metrics |= dear
+    state.samples["after"] = setup.task.samples(setup.prepared, setup.device)
+    state.eval_seconds += time.perf_counter() - start
 
 
 def _measured_step(setup: Setup, state: State, optimizer) -> dict[str, Any]:

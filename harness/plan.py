@@ -24,7 +24,7 @@ class PrivacyPlan:
 
 def plan(spec: RunSpec, data_dir: Path | None) -> PrivacyPlan:
     """Calibrate `spec`. Raises CannotRun when the budget cannot be reached or the batch is larger than the data."""
-    n = registry.task(spec.task)().train_size(data_dir)
+    n = registry.task(spec.task)(spec.task_options).train_size(data_dir)
     if spec.batch_size > n:
         raise CannotRun(
             f"The batch size {spec.batch_size} is larger than the {n} training examples; choose a smaller one."

@@ -88,7 +88,7 @@ def classify(error: Exception) -> tuple[str, str]:
 def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoint_path: Path | None) -> loop.Setup:
     """Model, data, engine, sampler and mechanism of a run. Raises CannotRun or Skipped with one sentence."""
     device = torch.device(settings.device)
-    task, method = registry.task(spec.task)(), registry.make(spec.method, spec.decoder, spec.options)
+    task, method = registry.task(spec.task)(spec.task_options), registry.make(spec.method, spec.decoder, spec.options)
     prepared = task.prepare(
         task.load(settings.data_dir),
         ModelSpec(spec.model, spec.head, spec.max_length),
@@ -200,6 +200,8 @@ def _result(spec: RunSpec, state: loop.State) -> dict[str, Any]:
         "chance": task.chance,
         "final": state.final,
         "all_metrics": state.metrics,
+        **({"definitions": state.definitions} if state.definitions else {}),
+        **({"samples": state.samples} if any(state.samples.values()) else {}),
         "best_step": pick(rows, key=lambda row: row["metric"])["step"],
         "threshold": task.threshold,
         "steps_to_threshold": reached.step,

@@ -34,7 +34,8 @@ class RunSpec:
     eval_examples: validation examples used for the curve (the final value always uses all); null: all.
     clipping: function of the norm, and clip_groups: what is clipped together (harness/engine/clipping.py).
     decoder: what becomes of the release (methods/decoders).
-    options: settings of the method (LoRA rank, ...) and of its decoder where they differ from their defaults.
+    options: settings of the method (LoRA rank, ...) and of its decoder where they differ from their defaults; task_options:
+    those of the task.
     """
 
     task: str
@@ -64,6 +65,7 @@ class RunSpec:
     decoder: str = "mean"
     decoder_version: int = 1
     options: dict[str, Any] = field(default_factory=dict)
+    task_options: dict[str, Any] = field(default_factory=dict)
 
     def canonical(self) -> str:
         """Canonical JSON: sorted keys, no spaces, defaults left out."""
@@ -136,20 +138,28 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
         if key not in settings:
             raise BadInput(f"A run needs a {key}; give --{key} or set it in the suite.")
     task, method = registry.task(settings["task"]), registry.method(settings["method"])
-    names = {f.name for f in fields(RunSpec)} - {"options", "task_version", "method_version", "decoder_version"}
+    names = {f.name for f in fields(RunSpec)} - {
+        "options",
+        "task_options",
+        "task_version",
+        "method_version",
+        "decoder_version",
+    }
     of_task = {"model": task.default_model, "head": task.default_head, "max_length": task.default_max_length}
     merged = {**DEFAULTS, **of_task, **method.defaults}
     decoder = registry.decoder(_typed("decoder", settings.get("decoder", method.defaults.get("decoder", "mean"))))
     defaults = registry.options(method, decoder)
-    options = dict(defaults)
+    options, of_its_own = dict(defaults), dict(task.options)
     for key, value in settings.items():
         if key in names:
             merged[key] = value
         elif key in options:
             options[key] = _like(key, value, options[key])
+        elif key in of_its_own:
+            of_its_own[key] = _like(key, value, of_its_own[key])
         else:
             both = settings["method"] if decoder.name == "mean" else f"{settings['method']} with decoder {decoder.name}"
-            raise unknown(f"setting of {both}", key, names | options.keys())
+            raise unknown(f"setting of {both}", key, names | options.keys() | of_its_own.keys())
     if not method.private:
         merged["epsilon"] = merged["clip_norm"] = None
     spec = RunSpec(
@@ -158,8 +168,10 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
         method_version=method.version,
         decoder_version=decoder.version,
         options={key: value for key, value in options.items() if value != defaults[key]},
+        task_options={key: value for key, value in of_its_own.items() if value != task.options[key]},
     )
     _validate(spec)
+    task(spec.task_options).validate()
     registry.make(spec.method, spec.decoder, spec.options).validate(spec)
     return spec
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.errors import CannotRun
+from dpft.tasks import tables
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.classification import TextClassification
 from dpft.tasks.downloads import data_root
@@ -28,7 +28,7 @@ class Glue(TextClassification):
     def train_size(self, data_dir: Path | None) -> int:
         """Number of training examples: from the mirror's parquet metadata, else the size of the hub's split."""
         root = data_root(data_dir)
-        return self.train_rows if root is None else _count(self._path(root, "train"))
+        return self.train_rows if root is None else tables.rows_of(self._path(root, "train"), HUB_ID)
 
     def load(self, data_dir: Path | None) -> Data:
         """Read train and validation; a mirror is `<data_dir>/nyu-mll/glue/<config>/<split>.parquet`.
@@ -45,9 +45,12 @@ class Glue(TextClassification):
 
     def _split(self, root: Path | None, split: str) -> list[Example]:
         if root is None:
-            return self._rows(_from_hub(self.hub, split), f"{self.hub} ({split}) on the hub")
+            return self._rows(
+                tables.from_hub(self.hub, split, HUB_ID, self.hub.rpartition("/")[2]),
+                f"{self.hub} ({split}) on the hub",
+            )
         path = self._path(root, split)
-        return self._rows(_from_mirror(path), str(path))
+        return self._rows(tables.from_mirror(path, HUB_ID), str(path))
 
     def _rows(self, table: polars.DataFrame, where: str) -> list[Example]:
         """Checked rows `{"text", "pair"?, "label"}`."""
@@ -71,48 +74,6 @@ class Glue(TextClassification):
             raise CannotRun(f"{where} has the label {bad}; {self.name} knows 0 to {self.classes - 1}.")
         names = dict(zip(self.columns, ("text", "pair"), strict=False))
         return table.rename(names).to_dicts()
-
-
-def _from_mirror(path: Path) -> polars.DataFrame:
-    import polars
-
-    return _mirrored(path, lambda: polars.read_parquet(path, glob=False))
-
-
-def _count(path: Path) -> int:
-    import polars
-
-    return _mirrored(path, lambda: polars.scan_parquet(path, glob=False).select(polars.len()).collect().item())
-
-
-def _mirrored(path: Path, read: Callable[[], Any]) -> Any:
-    import polars
-
-    if not path.is_file():
-        raise CannotRun(f"The data mirror has no file {path}; put that split of {HUB_ID} there as parquet.")
-    try:
-        return read()
-    except (polars.exceptions.PolarsError, OSError) as error:
-        reason = (str(error).splitlines() or ["unreadable"])[0].rstrip(".")
-        raise CannotRun(f"{path} is not a readable parquet file ({reason}); copy it again.") from error
-
-
-def _from_hub(hub: str, split: str) -> polars.DataFrame:
-    import datasets
-
-    _, _, config = hub.rpartition("/")
-    bars = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(HUB_ID, config, split=split).to_polars()
-    except Exception as error:  # connection, cache and schema errors of four libraries end up here
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
-        raise CannotRun(
-            f"Cannot get {hub} from the hub ({reason}); give --data-dir with a mirror {hub}/{split}.parquet."
-        ) from error
-    finally:
-        if not bars:
-            datasets.enable_progress_bars()
 
 
 class Sst2(Glue):
