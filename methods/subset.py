@@ -40,6 +40,11 @@ class LastLayer(Method):
     reference = "arXiv:2205.02973"
     defaults: ClassVar = {"optimizer": "adam", "lr": 3e-2, "clip_norm": 2.0}
 
+    def skip(self, model: nn.Module) -> str | None:
+        if not model.head_parameters:
+            return "last-layer trains a new head and this model has none; use dp-lora."
+        return None
+
     def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
         freeze_all_but(model, set(model.head_parameters))
         return model
