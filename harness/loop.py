@@ -17,6 +17,7 @@ from dpft.harness.engine.agreement import check
 from dpft.harness.engine.base import Engine, RunningSums, Sums
 from dpft.harness.engine.encoding import Encoding
 from dpft.harness.errors import Diverged
+from dpft.harness.evaluation import batch_of, evaluate, finish
 from dpft.harness.mechanism import Mechanism
 from dpft.harness.privacy import Ledger
 from dpft.harness.sampling import PoissonSampler, buckets, spread
@@ -76,6 +77,8 @@ class State:
     eval_seconds: float = 0.0
     final: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    definitions: dict[str, str] = field(default_factory=dict)  # of metrics that are defined differently elsewhere
+    samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # before and after training
     ledger: Ledger = field(default_factory=Ledger)
 
 
@@ -91,10 +94,12 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     optimizer = setup.method.optimizer(setup.parameters, setup.head, spec)
     if setup.checkpoint_path is not None:
         _restore(setup, state, optimizer)
+    if "before" not in state.samples:
+        state.samples["before"] = setup.task.samples(setup.prepared, setup.device)
     saved = time.monotonic()
     setup.prepared.model.train()
     if setup.engine.needs_per_example:
-        few = _batch(setup, setup.prepared.validation, spread(len(setup.prepared.validation), 4), state.step)
+        few = batch_of(setup, setup.prepared.validation, spread(len(setup.prepared.validation), 4), state.step)
         with setup.method.rehearsal():
             check(setup.engine, few, _encodings(setup, state.step))
         setup.clock.take()
@@ -111,8 +116,7 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
         if time.monotonic() - saved > setup.checkpoint_seconds:
             _keep(setup, state, optimizer)
             saved = time.monotonic()
-    state.metrics = evaluate(setup, state, None)
-    state.final = state.metrics[setup.task.metric]
+    finish(setup, state)
 
 
 def _measured_step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
@@ -197,7 +201,7 @@ def _accumulate(
     losses, norms = [], []
     clip_norm = setup.spec.clip_norm if setup.spec.clip_norm is not None else math.inf
     for micro in buckets(indices, setup.prepared.train_lengths, setup.max_tokens):
-        batch = _batch(setup, setup.prepared.train, micro, step)
+        batch = batch_of(setup, setup.prepared.train, micro, step)
         loss, norm = setup.engine.accumulate(batch, total, clip_norm, encodings)
         losses.append(loss)
         norms.append(norm)
@@ -224,34 +228,6 @@ def _apply(setup: Setup, optimizer, update: updates.Updates, step: int) -> None:
     for group in optimizer.param_groups:
         group["lr"] = setup.spec.lr * group.get("lr_factor", 1.0) * setup.spec.lr_factor(step)
     updates.apply(optimizer, setup.parameters, update)
-
-
-@torch.no_grad()
-def evaluate(setup: Setup, state: State, examples: int | None) -> dict[str, float]:
-    """The task's metrics on the validation split, or on `examples` of it, evenly spaced: splits may be sorted."""
-    start = time.perf_counter()
-    model, prepared = setup.prepared.model, setup.prepared
-    metric = setup.task.make_metric()
-    model.eval()
-    size = len(prepared.validation)
-    indices = spread(size, size if examples is None else examples)
-    found = []
-    for micro in buckets(indices, prepared.validation_lengths, setup.max_tokens * 2):
-        batch = _batch(setup, prepared.validation, micro)
-        predictions, references = setup.task.predict(model, batch)
-        found += zip(micro, predictions, references, strict=True)
-    found.sort(key=lambda item: item[0])
-    model.train()
-    values = metric.compute(predictions=[p for _, p, _ in found], references=[r for _, _, r in found])
-    state.eval_seconds += time.perf_counter() - start
-    return {key: float(value) for key, value in values.items()}
-
-
-def _batch(setup: Setup, examples, indices: list[int], step: int | None = None) -> dict[str, torch.Tensor]:
-    """Those examples, padded to the longest of them, on the run's device; step: with their views of that training step."""
-    chosen, views = [examples[i] for i in indices], setup.prepared.train_collate
-    batch = setup.prepared.collate(chosen) if step is None or views is None else views(chosen, step)
-    return {key: value.to(setup.device, non_blocking=True) for key, value in batch.items()}
 
 
 def _keep(setup: Setup, state: State, optimizer) -> None:

@@ -39,7 +39,7 @@ def plan(
     dimension: says how many coordinates the released sum has, for noise whose epsilon depends on it. num_examples: N where
     it is known; None: as the task says.
     """
-    n = num_examples or registry.task(spec.task)().train_size(data_dir)
+    n = num_examples or registry.task(spec.task)(spec.task_options).train_size(data_dir)
     if spec.batch_size > n:
         raise CannotRun(
             f"The batch size {spec.batch_size} is larger than the {n} training examples; choose a smaller one."

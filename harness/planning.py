@@ -54,7 +54,7 @@ def _dimension(spec: RunSpec, data_dir: Path | None) -> int:
 
 
 def _estimate(spec: RunSpec, records: list[dict[str, Any]]) -> dict[str, Any]:
-    same = ("task", "model", "method", "batch_size", "max_length", "precision", "decoder", "options")
+    same = ("task", "model", "method", "batch_size", "max_length", "precision", "decoder", "options", "task_options")
     mine = spec.to_dict()
     for record in records:
         cost, other = record["cost"], completed(record["spec"])

@@ -108,7 +108,7 @@ def _dimension(canonical: str, settings: Settings) -> int:
 
 def _model(spec: RunSpec, settings: Settings, device: torch.device):
     """(method, task's data with the model to train, trainable parameters by name, names of the head's)."""
-    task, method = registry.task(spec.task)(), registry.make(spec.method, spec.decoder, spec.options)
+    task, method = registry.task(spec.task)(spec.task_options), registry.make(spec.method, spec.decoder, spec.options)
     prepared = task.prepare(
         task.load(settings.data_dir),
         ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm),
@@ -131,7 +131,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
     """Model, data, engine, sampler and mechanism of a run. Raises CannotRun or Skipped with one sentence."""
     device, secure = torch.device(settings.device), settings.secure_noise
     method, prepared, parameters, head = _model(spec, settings, device)
-    task, model = registry.task(spec.task)(), prepared.model
+    task, model = registry.task(spec.task)(spec.task_options), prepared.model
     if len(prepared.train) != privacy_plan.num_examples:
         raise CannotRun(
             f"The task says N = {privacy_plan.num_examples} but {len(prepared.train)} training examples were loaded; "
@@ -236,6 +236,8 @@ def _result(spec: RunSpec, state: loop.State) -> dict[str, Any]:
         "chance": task.chance,
         "final": state.final,
         "all_metrics": state.metrics,
+        **({"definitions": state.definitions} if state.definitions else {}),
+        **({"samples": state.samples} if any(state.samples.values()) else {}),
         "best_step": pick(rows, key=lambda row: row["metric"])["step"],
         "threshold": task.threshold,
         "steps_to_threshold": reached.step,

@@ -37,7 +37,8 @@ class RunSpec:
     a factor that is fitted to epsilon; null: searched.
     views: random views of each training image that its loss is averaged over before clipping (2204.13650); batch_norm of image
     models: `refuse`, or `group` to convert it to GroupNorm.
-    options: settings of the method (LoRA rank, ...) and of its decoder where they differ from their defaults.
+    options: settings of the method (LoRA rank, ...) and of its decoder where they differ from their defaults; task_options:
+    those of the task.
     """
 
     task: str
@@ -72,6 +73,7 @@ class RunSpec:
     views: int = 1
     batch_norm: str = "refuse"
     options: dict[str, Any] = field(default_factory=dict)
+    task_options: dict[str, Any] = field(default_factory=dict)
 
     def canonical(self) -> str:
         """Canonical JSON: sorted keys, no spaces, defaults left out."""
@@ -135,20 +137,28 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
         if key not in settings:
             raise BadInput(f"A run needs a {key}; give --{key} or set it in the suite.")
     task, method = registry.task(settings["task"]), registry.method(settings["method"])
-    names = {f.name for f in fields(RunSpec)} - {"options", "task_version", "method_version", "decoder_version"}
+    names = {f.name for f in fields(RunSpec)} - {
+        "options",
+        "task_options",
+        "task_version",
+        "method_version",
+        "decoder_version",
+    }
     of_task = {"model": task.default_model, "head": task.default_head, "max_length": task.default_max_length}
     merged = {**DEFAULTS, **of_task, **method.defaults}
     decoder = registry.decoder(_typed("decoder", settings.get("decoder", method.defaults.get("decoder", "mean"))))
     defaults = registry.options(method, decoder)
-    options = dict(defaults)
+    options, of_its_own = dict(defaults), dict(task.options)
     for key, value in settings.items():
         if key in names:
             merged[key] = value
         elif key in options:
             options[key] = _like(key, value, options[key])
+        elif key in of_its_own:
+            of_its_own[key] = _like(key, value, of_its_own[key])
         else:
             both = settings["method"] if decoder.name == "mean" else f"{settings['method']} with decoder {decoder.name}"
-            raise unknown(f"setting of {both}", key, names | options.keys())
+            raise unknown(f"setting of {both}", key, names | options.keys() | of_its_own.keys())
     if not method.private:
         merged["epsilon"] = merged["clip_norm"] = None
         merged |= {"mechanism": "gaussian", "noise_shape": "spherical", "noise_law": None}  # there is no noise
@@ -158,8 +168,10 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
         method_version=method.version,
         decoder_version=decoder.version,
         options={key: value for key, value in options.items() if value != defaults[key]},
+        task_options={key: value for key, value in of_its_own.items() if value != task.options[key]},
     )
     _validate(spec)
+    task(spec.task_options).validate()
     registry.make(spec.method, spec.decoder, spec.options).validate(spec)
     return spec
 

@@ -41,7 +41,7 @@ class LastLayer(Method):
     defaults: ClassVar = {"optimizer": "adam", "lr": 3e-2, "clip_norm": 2.0}
 
     def skip(self, model: nn.Module) -> str | None:
-        return None if model.head_parameters else "last-layer needs a head and this model has none; use dp-adam."
+        return None if model.head_parameters else "last-layer needs a head and this model has none; use dp-lora."
 
     def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
         freeze_all_but(model, set(model.head_parameters))

@@ -56,6 +56,7 @@ class Prepared:
     0 (but no transformers model runs on such a batch); it is here and not on the task because it knows the tokenizer.
     data_fingerprint, model_fingerprint: sha256 of the raw rows and of the pretrained weights (without a new head).
     train_collate: where training examples have random views, (examples, step) -> batch; a function of the two and the seed.
+    writing: what a task that generates text needs for it, None for others.
     """
 
     model: nn.Module
@@ -67,15 +68,17 @@ class Prepared:
     data_fingerprint: str
     model_fingerprint: str
     train_collate: Callable[[Sequence[Example], int], dict[str, torch.Tensor]] | None = None
+    writing: Any = None
 
 
 class Task:
-    """Base class of all tasks. A task is stateless: everything it makes is in `Data` and `Prepared`.
+    """Base class of all tasks. A task holds its settings only: everything it makes is in `Data` and `Prepared`.
 
     Class attributes: `name` (registry key), `version` (raise it when the data, split, label or metric changes: it is
     part of the run id), `kind`, `description`, `source` (citation and licence), `metric` (name of the headline metric),
     `higher_is_better`, `chance` (value of that metric for an uninformed model), `threshold` (metric value that counts
-    as "learned" when a run stands alone), `images` (examples are images: runs may set `views` and `batch_norm`).
+    as "learned" when a run stands alone), `images` (examples are images: runs may set `views` and `batch_norm`),
+    `options` (its own settings with their defaults; they are part of the run id).
     """
 
     name: ClassVar[str]
@@ -92,6 +95,14 @@ class Task:
     default_max_length: ClassVar[int] = 128
     images: ClassVar[bool] = False
     hub: ClassVar[str | None] = None  # "id/config" on the hub, None when the data come from a package
+
+    options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        self.settings = {**self.options, **(options or {})}
+
+    def validate(self) -> None:
+        """Refuse settings that cannot work, before anything is loaded. Raises BadInput."""
 
     def train_size(self, data_dir: Path | None) -> int:
         """Number of training examples N (public), without tokenising or loading a model."""
@@ -116,6 +127,14 @@ class Task:
     def make_metric(self) -> evaluate.Metric:
         """The metric object; `compute` returns a dict that holds `self.metric`."""
         raise NotImplementedError
+
+    def samples(self, prepared: Prepared, device: torch.device) -> list[dict[str, str]]:
+        """What the model makes of a few fixed validation inputs, for the reader of a record; called before and after training."""
+        return []
+
+    def last_metrics(self, prepared: Prepared, device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
+        """(metrics that are too dear for the curve, definition of each), taken once, of the trained model."""
+        return {}, {}
 
 
 def fingerprint(*splits: Sequence[Example]) -> str:

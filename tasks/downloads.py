@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -58,6 +60,23 @@ def sdist(requirement: str, filename: str, sha256: str, data_dir: Path | None) -
     if sha256_hex(content) != sha256:
         raise CannotRun(f"{path} is not the pinned file (its sha256 is not {sha256[:12]}...); delete it and run again.")
     return content
+
+
+def unpack(content: bytes, member: str, path: Path) -> None:
+    """Write the file whose name ends in `member` of a source distribution to `path`, in one atomic step. Raises CannotRun."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            (info,) = (info for info in archive if info.isfile() and info.name.endswith(f"/{member}"))
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unpack-") as scratch:
+                (Path(scratch) / path.name).write_bytes(archive.extractfile(info).read())
+                os.replace(Path(scratch) / path.name, path)
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        raise CannotRun(f"The source distribution does not hold {member} ({error}).") from error
+    except OSError as error:
+        raise CannotRun(
+            f"Cannot write to {path.parent} ({error.strerror}); set DPFT_CACHE to a writable folder."
+        ) from error
 
 
 def _fetch(requirement: str, filename: str, sha256: str, folder: Path) -> None:

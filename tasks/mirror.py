@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     import polars
 
 
-def split_of(hub: str, split: str, root: Path | None) -> tuple[polars.DataFrame, str]:
-    """(rows, where they are from) of a split of `hub`, which is "owner/name/config".
+def split_of(hub: str, split: str, root: Path | None, revision: str | None = None) -> tuple[polars.DataFrame, str]:
+    """(rows, where they are from) of a split of `hub`, which is "owner/name/config", or "owner/name" without configurations.
 
-    root: the mirror folder, with the file `<hub>/<split>.parquet`; None: the hub. Raises CannotRun, naming the path, when the
-    mirror lacks the file or it is damaged, and when there is no mirror and the hub cannot be reached.
+    root: the mirror folder, with the file `<hub>/<split>.parquet`; None: the hub, at `revision`. Raises CannotRun, naming the
+    path, when the mirror lacks the file or it is damaged, and when there is no mirror and the hub cannot be reached.
     """
     import polars
 
     if root is None:
-        return _from_hub(hub, split), f"{hub} ({split}) on the hub"
+        return _from_hub(hub, split, revision), f"{hub} ({split}) on the hub"
     path = root / hub / f"{split}.parquet"
     return _mirrored(hub, path, lambda: polars.read_parquet(path, glob=False)), str(path)
 
@@ -38,8 +38,11 @@ def _mirrored(hub: str, path: Path, read: Callable[[], Any]) -> Any:
     import polars
 
     if not path.is_file():
-        hub_id = hub.rpartition("/")[0]
-        raise CannotRun(f"The data mirror has no file {path}; put that split of {hub_id} there as parquet.")
+        there = ", ".join(sorted(file.stem for file in path.parent.glob("*.parquet")))
+        has = f" but the splits {there}" if there else ""
+        raise CannotRun(
+            f"The data mirror has no file {path}{has}; put that split of {_parts(hub)[0]} there as parquet."
+        )
     try:
         return read()
     except (polars.exceptions.PolarsError, OSError) as error:
@@ -47,14 +50,20 @@ def _mirrored(hub: str, path: Path, read: Callable[[], Any]) -> Any:
         raise CannotRun(f"{path} is not a readable parquet file ({reason}); copy it again.") from error
 
 
-def _from_hub(hub: str, split: str) -> polars.DataFrame:
+def _parts(hub: str) -> tuple[str, str | None]:
+    """(hub id, configuration or None)."""
+    owner, name, *config = hub.split("/")
+    return f"{owner}/{name}", config[0] if config else None
+
+
+def _from_hub(hub: str, split: str, revision: str | None) -> polars.DataFrame:
     import datasets
 
-    hub_id, _, config = hub.rpartition("/")
+    hub_id, config = _parts(hub)
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(hub_id, config, split=split).to_polars()
+        return datasets.load_dataset(hub_id, config, split=split, revision=revision).to_polars()
     except Exception as error:  # connection, cache and schema errors of four libraries end up here
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
         raise CannotRun(

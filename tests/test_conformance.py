@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_runs import a_spec, quiet, trained, weights
 
-from dpft.harness import checkpoint, loop, registry, run
+from dpft.harness import checkpoint, evaluation, loop, registry, run
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import PlainEngine, zero_sums
 from dpft.harness.mechanism import GaussianMechanism, stream
@@ -358,5 +358,5 @@ def test_a_model_that_prepare_wraps_is_the_one_that_is_evaluated(setup_of, monke
     monkeypatch.setattr(method, "prepare", lambda self, model, generator: Wrapped(model))
     setup = setup_of("dp-adam")
     before = setup.prepared.model.calls
-    loop.evaluate(setup, loop.State(), 10)
+    evaluation.evaluate(setup, loop.State(), 10)
     assert setup.prepared.model.calls > before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -159,7 +160,32 @@ class KeptPiece:
         return self.gradients.dtype
 
 
-Piece = LinearPiece | EmbeddingPiece | KeptPiece
+@dataclass
+class RecomputedPiece:
+    """A LinearPiece whose factors are made for some examples at a time, each time they are needed, and let go."""
+
+    factors: Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
+    slices: list[slice]
+    dtype: torch.dtype
+
+    def parts(self) -> Iterator[tuple[slice, LinearPiece]]:
+        for examples in self.slices:
+            yield examples, LinearPiece(*self.factors(examples))
+
+    def squared_norms(self, grams: Grams) -> tuple[torch.Tensor, torch.Tensor]:
+        found = [part.squared_norms(Grams()) for _, part in self.parts()]  # shared with no other piece
+        squares, sizes = (torch.cat(values) for values in zip(*found, strict=True))
+        return squares, sizes
+
+    def dense(self, example: int, shape: torch.Size) -> torch.Tensor:
+        return LinearPiece(*self.factors(slice(example, example + 1))).dense(0, shape)
+
+    def add_weighted(self, total: torch.Tensor, factors: torch.Tensor) -> None:
+        for examples, part in self.parts():
+            part.add_weighted(total, factors[examples])
+
+
+Piece = LinearPiece | EmbeddingPiece | KeptPiece | RecomputedPiece
 
 
 def absolute(name: str, pieces: list[Piece]) -> list[Piece]:
@@ -232,6 +258,9 @@ def tied_cross_term(name: str, first: Piece, second: Piece) -> torch.Tensor:
         raise CannotRun(
             f"The parameter {name} is shared by layers of kinds that have no joint rule; use --engine reference."
         )
+    if isinstance(second, RecomputedPiece):
+        tables = ((EmbeddingPiece(first.tokens[e], first.gradients[e]), part) for e, part in second.parts())
+        return torch.cat([tied_cross_term(name, table, part) for table, part in tables])
     if isinstance(second, KeptPiece):
         rows = second.gradients.gather(1, first.tokens[:, :, None].expand(-1, -1, second.gradients.shape[2]))
         return (rows * first.gradients).sum((1, 2))

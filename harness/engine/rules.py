@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dpft.harness.engine.cost import cheaper_kept
 from dpft.harness.engine.encoding import Encoding
-from dpft.harness.engine.pieces import EmbeddingPiece, KeptPiece, LinearPiece, Piece
+from dpft.harness.engine.pieces import EmbeddingPiece, KeptPiece, LinearPiece, Piece, RecomputedPiece
 from dpft.harness.engine.taps import Use
 from dpft.harness.errors import CannotRun
 
@@ -30,6 +30,8 @@ def rule_for(path: str, module: nn.Module) -> Rule:
         return _transposed_linear
     if type(module).__name__.endswith("RMSNorm") and [n for n, _ in module.named_parameters()] == ["weight"]:
         return _scale
+    if hasattr(module, "linear_factors"):
+        return _recomputed
     return _RULES.get(type(module), _by_vmap)
 
 
@@ -54,6 +56,27 @@ def _matrix(inputs: torch.Tensor, gradients: torch.Tensor) -> Piece:
         thin_first = gradients.shape[2] <= inputs.shape[2]  # four times as fast here as the other way round
         return KeptPiece(gradients.mT @ inputs if thin_first else (inputs.mT @ gradients).mT)
     return LinearPiece(inputs, gradients)
+
+
+def _recomputed(uses: list[Use], local: str, encoding: Encoding) -> Piece:
+    """A layer that makes its factors again when asked, as `tasks.vocabulary.VocabularyLoss` does: they are never held.
+
+    It has `linear_factors(tensors, gradient, examples)` and `at_once`, the numbers of E that may exist at once.
+    """
+    module = uses[0].module
+    calls = [(u.tensors, _wide(u.gradient)) for u in uses]  # not the uses: they are emptied
+
+    @torch.no_grad()
+    def factors(examples: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        made = [module.linear_factors(tensors, gradient, examples) for tensors, gradient in calls]
+        inputs, gradients = (_joined(list(side)) for side in zip(*made, strict=True))
+        return encoding.columns(inputs), encoding.rows(gradients)
+
+    size = len(calls[0][1])
+    positions = sum(tensors[0].shape[1] for tensors, _ in calls)
+    step = max(1, module.at_once // (positions * len(getattr(module, local))))
+    slices = [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    return RecomputedPiece(factors, slices, calls[0][1].dtype)
 
 
 def _convolution(uses: list[Use], local: str, encoding: Encoding) -> Piece:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput, unknown
-from dpft.harness.report import decoders, export, figures, paired, plots, tables, text
+from dpft.harness.report import decoders, export, figures, generation, paired, plots, tables, text
 from dpft.harness.report.figures import Figures
 from dpft.harness.report.reading import Curves, summaries
 from dpft.harness.report.text import Part, latex
@@ -63,6 +63,7 @@ class Report:
             yield from paired.learning_rates(group)
             yield from paired.pareto(group)
             yield from decoders.comparison(group, self.curves, self.store, self.options.public)
+            yield from generation.comparison(group, self.options.public)
             if self.options.curves:
                 yield from tables.curve_table(group, self.curves)
             if pictures is not None:

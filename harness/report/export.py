@@ -41,8 +41,7 @@ def _line(record: dict[str, Any], reached: dict[str, Any], public: bool) -> dict
     line = {
         "run_id": record["run_id"],
         "status": record["status"],
-        **{key: value for key, value in record["spec"].items() if key != "options"},
-        "options": json.dumps(record["spec"]["options"], sort_keys=True),
+        **{k: json.dumps(v, sort_keys=True) if isinstance(v, dict) else v for k, v in record["spec"].items()},
         "certified_epsilon": upper,
         "certified_delta": privacy.get("delta"),
         "noise_multiplier": privacy.get("noise_multiplier"),

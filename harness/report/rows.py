@@ -14,7 +14,7 @@ from dpft.harness import registry
 from dpft.harness.privacy import matched
 
 BASELINES = ("dp-sgd", "dp-adam")  # the target of steps-to-threshold is the best of these, as SPECTRAL.md's rule says
-SETTING = ("task", "task_version", "model", "head", "max_length")
+SETTING = ("task", "task_version", "task_options", "model", "head", "max_length")
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def groups(records: list[dict[str, Any]]) -> list[list[Row]]:
     rows = [Row(group[0]["spec"], sorted(group, key=lambda r: r["spec"]["seed"])) for group in cells.values()]
     settings: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
-        settings[tuple(row.spec[key] for key in SETTING)].append(row)
+        settings[tuple(json.dumps(row.spec[key], sort_keys=True) for key in SETTING)].append(row)
     found = []
-    for _, members in sorted(settings.items(), key=lambda item: [str(v) for v in item[0]]):
+    for _, members in sorted(settings.items()):
         budgets = sorted({row.spec["epsilon"] for row in members if row.private}) or [None]
         controls = [row for row in members if not row.private]
         found += [[row for row in members if row.private and row.spec["epsilon"] == b] + controls for b in budgets]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,5 +70,6 @@ def latex(parts: Sequence[Part]) -> str:
 
 
 def escaped(text: str) -> str:
-    """`text` for LaTeX: special characters escaped, Greek and signs as mathematics, markdown's marks dropped."""
-    return "".join(LATEX.get(character, character) for character in text.replace("**", ""))
+    """`text` for LaTeX: special characters escaped, Greek and signs as mathematics, markdown's marks and escapes dropped."""
+    plain = re.sub(r"\\([\\|`*_\[\]<>])", r"\1", text.replace("**", ""))
+    return "".join(LATEX.get(character, character) for character in plain)

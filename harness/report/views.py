@@ -73,7 +73,8 @@ class Group:
     @property
     def title(self) -> str:
         spec, private = self.spec, self.private
-        text = f"{spec['task']} (v{spec['task_version']}), {spec['model']}, head `{spec['head']}`"
+        settings = "".join(f", {key}={value}" for key, value in spec["task_options"].items())
+        text = f"{spec['task']} (v{spec['task_version']}{settings}), {spec['model']}, head `{spec['head']}`"
         return text + ("" if not private else f", ε ≤ {private[0].spec['epsilon']:g}")
 
     @property

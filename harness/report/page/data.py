@@ -199,7 +199,7 @@ def _common(records: list[dict[str, Any]], order: float) -> dict[str, Any]:
         "name": spec["method"],
         "method": spec["method"] + decoder,
         **{key: spec[key] for key in ("task", "model", "epsilon", "lr")},
-        "settings": " ".join(f"{key}={value}" for key, value in spec["options"].items()),
+        "settings": " ".join(f"{key}={value}" for key, value in (spec["task_options"] | spec["options"]).items()),
         "status": first["status"],
         "error": first["error"],
         "seeds": len(records),
