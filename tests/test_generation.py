@@ -14,12 +14,13 @@ import pytest
 import torch
 from small_runs import quiet
 
-from dpft.harness import registry, run, spec
+from dpft.harness import registry, report, run, spec
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import zero_sums
 from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.plan import plan
 from dpft.harness.run_settings import Settings
+from dpft.harness.store import Store
 from dpft.tasks import data_to_text, metrics, models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,7 +127,7 @@ def test_e2e_from_a_mirror(mirror, monkeypatch):
         data_to_text.e2e_prompt("near[Café Adriatic], familyFriendly[no]")
         == "near : Café Adriatic | familyFriendly : no ||"
     )
-    with pytest.raises(CannotRun, match="has no split test but train, validation; choose with --set train_split="):
+    with pytest.raises(CannotRun, match="has no file .*test.parquet but the splits train, validation; put that split"):
         task({"validation_split": "test"}).load(mirror)
     with pytest.raises(CannotRun, match="put that split of tuetschek/e2e_nlg there as parquet"):
         task().load(mirror.parent)
@@ -326,3 +327,24 @@ def test_training_teaches_the_format_and_a_resumed_run_keeps_its_first_samples(m
     samples = whole["result"]["samples"]
     assert samples["before"] != samples["after"] and samples["after"][0]["output"].endswith(".")
     assert "2 beams" in whole["result"]["definitions"]["generation"]
+
+
+def test_a_user_s_own_text_is_in_no_record_unless_asked_for(folders, tmp_path):
+    rows = [{"prompt": f"name : Cotto {i}", "response": f"Cotto is a pub number{i} ."} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    size = dict(task="instruction", file=str(tmp_path / "rows.jsonl"), batch_size=6, steps=1, eval_every=1, epsilon=3.0)
+    size |= dict(max_length=40, generate_examples=2, max_new_tokens=4, method="dp-lora", model=folders("llama"))
+    store, texts = Store(tmp_path / "runs"), {}
+    for samples in (0, 2):
+        one = spec.resolve({**size, **({"samples": samples} if samples else {})})
+        record, curve = run.execute(one, Settings(None), quiet)
+        assert record["status"] == "done", record["error"]
+        store.write(record, curve)
+        texts[samples] = json.dumps(record)
+        assert ("number" in texts[samples]) == bool(samples)
+    found = {
+        public: report.markdown(report.summaries(store), store, None, report.Options(public=public))
+        for public in (0, 1)
+    }
+    assert "number" in found[0] and "before training" in found[0] and "rouge_l" in found[1]
+    assert "number" not in found[1] and "before training" not in found[1]

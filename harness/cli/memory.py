@@ -26,13 +26,20 @@ from dpft.harness.errors import BadInput
 )
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--head", help="classes or tokens.  [default: what the architecture is for]")
+@click.option(
+    "--logits",
+    type=click.Choice(["pieces", "whole"]),
+    default="pieces",
+    show_default=True,
+    help="Of language models: as dpft trains them, or all at once, which materialised and ghost always have.",
+)
 @click.option("--set", "more", multiple=True, callback=pairs, metavar="KEY=VALUE", help="Any setting of the method.")
 @click.option("--fits", metavar="SIZE", help="Also the largest batch within this memory, for example 80GiB.")
 @click.option("--claims", is_flag=True, help="Instead: the claims of DP-GRAPE, tested on three models.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="With --claims: markdown file with markers.")
 @click.option("--figures", type=click.Path(path_type=Path), help="With --claims: folder for the picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
-def memory(model, methods, batch, length, precision, head, more, fits, claims, output, figures, as_json):
+def memory(model, methods, batch, length, precision, head, logits, more, fits, claims, output, figures, as_json):
     """Predict the peak memory of one training step by category, from shapes alone: no weights, no GPU, no data."""
     if claims:
         return _claims(output, figures, as_json)
@@ -45,7 +52,7 @@ def memory(model, methods, batch, length, precision, head, more, fits, claims, o
     found = []
     for name in (part.strip() for part in methods.split(",")):
         click.echo(f"predicting {model}, {name}", err=True)
-        question = Question(model, name, batch, length, precision, head, dict(more))
+        question = Question(model, name, batch, length, precision, head, dict(more), logits)
         answer = predict(question)
         found.append(
             {

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.memory.shapes import SHAPES
+from dpft.tasks.causal import causal_model
 
 CLASSES = 2
 HEADS = ("classes", "tokens")
@@ -33,10 +34,11 @@ class Scored(nn.Module):
         return self.net(**inputs).logits
 
 
-def build(name: str, head: str | None) -> nn.Module:
+def build(name: str, head: str | None, logits: str = "pieces") -> nn.Module:
     """The model called `name`: a shape of SHAPES, a short name, a local folder or a hub id, of which only the config is read.
 
-    head: `classes`, `tokens` (language modelling) or None: what the architecture is for. Raises BadInput, CannotRun.
+    head: `classes`, `tokens` (language modelling) or None: what the architecture is for. logits: of a language model, in
+    `pieces` as the tasks here train it (tasks/vocabulary.py), or `whole`. Raises BadInput, CannotRun.
     """
     import transformers
 
@@ -62,9 +64,10 @@ def build(name: str, head: str | None) -> nn.Module:
     if head == "classes":
         config.num_labels = CLASSES
     try:
-        return Scored(untrained(kind.from_config, config)).train()
+        net = untrained(kind.from_config, config)
     except ValueError as error:
         raise CannotRun(f"transformers makes no model with head {head} of {name}; choose another --head.") from error
+    return (causal_model()(net) if head == "tokens" and logits == "pieces" else Scored(net)).train()
 
 
 def untrained(make: Any, config: Any) -> nn.Module:
@@ -113,7 +116,12 @@ def batch(model: nn.Module, size: int, length: int) -> dict[str, torch.Tensor]:
     mask[0, -1] = 0
     tokens = torch.full((size, length), 5)
     tokens[0, -1] = config.pad_token_id
-    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    found = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    if hasattr(model, "vocabulary"):  # every token but the first is a target
+        places = torch.arange(length).expand(size, length)
+        targets = {"targets": tokens[:, 1:].contiguous(), "target_positions": places[:, :-1].contiguous()}
+        return {**found, "position_ids": places.contiguous(), **targets}
+    return found
 
 
 def loss(precision: str):
@@ -124,6 +132,8 @@ def loss(precision: str):
         device = batch["labels"].device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
             scores = model(**inputs)
+        if "targets" in batch:
+            return scores / batch["targets"].shape[1]
         scores = scores.float()
         if scores.dim() == 2:
             return functional.cross_entropy(scores, batch["labels"], reduction="none")

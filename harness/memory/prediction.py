@@ -47,7 +47,8 @@ class Question:
     """What is asked: the memory of one step.
 
     method: a registered method, or one of ROWS, which all train everything with AdamW; batch: examples at once; length: tokens
-    (images have a size of their own); options: settings of the method, its decoder and its run, as in a RunSpec.
+    (images have a size of their own); options: settings of the method, its decoder and its run, as in a RunSpec; logits: those
+    of a language model in `pieces` or `whole`, as the engines of ENGINES, which stand for others' code, always have them.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Question:
     precision: str = "fp32"
     head: str | None = None
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    logits: str = "pieces"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def _peak(question: Question, mode: FakeTensorMode | None) -> Answer:
         raise BadInput("A batch has at least 1 example of at least 2 tokens; correct --batch or --length.")
     inside = contextlib.nullcontext() if mode is None else mode
     with inside:
-        model = models.build(question.model, question.head)
+        logits = "whole" if question.method in ENGINES else question.logits
+        model = models.build(question.model, question.head, logits)
         batch = models.batch(model, question.batch, question.length)
     step, model, shapes = _step(question, model, mode)
     live = LiveBytes(getattr(step, "clock", _Idle()), shapes)
