@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import nullcontext, redirect_stderr
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +67,9 @@ def load(source: str) -> tuple[nn.Module, str]:
         if getattr(config, "is_encoder_decoder", False) or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
             raise CannotRun(f"{source} ({config.model_type}) is no causal language model; take one such as gpt2.")
         models.without_dropout(config)
-        with models.readable(f"the causal language model {source}"):
+        # reading a GGUF file shows a bar of its own that no setting of transformers turns off
+        hidden = redirect_stderr(io.StringIO()) if "gguf_file" in options else nullcontext()
+        with models.readable(f"the causal language model {source}"), hidden:
             inner, info = transformers.AutoModelForCausalLM.from_pretrained(
                 place, config=config, dtype=torch.float32, output_loading_info=True, **options
             )

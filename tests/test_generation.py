@@ -1,11 +1,7 @@
-"""Tasks that generate text: their data, their metrics beside the libraries' own commands, and every method on them."""
+"""Tasks that generate text: their data, and every method on them."""
 
-import csv
 import json
-import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import causal_cases
@@ -21,24 +17,12 @@ from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.plan import plan
 from dpft.harness.run_settings import Settings
 from dpft.harness.store import Store
-from dpft.tasks import data_to_text, metrics, models
+from dpft.tasks import data_to_text, models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 METHODS = sorted(registry.methods())
 NOTHING_TO_TRAIN = {("last-layer", "gpt2"), ("last-layer", "llama"), ("dp-bitfit", "llama")}
-PREDICTIONS = [
-    "Blue Spice is a pub.",
-    "The Cotto, a cheap coffee shop, is near Cotto.",
-    "a",
-    "Running pubs served food",
-]
-REFERENCES = [
-    ["Blue Spice is a pub.", "A pub is Blue Spice."],
-    ["Cotto is a cheap coffee shop.", "Near Cotto there is the cheap coffee shop The Cotto.", "Cotto: cheap coffee"],
-    ["a the in", "in the city"],
-    ["Runs a pub which serves foods", "The pub serves food"],
-]
 
 
 @pytest.fixture(scope="module")
@@ -55,59 +39,6 @@ def folders(tmp_path_factory):
 def settings_of(method, folder, **more):
     size = dict(task="e2e", batch_size=30, steps=2, eval_every=1, epsilon=3.0, max_length=40, generate_examples=6)
     return spec.resolve({"method": method, "model": folder, **size, "max_new_tokens": 10, **more})
-
-
-# --- metrics --------------------------------------------------------------------------------------------------------
-
-
-def test_bleu_equals_sacrebleu_s_command(tmp_path):
-    (tmp_path / "hypotheses").write_text("\n".join(PREDICTIONS) + "\n")
-    paths = []
-    for i in range(
-        3
-    ):  # a reference twice changes nothing; an empty line would be a reference of no words to the command
-        paths.append(tmp_path / f"references-{i}")
-        paths[-1].write_text("\n".join(texts[min(i, len(texts) - 1)] for texts in REFERENCES) + "\n")
-    command = [sys.executable, "-m", "sacrebleu", *map(str, paths), "-i", str(tmp_path / "hypotheses"), "-w", "10"]
-    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    metric = metrics.make_text()
-    found = metric.compute(predictions=PREDICTIONS, references=REFERENCES)
-    assert found["bleu"] == pytest.approx(report["score"], abs=1e-9) and 0 < found["bleu"] < 100
-    signature = report["signature"].replace("nrefs:3", "nrefs:var")
-    assert metric.definitions["bleu"] == f"sacrebleu {signature}" and "tok:13a" in signature
-
-
-def test_rouge_l_equals_rouge_score_s_command(tmp_path):
-    """The command knows one reference a text: the better of its scores of each is what several references give."""
-    scores = []
-    for column in range(2):
-        (tmp_path / "targets").write_text("\n".join(texts[column] for texts in REFERENCES) + "\n")
-        (tmp_path / "predictions").write_text("\n".join(PREDICTIONS) + "\n")
-        command = [sys.executable, "-m", "rouge_score.rouge", "--rouge_types=rougeL", "--use_stemmer=true"]
-        command += [f"--{name}_filepattern={tmp_path}/{name}s" for name in ("target", "prediction")]
-        command += ["--aggregate=false", f"--output_filename={tmp_path}/scores.csv"]
-        subprocess.run(command, capture_output=True, text=True, check=True)
-        with open(tmp_path / "scores.csv") as file:
-            scores.append([float(row["rougeL-F"]) for row in csv.DictReader(file)])
-    best = [max(pair) for pair in zip(*scores, strict=True)]
-    two = [texts[:2] for texts in REFERENCES]
-    found = metrics.make_text().compute(predictions=PREDICTIONS, references=two)
-    assert found["rouge_l"] == pytest.approx(100 * sum(best) / len(best), abs=1e-4) and len(set(best)) > 2
-
-
-def test_text_metrics_at_their_ends():
-    same = metrics.make_text().compute(
-        predictions=["Blue Spice is a pub ."] * 2, references=[["Blue Spice is a pub ."]] * 2
-    )
-    assert same["bleu"] == pytest.approx(100) and same["rouge_l"] == 100 and same["nist"] > 0
-    none = metrics.make_text().compute(predictions=["", ""], references=[["Blue Spice is a pub ."]] * 2)
-    assert none == {"bleu": 0.0, "rouge_l": 0.0, "nist": 0.0}
-
-
-def test_perplexity_weighs_tokens_and_not_examples():
-    found = metrics.make_perplexity().compute(predictions=[1.0, 9.0], references=[1, 4])
-    assert found == {"loss_per_token": 2.0, "perplexity": pytest.approx(math.exp(2))}
-    assert math.isfinite(metrics.make_perplexity().compute(predictions=[1e9], references=[1])["perplexity"])
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -264,7 +195,8 @@ def test_names_of_models(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_the_engines_agree(method, kind, mirror, folders):
-    one = settings_of(method, folders(kind))
+    phases = {"steps": 5, "eval_every": 5} if "selection_fraction" in registry.method(method).options else {}
+    one = settings_of(method, folders(kind), **phases)
     record, curve = run.execute(one, Settings(mirror), quiet)
     if (method, kind) in NOTHING_TO_TRAIN:
         assert record["status"] == "skipped" and "use dp-lora" in record["error"]
@@ -330,21 +262,21 @@ def test_training_teaches_the_format_and_a_resumed_run_keeps_its_first_samples(m
 
 
 def test_a_user_s_own_text_is_in_no_record_unless_asked_for(folders, tmp_path):
-    rows = [{"prompt": f"name : Cotto {i}", "response": f"Cotto is a pub number{i} ."} for i in range(60)]
+    rows = [{"prompt": f"name : Cotto {i}", "response": f"Cotto is a pub zebra{i} ."} for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     size = dict(task="instruction", file=str(tmp_path / "rows.jsonl"), batch_size=6, steps=1, eval_every=1, epsilon=3.0)
     size |= dict(max_length=40, generate_examples=2, max_new_tokens=4, method="dp-lora", model=folders("llama"))
-    store, texts = Store(tmp_path / "runs"), {}
+    store, texts = Store(tmp_path), {}
     for samples in (0, 2):
         one = spec.resolve({**size, **({"samples": samples} if samples else {})})
         record, curve = run.execute(one, Settings(None), quiet)
         assert record["status"] == "done", record["error"]
         store.write(record, curve)
         texts[samples] = json.dumps(record)
-        assert ("number" in texts[samples]) == bool(samples)
+        assert ("zebra" in texts[samples]) == bool(samples)
     found = {
         public: report.markdown(report.summaries(store), store, None, report.Options(public=public))
         for public in (0, 1)
     }
-    assert "number" in found[0] and "before training" in found[0] and "rouge_l" in found[1]
-    assert "number" not in found[1] and "before training" not in found[1]
+    assert "zebra" in found[0] and "before training" in found[0] and "rouge_l" in found[1]
+    assert "zebra" not in found[1] and "before training" not in found[1]
