@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import CannotRun
-from dpft.harness.plan import plan
+from dpft.harness.plan import PrivacyPlan, plan
+from dpft.harness.privacy import selection
+from dpft.harness.privacy.mechanisms import covering_gaussian
 from dpft.harness.spec import RunSpec, completed
 from dpft.harness.store import Store
 
 
-def overview(runs: list[RunSpec], store: Store, data_dir: Path | None) -> list[dict[str, Any]]:
-    """One row per run. Time and memory come from a record of the same task, model, method and batch size, else null."""
+def overview(
+    runs: list[RunSpec], store: Store, data_dir: Path | None, tries: float | None = None
+) -> list[dict[str, Any]]:
+    """One row per run; tries: also what the best of about so many such runs costs (harness/privacy/selection.py).
+
+    Time and memory come from a record of the same task, model, method and batch size, else null."""
     records = store.records() if store.folder.is_dir() else []
     by_id = {r["run_id"]: r for r in records}
     rows = []
@@ -26,24 +32,39 @@ def overview(runs: list[RunSpec], store: Store, data_dir: Path | None) -> list[d
             "seed": spec.seed,
             "state": "missing" if record is None else record["status"],
         }
-        row |= _budget(spec, data_dir) | _estimate(spec, records)
+        row |= _budget(spec, data_dir, tries) | _estimate(spec, records)
         rows.append(row)
     return rows
 
 
-def _budget(spec: RunSpec, data_dir: Path | None) -> dict[str, Any]:
+def _budget(spec: RunSpec, data_dir: Path | None, tries: float | None) -> dict[str, Any]:
     row = {"epsilon": None, "delta": None, "sigma": None, "q": None, "T": spec.steps, "problem": None}
     try:
         found = plan(spec, data_dir, lambda: _dimension(spec, data_dir))
     except CannotRun as error:
         return row | {"problem": str(error)}
     curve = found.epsilon_curve
+    if tries is not None and found.noise is not None:
+        row |= _choice(spec, found, tries)
     return row | {
         "epsilon": curve[-1] if curve else None,
         "delta": found.delta,
         "sigma": found.noise_multiplier,
         "q": found.sampling_probability,
     }
+
+
+def _choice(spec: RunSpec, found: PrivacyPlan, tries: float) -> dict[str, Any]:
+    """What the best of about `tries` runs costs, by the law of their number that costs least, and what each may cost."""
+    noise, q = found.noise, found.sampling_probability
+    sigma = noise.noise_multiplier
+    if noise.mechanism != "gaussian":
+        sigma = covering_gaussian(noise.mechanism, sigma, noise.parameters)
+    if sigma is None:
+        return {"problem": f"No charge for a choice is known with noise of mechanism {noise.mechanism}."}
+    law, epsilon = selection.cheapest(((q, sigma, spec.steps),), found.delta, tries)
+    each = selection.epsilon_each(spec.epsilon, found.delta, q, spec.steps, tries)
+    return {"law of tries": law, "epsilon of the best": round(epsilon, 3), "epsilon for each": round(each - 5e-4, 3)}
 
 
 def _dimension(spec: RunSpec, data_dir: Path | None) -> int:

@@ -93,13 +93,19 @@ def _shard(text: str) -> tuple[int, int]:
 @click.command()
 @click.argument("suite", required=False)
 @spec_options
+@click.option(
+    "--tries", type=float, metavar="MEAN", help="Also what releasing the best of a random number of tries costs."
+)
 @click.option("--json", "as_json", is_flag=True)
-def plan(suite, overrides, data_dir, results, as_json):
+def plan(suite, overrides, data_dir, results, tries, as_json):
     """Show every run of SUITE: what it will spend, whether it is there, and what it should cost. Trains nothing."""
     from dpft.harness.planning import overview
+    from dpft.harness.privacy.selection import check_tries
     from dpft.harness.store import Store
 
-    rows = overview(_runs(suite, overrides), Store(results), data_dir)
+    if tries is not None:
+        check_tries(tries)
+    rows = overview(_runs(suite, overrides), Store(results), data_dir, tries)
     if as_json:
         click.echo(json.dumps(rows, indent=1, allow_nan=False))
         return
