@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpft.harness import registry, suites
 from dpft.harness.errors import unknown
+
+if TYPE_CHECKING:
+    from dpft.tasks.base import Task
 
 
 def listing(kind: str) -> list[dict[str, Any]]:
@@ -21,7 +24,7 @@ def listing(kind: str) -> list[dict[str, Any]]:
         ]
     if kind == "tasks":
         return [
-            {"name": name, "kind": t.kind, "metric": t.metric, "data": t.hub or "package", "description": t.description}
+            {"name": name, "kind": t.kind, "metric": t.metric, "data": _data(t), "description": t.description}
             for name, t in registry.tasks().items()
         ]
     return [
@@ -63,7 +66,8 @@ def description(name: str) -> dict[str, Any]:
     if name in registry.tasks():
         t = registry.tasks()[name]
         keys = ("version", "kind", "description", "source", "metric", "higher_is_better", "chance", "threshold")
-        return {"task": name, **{key: getattr(t, key) for key in keys}, "hub": t.hub or "none: comes from a package"}
+        options = {"options": t.options} if t.options else {}
+        return {"task": name, **{key: getattr(t, key) for key in keys}, "data": _data(t), **options}
     if name in suites.suites():
         suite = suites.load_suite(name)
         return {
@@ -73,3 +77,8 @@ def description(name: str) -> dict[str, Any]:
         }
     known = [*registry.methods(), *registry.decoders(), *registry.tasks(), *suites.suites()]
     raise unknown("method, decoder, task or suite", name, known)
+
+
+def _data(task: type[Task]) -> str:
+    """Where the rows come from: a hub id, a package, or a file of the user's own."""
+    return task.hub or ("your own file" if "file" in task.options else "package")

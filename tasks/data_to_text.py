@@ -54,7 +54,8 @@ class DataToText(TextGeneration):
         return Data(train, validation, fingerprint(train, validation))
 
     def _split(self, data_dir: Path | None, name: str) -> list[Example]:
-        return self.rows(*mirror.split_of(self.hub, name, data_root(data_dir), REVISION))
+        other = ", or choose others with train_split= and validation_split="
+        return self.rows(*mirror.split_of(self.hub, name, data_root(data_dir), REVISION, other))
 
     def rows(self, table: polars.DataFrame, where: str) -> list[Example]:
         """`{"prompt", "response"}` of every pair, in order. Raises CannotRun, naming `where`, for other tables."""

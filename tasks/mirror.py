@@ -12,18 +12,21 @@ if TYPE_CHECKING:
     import polars
 
 
-def split_of(hub: str, split: str, root: Path | None, revision: str | None = None) -> tuple[polars.DataFrame, str]:
+def split_of(
+    hub: str, split: str, root: Path | None, revision: str | None = None, hint: str = ""
+) -> tuple[polars.DataFrame, str]:
     """(rows, where they are from) of a split of `hub`, which is "owner/name/config", or "owner/name" without configurations.
 
-    root: the mirror folder, with the file `<hub>/<split>.parquet`; None: the hub, at `revision`. Raises CannotRun, naming the
-    path, when the mirror lacks the file or it is damaged, and when there is no mirror and the hub cannot be reached.
+    root: the mirror folder, with the file `<hub>/<split>.parquet`; None: the hub, at `revision`. hint: what else can be
+    done where the mirror lacks the split. Raises CannotRun, naming the path, when the mirror lacks the file or it is damaged,
+    and when there is no mirror and the hub cannot be reached.
     """
     import polars
 
     if root is None:
         return _from_hub(hub, split, revision), f"{hub} ({split}) on the hub"
     path = root / hub / f"{split}.parquet"
-    return _mirrored(hub, path, lambda: polars.read_parquet(path, glob=False)), str(path)
+    return _mirrored(hub, path, lambda: polars.read_parquet(path, glob=False), hint), str(path)
 
 
 def count_of(hub: str, split: str, root: Path) -> int:
@@ -34,14 +37,14 @@ def count_of(hub: str, split: str, root: Path) -> int:
     return _mirrored(hub, path, lambda: polars.scan_parquet(path, glob=False).select(polars.len()).collect().item())
 
 
-def _mirrored(hub: str, path: Path, read: Callable[[], Any]) -> Any:
+def _mirrored(hub: str, path: Path, read: Callable[[], Any], hint: str = "") -> Any:
     import polars
 
     if not path.is_file():
         there = ", ".join(sorted(file.stem for file in path.parent.glob("*.parquet")))
         has = f" but the splits {there}" if there else ""
         raise CannotRun(
-            f"The data mirror has no file {path}{has}; put that split of {_parts(hub)[0]} there as parquet."
+            f"The data mirror has no file {path}{has}; put that split of {_parts(hub)[0]} there as parquet{hint}."
         )
     try:
         return read()
