@@ -95,6 +95,27 @@ def test_verdicts_find_the_gains_that_are_there_and_no_others(many):
     assert "Paired differences" not in parts(many, one)[1]
 
 
+def test_all_settings_together_on_one_scale(many, tmp_path):
+    made = report.Report(reading.summaries(many), many, report.Options())
+    text = markdown(list(made.parts(report.Figures(tmp_path, "pictures"))))
+    (table,) = re.findall(r"### All 2 ranked settings together\n\n(.*?)\n\n", text, re.S)
+    lines = {cells[1].strip(): cells[2:] for cells in (line.split("|") for line in table.splitlines()[2:])}
+    assert len(lines) == 10 and list(lines) == sorted(lines, key=lambda name: -float(lines[name][0]))
+    scores = []
+    for group in made.groups:
+        base = max(row.final for row in group.rows if row.method in ("dp-adam", "dp-sgd"))
+        (row,) = (row for row in group.rows if row.method == "dp-muon")
+        chance = group.result["chance"]
+        scores += [(value - chance) / (base - chance) for value in row.finals.values()]
+    middle = sorted(scores)[len(scores) // 4 : -(len(scores) // 4)]  # 20 runs: without the five lowest and highest
+    assert float(lines["dp-muon"][0]) == pytest.approx(sum(middle) / len(middle), abs=6e-4)
+    low, high = map(float, lines["dp-muon"][1].split(" to "))
+    assert low < float(lines["dp-muon"][0]) < high and high - low < 0.2
+    assert "(pictures/profiles.svg)" in text and "share of runs above" in (tmp_path / "profiles.svg").read_text()
+    one_task = [r for r in reading.summaries(many) if r["spec"]["task"] == "task-0"]
+    assert "settings together" not in parts(many, one_task)[1]
+
+
 def test_the_baseline_can_be_named(many):
     assert "to `dp-lora" in parts(many, baseline="dp-lora")[1]
     with pytest.raises(BadInput, match="did you mean 'dp-lora'"):

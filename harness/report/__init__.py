@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput, unknown
-from dpft.harness.report import decoders, export, figures, generation, paired, plots, tables, text
+from dpft.harness.report import decoders, export, figures, generation, overall, paired, plots, tables, text
 from dpft.harness.report.figures import Figures
 from dpft.harness.report.reading import Curves, summaries
 from dpft.harness.report.text import Part, latex
@@ -68,6 +68,7 @@ class Report:
                 yield from tables.curve_table(group, self.curves)
             if pictures is not None:
                 yield from plots.of_group(group, stem, self.curves, self.store, pictures, self.options.public)
+        yield from overall.summary(self.groups, pictures)
         if self.left_out:
             yield f"No table, as the view `{self.options.view.name}` admits no row: {'; '.join(self.left_out)}."
         if compared:
