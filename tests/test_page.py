@@ -203,6 +203,26 @@ def test_public_leaves_out_what_epsilon_does_not_cover(tmp_path):
     assert public["diagnostics"] is None and set(public["curve"]) == {"step", "epsilon", "metric"}
 
 
+def test_texts_are_shown_beside_each_other_and_are_in_no_public_page(tmp_path, opened):
+    source = next(iter(sorted((ROOT / "results/official").glob("*.json"))))
+    record = json.loads(source.read_text())
+    text = {"prompt": "food : <b>Thai</b> ||", "reference": "They serve Thai."}
+    samples = {when: [{**text, "output": f"{when} it"}] for when in ("before", "after")}
+    record["result"] = {**record["result"], "samples": samples}
+    (tmp_path / source.name).write_text(json.dumps(record))
+    (tmp_path / f"{source.stem}.parquet").symlink_to(source.with_suffix(".parquet"))
+    store = Store(tmp_path)
+    page.write(tmp_path / "public.html", store, store.each(), public=True)
+    assert "samples" not in unpacked(tmp_path / "public.html", "block-0")[0]["result"]
+    page.write(tmp_path / "page.html", store, store.each())
+    tab = opened(tmp_path / "page.html")
+    tab.locator("tr.row td").nth(4).click()
+    body = tab.locator("#details-body").inner_text()
+    for said in ("food : <b>Thai</b> ||", "They serve Thai.", "before it", "after it"):
+        assert said in body
+    assert "[object" not in body
+
+
 def test_no_runs_give_a_page_that_says_so(tmp_path, opened):
     page.write(tmp_path / "page.html", Store(tmp_path), [])
     tab = opened(tmp_path / "page.html")

@@ -26,7 +26,7 @@ class Builder:
     """Takes records one by one, gives packed blocks as they fill up, and the index at the end.
 
     What it keeps of a record is what ranking needs; a folder of any size is read once. public: without diagnostics, which are
-    computed from clean gradients and training losses and are not covered by epsilon.
+    computed from clean gradients and training losses and are not covered by epsilon, and without texts (validation rows).
     """
 
     def __init__(self, store: Store, public: bool):
@@ -52,7 +52,8 @@ class Builder:
         curve = None
         if record["status"] == "done" or self.store.curve_path(record["run_id"]).exists():
             curve = _thinned(self.store.curve(record["run_id"]), self.columns)
-        return {**record, "diagnostics": None if self.public else shown, "curve": curve}
+        result = _measured(record) if self.public else record["result"]
+        return {**record, "result": result, "diagnostics": None if self.public else shown, "curve": curve}
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -134,11 +135,16 @@ def _slim(record: dict[str, Any], position: int, curve: bool) -> dict[str, Any]:
         "curve": curve,
         **{key: record[key] for key in ("run_id", "status", "spec", "error")},
         "privacy": privacy and {key: value for key, value in privacy.items() if key not in ("ledger", "cross_checks")},
-        "result": record["result"],
+        "result": _measured(record),
         "step_s": cost.get("step_s"),
         "peak": sum((cost.get("peak_bytes") or {}).values()) or None,
         "trainable": cost.get("trainable_parameters"),
     }
+
+
+def _measured(record: dict[str, Any]) -> dict[str, Any] | None:
+    """The result without the texts beside it."""
+    return record["result"] and {key: value for key, value in record["result"].items() if key != "samples"}
 
 
 def _budget(group: list[Row]) -> float | None:

@@ -29,7 +29,9 @@ function setUpDetails() {
 function sections(run) {
   const found = [make("p", { class: "quiet", text: `Run ${run.run_id}: ${run.status}` })];
   if (run.error) found.push(make("p", { class: "warning", text: run.error }));
-  found.push(...certificate(run.privacy), ...part("Result", run.result));
+  found.push(...certificate(run.privacy));
+  const { samples, ...result } = run.result || {};
+  found.push(...part("Result", result), ...texts(samples));
   found.push(...part("Settings", run.spec), ...part("Cost", run.cost));
   if (run.diagnostics) found.push(...part("Diagnostics (not private)", run.diagnostics));
   found.push(...part("Provenance", run.provenance));
@@ -57,6 +59,13 @@ function certificate(privacy) {
     make("div", { class: "box", tabindex: "0", role: "region", "aria-label": "Ledger" },
       make("table", { class: "ledger" }, make("thead", {}, make("tr", {}, ...heads.map((text) => make("th", { scope: "col", class: "plain", text })))), make("tbody", {}, ...rows))),
   ];
+}
+
+function texts(samples) {
+  if (!samples || !samples.after || !samples.after.length) return [];
+  const before = new Map((samples.before || []).map((sample) => [sample.prompt, sample.output]));
+  return [make("h3", { text: "Texts" }), ...samples.after.map(({ prompt, reference, output }) => make("dl", {},
+    ...pairs({ prompt, "a reference": reference, "before training": before.get(prompt) ?? "not kept", "after training": output || "(nothing)" })))];
 }
 
 function part(title, values) {
