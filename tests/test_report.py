@@ -112,6 +112,12 @@ def test_all_settings_together_on_one_scale(many, tmp_path):
     low, high = map(float, lines["dp-muon"][1].split(" to "))
     assert low < float(lines["dp-muon"][0]) < high and high - low < 0.2
     assert "(pictures/profiles.svg)" in text and "share of runs above" in (tmp_path / "profiles.svg").read_text()
+    cell = (
+        f"{next(row for row in made.groups[0].every if row.method == 'dp-muon' and row.spec['lr'] == 4e-4).final:.3f}"
+    )
+    assert f">{cell}</text>" in (tmp_path / f"{made.groups[0].stem}-lr.svg").read_text(), (
+        "the map has every rate's mean"
+    )
     one_task = [r for r in reading.summaries(many) if r["spec"]["task"] == "task-0"]
     assert "settings together" not in parts(many, one_task)[1]
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from dpft.harness import statistics as st
-from dpft.harness.report import rows as making
+from dpft.harness.report import rates
 from dpft.harness.report.figures import Figures, look
 from dpft.harness.report.paired import SAME_MEMORY, SAME_TIME
 from dpft.harness.report.reading import Curves, diagnostics
@@ -30,7 +30,7 @@ def of_group(group: Group, stem: str, curves: Curves, store: Store, figures: Fig
         ("steps to threshold", "threshold", _thresholds(rows, group, curves), (6.4, high)),
         ("memory", "memory", _memory(rows), (6.4, high)),
         ("Pareto fronts", "pareto", _pareto(rows, group), None),
-        ("learning rates", "lr", _rates(group), None),
+        ("learning rates", "lr", rates.picture(group), None),
         ("alignment", "alignment", None if public else _alignment(rows, curves), None),
     ]
     links = []
@@ -199,33 +199,6 @@ def _pareto(rows: Named, group: Group):
         axes[0][-1].legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2)
 
     return len(panels), paint
-
-
-def _rates(group: Group):
-    """The final metric over the learning rate: mean and seeds, for methods with more than one rate."""
-    grids = [making.finished(rows) for rows in making.alike(group.every) if rows[0].ranked]
-    names = making.names([Row({**rows[0].spec, "lr": None}, rows[0].records) for rows in grids])
-    grids = [(name, sorted(rows, key=lambda row: row.spec["lr"])) for name, rows in zip(names, grids, strict=True)]
-    grids = [(name, rows) for name, rows in grids if len(rows) > 1][:AT_MOST]
-    if not grids:
-        return None
-
-    def paint(axes) -> None:
-        axis = axes[0][0]
-        for i, (name, rows) in enumerate(grids):
-            axis.plot([row.spec["lr"] for row in rows], [row.final for row in rows], label=name, **look(i))
-            for row in rows:
-                values = list(row.finals.values())
-                axis.plot([row.spec["lr"]] * len(values), values, "_", color=look(i)["color"], alpha=0.6)
-        every = sorted({row.spec["lr"] for _, rows in grids for row in rows})
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(every, [f"{lr:g}" for lr in every])
-        axis.set(
-            xlabel="learning rate; dashes: seeds", ylabel=f"final {group.result['metric']}", title=group.spec["task"]
-        )
-        _legend(axis, len(grids))
-
-    return 1, paint
 
 
 def _alignment(rows: Named, curves: Curves):
