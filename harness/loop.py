@@ -75,6 +75,7 @@ class State:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     step_seconds: list[dict[str, float]] = field(default_factory=list)
     eval_seconds: float = 0.0
+    untrained: float | None = None  # the metric before training, where the task has no `chance`
     final: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     definitions: dict[str, str] = field(default_factory=dict)  # of metrics that are defined differently elsewhere
@@ -92,6 +93,8 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     """
     spec = setup.spec
     optimizer = setup.method.optimizer(setup.parameters, setup.head, spec)
+    if setup.task.chance is None:
+        state.untrained = evaluate(setup, state, spec.eval_examples)[setup.task.metric]
     if setup.checkpoint_path is not None:
         _restore(setup, state, optimizer)
     if "before" not in state.samples:

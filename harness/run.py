@@ -233,7 +233,8 @@ def _result(spec: RunSpec, state: loop.State) -> dict[str, Any]:
     return {
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
-        "chance": task.chance,
+        "chance": task.chance if task.chance is not None else state.untrained,
+        **({"chance_is": "the model before training"} if task.chance is None else {}),
         "final": state.final,
         "all_metrics": state.metrics,
         **({"definitions": state.definitions} if state.definitions else {}),

@@ -76,9 +76,9 @@ class Task:
 
     Class attributes: `name` (registry key), `version` (raise it when the data, split, label or metric changes: it is
     part of the run id), `kind`, `description`, `source` (citation and licence), `metric` (name of the headline metric),
-    `higher_is_better`, `chance` (value of that metric for an uninformed model), `threshold` (metric value that counts
-    as "learned" when a run stands alone), `images` (examples are images: runs may set `views` and `batch_norm`),
-    `options` (its own settings with their defaults; they are part of the run id).
+    `higher_is_better`, `chance` (value of that metric for an uninformed model; None: measured before training), `threshold`
+    (metric value that counts as "learned" when a run stands alone), `images` (examples are images: runs may set `views` and
+    `batch_norm`), `options` (its own settings with their defaults; they are part of the run id).
     """
 
     name: ClassVar[str]
@@ -88,7 +88,7 @@ class Task:
     source: ClassVar[str]
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
-    chance: ClassVar[float]
+    chance: ClassVar[float | None]
     threshold: ClassVar[float]
     default_model: ClassVar[str] = "minilm-l6"
     default_head: ClassVar[str] = "mean"

@@ -204,6 +204,7 @@ def test_every_method_runs_and_the_engines_agree(method, kind, mirror, folders):
     assert record["status"] == "done", record["error"]
     result = record["result"]
     assert result["final"] == result["all_metrics"]["loss_per_token"] == curve[-1]["metric"] > 0
+    assert result["chance_is"] == "the model before training" and result["chance"] > 0
     assert {"perplexity", "bleu", "rouge_l", "nist"} < set(result["all_metrics"])
     assert result["definitions"]["generation"] == "6 prompts, greedy search, max_new_tokens 10"
     before, after = result["samples"]["before"], result["samples"]["after"]
@@ -256,6 +257,7 @@ def test_training_teaches_the_format_and_a_resumed_run_keeps_its_first_samples(m
     whole, curve = run.execute(one, Settings(mirror), quiet)
     assert record["result"] == whole["result"]
     assert whole["result"]["final"] < 0.3 * curve[0]["loss"] and whole["result"]["all_metrics"]["bleu"] > 30
+    assert whole["result"]["chance"] == pytest.approx(curve[0]["loss"], rel=0.2), "of the model before training"
     samples = whole["result"]["samples"]
     assert samples["before"] != samples["after"] and samples["after"][0]["output"].endswith(".")
     assert "2 beams" in whole["result"]["definitions"]["generation"]
@@ -278,5 +280,5 @@ def test_a_user_s_own_text_is_in_no_record_unless_asked_for(folders, tmp_path):
         public: report.markdown(report.summaries(store), store, None, report.Options(public=public))
         for public in (0, 1)
     }
-    assert "zebra" in found[0] and "before training" in found[0] and "rouge_l" in found[1]
-    assert "zebra" not in found[1] and "before training" not in found[1]
+    assert "zebra" in found[0] and "a reference |" in found[0] and "rouge_l" in found[1]
+    assert "zebra" not in found[1] and "a reference |" not in found[1]

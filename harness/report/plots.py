@@ -77,7 +77,7 @@ def _curve(rows: Named, group: Group, curves: Curves, against: str):
                 )
         for value, said, line in (
             (target_of(group.rows), f"threshold ({FRACTION:.0%})", (0, (5, 2))),
-            (group.result["chance"], "chance", (0, (1, 2))),
+            (group.result["chance"], group.result.get("chance_is", "chance"), (0, (1, 2))),
         ):
             if value is not None:
                 axis.axhline(value, color="0.45", linewidth=1, linestyle=line, label=said, zorder=1)

@@ -138,8 +138,8 @@ def _notes(group: Group, target: float | None, public: bool) -> str:
     text = f"{most} seed{'s' if most > 1 else ''}. " if fewest == most else f"{fewest} to {most} seeds a row. "
     if target is not None:
         text += (
-            f"Threshold: {target:.4f}, {FRACTION:.0%} of the way from chance ({group.result['chance']:g}) to the best "
-            "DP baseline. "
+            f"Threshold: {target:.4f}, {FRACTION:.0%} of the way from {group.result.get('chance_is', 'chance')} "
+            f"({group.result['chance']:g}) to the best DP baseline. "
         )
     grids = {row.grid for row in group.rows if row.grid}
     if grids:
