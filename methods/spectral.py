@@ -6,12 +6,18 @@ from dpft.methods.full import DPAdam
 
 
 class RMT(DPAdam):
-    """Tracy-Widom threshold, the shrinker that is optimal in squared error, no correction: nothing to tune."""
+    """Tracy-Widom threshold, the shrinker that is optimal in squared error: nothing to tune.
+
+    What is kept has the norm of the release again, and a matrix of which nothing stands out passes raw. Version 1 did neither:
+    most matrices are below the threshold at usual budgets, it stood still on these and learnt less (RESULTS.md).
+    """
 
     name = "rmt"
+    version = 2
     summary = "dp-adam on spectrally denoised releases, threshold from the noise level"
     reference = "arXiv:2510.01137"
     defaults: ClassVar = {**DPAdam.defaults, "decoder": "rmt"}
+    decoder_options: ClassVar = {"norm_correction": "noisy", "empty": "raw"}
 
 
 class RMTPaper(RMT):
@@ -21,14 +27,16 @@ class RMTPaper(RMT):
     """
 
     name = "rmt-paper"
+    version = 1
     summary = "spectral denoising as published: kappa times the edge, shrink, norm restored"
-    decoder_options: ClassVar = {"threshold": "kappa", "kappa": 1.0, "norm_correction": "noisy", "empty": "raw"}
+    decoder_options: ClassVar = {**RMT.decoder_options, "threshold": "kappa", "kappa": 1.0}
 
 
 class RMTMomentum(RMT):
     """Filter first, then denoise: the running mean of releases has less noise, so more signal stands out of it."""
 
     name = "rmt-momentum"
+    version = 1
     summary = "spectral denoising of Adam's first moment, its second from raw releases"
     decoder_options: ClassVar = {"input": "ema"}
 
@@ -38,7 +46,7 @@ class RMTGated(RMT):
 
     name = "rmt-gated"
     summary = "spectral denoising where an estimate from the release says that it helps"
-    decoder_options: ClassVar = {"gate": True}
+    decoder_options: ClassVar = {**RMT.decoder_options, "gate": True}
 
 
 class ProfilePartial(RMT):
@@ -46,4 +54,4 @@ class ProfilePartial(RMT):
 
     name = "profile-partial"
     summary = "singular values restored in part"
-    decoder_options: ClassVar = {"shrinker": "partial", "rho": 0.5}
+    decoder_options: ClassVar = {**RMT.decoder_options, "shrinker": "partial", "rho": 0.5}
