@@ -104,3 +104,32 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Folder of a tiny checkpoint per architecture of model_cases."""
+    import torch
+    from model_cases import KINDS, tiny_model, tiny_tokenizer
+
+    folders = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for kind in KINDS:
+            folders[kind] = str(tmp_path_factory.mktemp(kind))
+            tokenizer = tiny_tokenizer(kind)
+            tokenizer.save_pretrained(folders[kind])
+            tiny_model(kind, len(tokenizer)).save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """An empty cache of its own for each test."""
+    monkeypatch.setenv("DPFT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def noise_cache(tmp_path_factory, monkeypatch):
+    """One cache for all tests of noise: searched laws are found once."""
+    monkeypatch.setenv("DPFT_CACHE", str(tmp_path_factory.getbasetemp() / "noise-cache"))
