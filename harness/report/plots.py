@@ -7,7 +7,7 @@ from typing import Any
 
 from dpft.harness import statistics as st
 from dpft.harness.report import rates
-from dpft.harness.report.figures import Figures, look
+from dpft.harness.report.figures import COLOURS, Figures, look
 from dpft.harness.report.paired import SAME_MEMORY, SAME_TIME
 from dpft.harness.report.reading import Curves, diagnostics
 from dpft.harness.report.rows import Row
@@ -214,7 +214,9 @@ def _alignment(rows: Named, curves: Curves):
         solid = {name for _, name, line, _ in drawn if line == "-"}
         for i, name, line, points in drawn:
             label = name if line == "-" or name not in solid else None
-            style = {**look(i), "linestyle": line, "marker": None}
+            style = {**look(i), "linestyle": line}
+            if i < len(COLOURS):  # the colour is enough
+                style["marker"] = None
             axis.plot(list(points), list(points.values()), label=label, **style)
         axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         axis.set(xlabel="step", ylabel="cosine to the clean clipped sum", title="dotted: released; solid: decoded")

@@ -43,9 +43,13 @@ def _lines(axis, grids: Grids, group: Group) -> None:
             axis.plot([lr] * len(values), values, "_", color=look(i)["color"], alpha=0.6)
     every = sorted({lr for _, rows in grids for lr in rows})
     axis.set_xscale("log", base=2)
-    axis.set_xticks(every, [f"{lr:g}" for lr in every])
+    axis.set_xticks(every, **_ticks(every))
     axis.set(xlabel="learning rate; dashes: seeds", ylabel=f"final {group.result['metric']}", title=group.spec["task"])
     axis.legend(loc="best" if len(grids) > 1 else "upper left")
+
+
+def _ticks(rates: list[float]) -> dict:
+    return {"labels": [f"{lr:g}" for lr in rates], "rotation": 30 if len(rates) > 4 else 0}  # not over each other
 
 
 def _map(axis, grids: Grids, group: Group) -> None:
@@ -63,7 +67,7 @@ def _map(axis, grids: Grids, group: Group) -> None:
                 axis.text(
                     j, i, f"{value:.3f}", ha="center", va="center", fontsize=7, color="black" if bright else "white"
                 )
-    axis.set_xticks(range(len(every)), [f"{lr:g}" for lr in every])
+    axis.set_xticks(range(len(every)), **_ticks(every))
     axis.set_yticks(range(len(grids)), [name for name, _ in grids])
     axis.set(xlabel="learning rate", title=f"mean of seeds, final {group.result['metric']}")
     axis.grid(False)
