@@ -116,3 +116,8 @@ def test_the_readme_example_method_runs(tmp_path, tiny_bert, mirror, monkeypatch
     records = Store(tmp_path / "runs").records()
     assert {r["spec"]["method"] for r in records} == {name, "dp-sgd"} and all(r["status"] == "done" for r in records)
     assert records[0]["privacy"]["ledger"] == records[1]["privacy"]["ledger"]
+
+
+def test_every_picture_is_linked_and_every_link_has_its_picture():
+    linked = set(re.findall(r"\((results/figures/[^)]+)\)", (ROOT / "RESULTS.md").read_text()))
+    assert linked == {room(path) for path in (ROOT / "results" / "figures").rglob("*.*")}
