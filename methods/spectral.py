@@ -29,7 +29,7 @@ class RMTPaper(RMT):
     name = "rmt-paper"
     version = 1
     summary = "spectral denoising as published: kappa times the edge, shrink, norm restored"
-    decoder_options: ClassVar = {**RMT.decoder_options, "threshold": "kappa", "kappa": 1.0}
+    decoder_options: ClassVar = {"threshold": "kappa", "kappa": 1.0, "norm_correction": "noisy", "empty": "raw"}
 
 
 class RMTMomentum(RMT):

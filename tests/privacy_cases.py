@@ -1,9 +1,6 @@
 """What the tests of accounting share."""
 
-from dpft.harness.privacy import (
-    Ledger,
-    Release,
-)
+from dpft.harness.privacy import Ledger, Release
 
 DELTA = 1e-5
 

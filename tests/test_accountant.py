@@ -8,14 +8,7 @@ import pytest
 from privacy_cases import DELTA, events_of, gaussian, ledger_of
 
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy import (
-    Ledger,
-    Release,
-    calibrate,
-    certify,
-    epsilon,
-    tolerance,
-)
+from dpft.harness.privacy import Ledger, Release, calibrate, certify, epsilon, tolerance
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -12,13 +12,7 @@ from privacy_cases import DELTA, events_of
 from dpft.harness import cache
 from dpft.harness.cache import cache_dir
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy import (
-    calibrate,
-    certify,
-    epsilon,
-    epsilon_curve,
-    matched,
-)
+from dpft.harness.privacy import calibrate, certify, epsilon, epsilon_curve, matched
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

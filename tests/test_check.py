@@ -38,9 +38,7 @@ def load_once():
 
 def make(folder, method, seeds):
     """Real runs of one configuration, of a third of a second each."""
-    more = (
-        {"norm_correction": "none"} if method == "rmt" else {}
-    )  # the norm of the release would hide a wrong shrinker here
+    more = {"norm_correction": "none"} if method == "rmt" else {}  # its norm would hide a wrong shrinker
     runs = [spec.resolve({**SIZE, **more, "method": method, "seed": seed}) for seed in seeds]
     execution.run_all(runs, Store(folder), Settings(), execution.Policy(), progress.reporter(0, quiet=True))
     return folder

@@ -7,11 +7,7 @@ import pytest
 from privacy_cases import events_of, gaussian, ledger_of
 
 from dpft.harness.errors import BadInput
-from dpft.harness.privacy import (
-    Ledger,
-    Release,
-    merged_noise_multiplier,
-)
+from dpft.harness.privacy import Ledger, Release, merged_noise_multiplier
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
