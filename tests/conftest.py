@@ -3,6 +3,8 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on a network
+# Models are tiny: two threads each in two processes fight over them, and the suite takes seven times the CPU time.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import polars
 import pytest
