@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpft.harness.errors import BadInput
+from dpft.harness.journal import path_of
 from dpft.harness.spec import RunSpec
 from dpft.harness.store import Store
 
@@ -76,6 +77,7 @@ def _make(spec: RunSpec, store: Store, settings, policy: Policy, reporter: Repor
     path = store.checkpoint_path(spec.run_id)
     if not policy.resume:
         path.unlink(missing_ok=True)
+        path_of(path).unlink(missing_ok=True)
     with reporter.run(spec) as observe:
         record, curve = execute(spec, settings, observe, path)
     store.write(record, curve)

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from dpft.harness import checkpoint, probes, spectra, updates
+from dpft.harness import checkpoint, journal, probes, spectra, updates
 from dpft.harness.engine.agreement import check
 from dpft.harness.engine.base import Engine, RunningSums, Sums
 from dpft.harness.engine.encoding import Encoding
-from dpft.harness.errors import Diverged
+from dpft.harness.errors import CannotRun, Diverged
 from dpft.harness.evaluation import batch_of, evaluate, finish
 from dpft.harness.mechanism import Mechanism
 from dpft.harness.privacy import Ledger
@@ -63,9 +63,13 @@ class Setup:
 
 @dataclass
 class State:
-    """What a run has done so far; everything here and in the tensors of a checkpoint is restored on resume."""
+    """What a run has done so far; everything here and in the tensors of a checkpoint is restored on resume.
+
+    lost: releases of this run that no training step used, because the process died after them (harness/journal.py).
+    """
 
     step: int = 0
+    lost: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
     alignment_by_parameter: list[dict[str, Any]] = field(default_factory=list)
     decoder_by_parameter: list[dict[str, Any]] = field(default_factory=list)
@@ -97,6 +101,7 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
         state.untrained = evaluate(setup, state, spec.eval_examples)[setup.task.metric]
     if setup.checkpoint_path is not None:
         _restore(setup, state, optimizer)
+        _charge_lost(setup, state)
     if "before" not in state.samples:
         state.samples["before"] = setup.task.samples(setup.prepared, setup.device)
     saved = time.monotonic()
@@ -106,19 +111,21 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
         with setup.method.rehearsal():
             check(setup.engine, few, _encodings(setup, state.step))
         setup.clock.take()
-    while state.step < spec.steps:
+    while state.step + state.lost < spec.steps:
         if setup.deadline is not None and time.monotonic() > setup.deadline:
             _keep(setup, state, optimizer)
             raise OutOfTime(f"The run passed its time limit at step {state.step} of {spec.steps}.")
         row = _measured_step(setup, state, optimizer)
         state.step += 1
-        if state.step % spec.eval_every == 0 or state.step == spec.steps:
+        if state.step % spec.eval_every == 0 or state.step + state.lost == spec.steps:
             row["metric"] = evaluate(setup, state, spec.eval_examples)[setup.task.metric]
         state.curve.append(row)
         observe(state.step, row)
         if time.monotonic() - saved > setup.checkpoint_seconds:
             _keep(setup, state, optimizer)
             saved = time.monotonic()
+    if state.curve[-1]["metric"] is None:  # a loss of releases made an earlier step the last
+        state.curve[-1]["metric"] = evaluate(setup, state, spec.eval_examples)[setup.task.metric]
     finish(setup, state)
 
 
@@ -158,7 +165,7 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     wanted = setup.matrices if probe and step + 1 in spectra.steps(spec.steps, spec.eval_every) else []
     look = probes.Look(total, spec.batch_size, wanted) if probe else None
     if setup.epsilon_curve is not None:
-        _book(setup, state.ledger, step)
+        _book(setup, state.ledger, step + state.lost)
     with clock("noise"):
         noisy = setup.mechanism.release(total)
     if look is not None:
@@ -180,7 +187,7 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
         state.decoder_by_parameter.append({"step": step + 1, **setup.method.decoder.observed})
     return {
         "step": step + 1,
-        "epsilon": setup.epsilon_curve[step + 1] if setup.epsilon_curve is not None else None,
+        "epsilon": setup.epsilon_curve[step + state.lost + 1] if setup.epsilon_curve is not None else None,
         "loss": float(losses.mean()) if len(losses) and setup.method.query != "none" else None,
         "metric": None,
         "lr": spec.lr * spec.lr_factor(step),
@@ -216,10 +223,26 @@ def _accumulate(
 
 
 def _book(setup: Setup, ledger: Ledger, step: int) -> None:
-    """Charge the step before its noise is drawn. Refuses a step outside the certified plan."""
+    """Charge release number `step` before its noise is drawn. Refuses one outside the certified plan."""
     if step >= setup.spec.steps or setup.epsilon_curve[step + 1] > setup.spec.epsilon:
         raise RuntimeError(f"Step {step} is outside the certified plan.")
     ledger.append(step, setup.sampler.sampling_probability, [setup.mechanism.noise.entry("gradient")])
+    if setup.secure_noise and setup.checkpoint_path is not None:
+        journal.note(journal.path_of(setup.checkpoint_path))
+
+
+def _charge_lost(setup: Setup, state: State) -> None:
+    """Book what an earlier process released after the checkpoint, with noise that cannot be drawn again: so many steps fewer."""
+    if setup.secure_noise and setup.epsilon_curve is not None:
+        made = journal.releases(journal.path_of(setup.checkpoint_path))
+        while state.ledger.steps < made:
+            entry = setup.mechanism.noise.entry("gradient")
+            state.ledger.append(state.ledger.steps, setup.sampler.sampling_probability, [entry])
+            state.lost += 1
+        if state.step == 0 and state.lost >= setup.spec.steps:
+            raise CannotRun(
+                "All releases of this run were lost with the processes that made them; start it anew: --no-resume."
+            )
 
 
 def _apply(setup: Setup, optimizer, update: updates.Updates, step: int) -> None:

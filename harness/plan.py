@@ -52,7 +52,7 @@ def plan(
         raise CannotRun(
             f"delta = {delta:g} is not below 1/N = {1 / n:g}, so it protects nobody; choose 1/(2N) or less."
         )
-    wanted = Wanted(spec.epsilon, delta, q, spec.steps)
+    wanted = Wanted(spec.epsilon, delta, q, spec.steps, spec.noise_stream)
     spherical = spec.mechanism != "gaussian" and spec.noise_shape == "spherical"
     if spherical and dimension is None:
         raise CannotRun(f"Noise of mechanism {spec.mechanism} can be calibrated only where the model is known.")

@@ -19,7 +19,8 @@ from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import PlainEngine, ZeroEngine, zero_sums
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.errors import BadInput, CannotRun, Diverged
-from dpft.harness.mechanism import Mechanism, secret_stream, stream
+from dpft.harness.mechanism import Mechanism
+from dpft.harness.noise import secret_source, source, stream
 from dpft.harness.plan import PrivacyPlan, plan
 from dpft.harness.privacy import ADJACENCY, SAMPLING, certify
 from dpft.harness.probes import Clock
@@ -138,7 +139,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
             "the accounting would be wrong, so mend the data."
         )
     method.decoder.setup(model, parameters, head, spec)
-    clock = Clock(device)
+    clock, key = Clock(device), ("noise", spec.task, spec.method, spec.seed)
     engine = _engine(spec, settings, method)(
         model, method.objective(_loss(spec, task, device)), parameters, clock, Clipping(spec.clipping, spec.clip_groups)
     )
@@ -152,13 +153,13 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
         engine=engine,
         clock=clock,
         sampler=PoissonSampler(
-            len(prepared.train), spec.batch_size, spec.task, spec.seed, secret_stream("cpu") if secure else None
+            len(prepared.train), spec.batch_size, spec.task, spec.seed, secret_source() if secure else None
         ),
         mechanism=Mechanism(
             privacy_plan.noise,
             spec.clip_norm or 0.0,
             spec.batch_size,
-            secret_stream(device) if secure else stream(device, "noise", spec.task, spec.method, spec.seed),
+            secret_source() if secure else source(device, *key, version=spec.noise_stream),
         ),
         epsilon_curve=privacy_plan.epsilon_curve,
         device=device,
@@ -193,7 +194,7 @@ def _privacy(
 ) -> dict[str, Any] | None:
     if privacy_plan is None or spec.epsilon is None:
         return None
-    certificate = certify(state.ledger.events, privacy_plan.delta, spec.epsilon)
+    certificate = certify(state.ledger.events, privacy_plan.delta, spec.epsilon, spec.noise_stream)
     reached = _crossing(spec, state)
     return {
         "target": spec.epsilon,
@@ -205,15 +206,17 @@ def _privacy(
         "expected_batch_size": spec.batch_size,
         "mechanism": privacy_plan.noise.mechanism,
         "noise_multiplier": privacy_plan.noise_multiplier,
+        **({} if spec.noise_stream == 1 else {"noise_stream": spec.noise_stream}),
         "noise_seed": "os" if settings.secure_noise else "seed of the run",
         "releases_per_step": 1,
         "steps_planned": spec.steps,
         "steps_run": state.ledger.steps,
+        **({"steps_lost": state.lost} if state.lost else {}),
         "ledger": state.ledger.events,
         **certificate,
         "epsilon_at_threshold": None
         if reached is None or reached.step is None
-        else privacy_plan.epsilon_curve[reached.step],
+        else state.curve[reached.step - 1]["epsilon"],
     }
 
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dpft.harness.errors import BadInput
-from dpft.harness.mechanism import stream
+from dpft.harness.noise import KeyStream, stream
 
 
 class PoissonSampler:
     """Includes each of N examples independently with probability q = expected_batch_size / N, each step.
 
     The stream depends on (task, seed) only, so methods share batches; the draws are 64-bit, so the q that is used is
-    the q that is accounted to 2^-53. A batch may be empty. generator: another one than that of the stream.
+    the q that is accounted to 2^-53. A batch may be empty. secret: draw from this instead, which no seed repeats.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class PoissonSampler:
         expected_batch_size: int,
         task: str,
         seed: int,
-        generator: torch.Generator | None = None,
+        secret: KeyStream | None = None,
     ):
         if expected_batch_size > num_examples:
             raise BadInput(
@@ -31,11 +31,15 @@ class PoissonSampler:
             )
         self.num_examples = num_examples
         self.sampling_probability = expected_batch_size / num_examples
-        self.generator = generator if generator is not None else stream("cpu", "sampler", task, seed)
+        self.generator = stream("cpu", "sampler", task, seed)
+        self._secret = secret
 
     def sample(self) -> list[int]:
         """The indices of the next batch, ascending."""
-        draws = torch.rand(self.num_examples, dtype=torch.float64, generator=self.generator)
+        if self._secret is not None:
+            draws = torch.from_numpy(self._secret.uniform(self.num_examples))
+        else:
+            draws = torch.rand(self.num_examples, dtype=torch.float64, generator=self.generator)
         return (draws < self.sampling_probability).nonzero().flatten().tolist()
 
 

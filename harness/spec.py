@@ -19,6 +19,7 @@ SCHEDULES = ("constant", "linear")
 PRECISIONS = ("fp32", "bf16")
 CLIPPINGS = ("abadi", "auto-s", "psac")
 CLIP_GROUPS = ("flat", "block", "layer")
+NOISE_STREAM = 2  # that of new runs
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class RunSpec:
     a factor that is fitted to epsilon; null: searched.
     views: random views of each training image that its loss is averaged over before clipping (2204.13650); batch_norm of image
     models: `refuse`, or `group` to convert it to GroupNorm.
+    noise_stream: how noise is drawn (harness/noise.py): 1 in records of older versions, whose tail ends early; no setting.
     options: settings of the method (LoRA rank, ...) and of its decoder where they differ from their defaults; task_options:
     those of the task.
     """
@@ -70,6 +72,7 @@ class RunSpec:
     mechanism: str = "gaussian"
     noise_shape: str = "spherical"
     noise_law: str | None = None
+    noise_stream: int = 1
     views: int = 1
     batch_norm: str = "refuse"
     options: dict[str, Any] = field(default_factory=dict)
@@ -143,6 +146,7 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
         "task_version",
         "method_version",
         "decoder_version",
+        "noise_stream",
     }
     of_task = {"model": task.default_model, "head": task.default_head, "max_length": task.default_max_length}
     merged = {**DEFAULTS, **of_task, **method.defaults}
@@ -162,6 +166,8 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
     if not method.private:
         merged["epsilon"] = merged["clip_norm"] = None
         merged |= {"mechanism": "gaussian", "noise_shape": "spherical", "noise_law": None}  # there is no noise
+    else:
+        merged["noise_stream"] = NOISE_STREAM
     spec = RunSpec(
         **{k: _typed(k, v) for k, v in merged.items()},
         task_version=task.version,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput
+from dpft.harness.journal import path_of
 from dpft.harness.spec import completed
 
 SCHEMA = 1
@@ -85,6 +86,7 @@ class Store:
         self._write_record(record)
         if record["status"] != "timeout":  # --retry-failed goes on where the time was up
             self.checkpoint_path(run_id).unlink(missing_ok=True)
+            path_of(self.checkpoint_path(run_id)).unlink(missing_ok=True)
 
     def take_from(self, other: Store, record: dict[str, Any]) -> None:
         """Copy a run of another store, curve first."""

@@ -9,12 +9,14 @@ import pytest
 import torch
 from small_runs import a_spec, quiet, trained, weights
 
-from dpft.harness import checkpoint, evaluation, loop, registry, run
+from dpft.harness import checkpoint, evaluation, journal, loop, registry, run
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import PlainEngine, zero_sums
-from dpft.harness.mechanism import GaussianMechanism, stream
+from dpft.harness.mechanism import GaussianMechanism
+from dpft.harness.noise import source
 from dpft.harness.plan import plan
-from dpft.harness.privacy import Ledger, verify_record
+from dpft.harness.privacy import Ledger, matched, verify_record
+from dpft.harness.store import Store
 
 METHODS = sorted(registry.methods())
 PRIVATE = [name for name in METHODS if registry.methods()[name].private]
@@ -135,7 +137,7 @@ def test_engines_agree_and_microbatches_do_not_matter(method, setup_of):
 @pytest.mark.parametrize("method", [m for m in LEARNING if decoder_of(m).exact_without_noise])
 def test_zero_noise_and_infinite_clip_is_the_non_private_optimizer(method, setup_of):
     private, plain = setup_of(method, weight_decay=0.0), setup_of(method, weight_decay=0.0)
-    silent = GaussianMechanism(0.0, 1.0, 60, stream("cpu", 0))
+    silent = GaussianMechanism(0.0, 1.0, 60, source("cpu", 0))
     unclipped = dataclasses.replace(private.spec, clip_norm=math.inf)
     private = dataclasses.replace(
         private, mechanism=silent, spec=unclipped, epsilon_curve=None
@@ -184,7 +186,7 @@ def test_the_update_is_divided_by_the_expected_batch_size(method, setup_of):
     """Twice the same batch, in one run half of it empty rows of the sampler: the update must not be rescaled."""
     setup = setup_of(method)
     sums = zero_sums(setup.parameters, encodings_of(setup))
-    noisy = GaussianMechanism(0.0, 1.0, 60, stream("cpu", 0)).release({name: t + 1 for name, t in sums.items()})
+    noisy = GaussianMechanism(0.0, 1.0, 60, source("cpu", 0)).release({name: t + 1 for name, t in sums.items()})
     for name, update in setup.method.decode(noisy, 0).items():
         assert update.shape == setup.parameters[name].shape
     realised = []
@@ -287,12 +289,36 @@ def test_secure_noise_cannot_be_repeated_and_leaves_no_state_behind(tiny_bert, s
     stored, _ = checkpoint.load(path, one.run_id)
     assert not {"sampler", "noise"} & set(stored), "a generator's state would give the noise away"
     resumed = begun(secret)
-    assert resumed.mechanism.state().ne(first.mechanism.state()).any()
+    draws = [setup.mechanism.release({"a": torch.zeros(9)}).tensors["a"] for setup in (first, resumed)]
+    assert draws[0].ne(draws[1]).all()
     assert steps(resumed) == [2, 3]
     assert steps(begun(settings)) == [1, 2], (
         "steps with secret noise are not continued with known noise, nor vice versa"
     )
+    journal.path_of(path).unlink()  # as Store.write does when a run has ended
     assert steps(begun(secret)) == [1, 2]
+
+
+def test_a_killed_run_with_secure_noise_books_every_release_it_made(tiny_bert, settings, tmp_path):
+    """Its noise cannot be drawn again: what it released after the last checkpoint is charged, and it trains fewer steps."""
+    one, secret = a_spec("last-layer", tiny_bert), dataclasses.replace(settings, secure_noise=True)
+    path, made = tmp_path / "run.ckpt", []
+
+    def killed(step, row):
+        made.append(step)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.execute(one, secret, killed, path)
+    record, curve = run.execute(one, secret, lambda step, row: made.append(step), path)
+    booked = record["privacy"]["ledger"][-1]["step_to"]
+    assert booked == len(made) == 4, "as many as were made, and no more than planned"
+    assert (record["privacy"]["steps_lost"], len(curve)) == (1, 3)
+    assert record["privacy"]["epsilon"][2] <= 3.0 and record["privacy"]["within_budget"]
+    assert curve[-1]["metric"] is not None and curve[0]["epsilon"] > 0.1
+    assert "lost 1 of its 4 releases" in matched([record["privacy"]])
+    Store(tmp_path).write({**record, "run_id": "run"}, curve)
+    assert not journal.path_of(path).exists()
 
 
 def test_methods_share_batches_and_not_noise(setup_of):

@@ -10,7 +10,8 @@ from torch import nn
 
 from dpft.harness import loop, registry, run, spec
 from dpft.harness.errors import BadInput
-from dpft.harness.mechanism import GaussianMechanism, stream
+from dpft.harness.mechanism import GaussianMechanism
+from dpft.harness.noise import source
 from dpft.methods.base import Method
 from dpft.methods.decoders import muon, spectral
 from dpft.methods.decoders.matrices import matrix_names, views
@@ -25,7 +26,7 @@ def resolved(**more):
 
 def released(tensors, noise_multiplier=1.0, clip_norm=1.0, batch=10):
     """A NoisySum whose noise is said to be sigma C/B, with the values given."""
-    silent = GaussianMechanism(0.0, clip_norm, batch, stream("cpu", 0))
+    silent = GaussianMechanism(0.0, clip_norm, batch, source("cpu", 0))
     noisy = silent.release({name: tensor * batch for name, tensor in tensors.items()})
     return dataclasses.replace(noisy, noise_multiplier=noise_multiplier)
 

@@ -10,7 +10,8 @@ from dpft.harness import registry
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import zero_sums
 from dpft.harness.errors import BadInput
-from dpft.harness.mechanism import GaussianMechanism, stream
+from dpft.harness.mechanism import GaussianMechanism
+from dpft.harness.noise import source
 from dpft.harness.probes import Clock
 from dpft.harness.spec import resolve
 
@@ -89,7 +90,7 @@ def test_where_the_gradient_is_linear_the_filter_is_the_gradient_and_without_loo
     method.prepare(model, torch.Generator())
     batch = {"x": torch.randn(20, 4).double(), "y": torch.randn(20, 1).double()}
     engine = engine_of("factored", model, method)
-    mechanism = GaussianMechanism(0.0, 1.0, 1, stream("cpu", 0))
+    mechanism = GaussianMechanism(0.0, 1.0, 1, source("cpu", 0))
     lagging = 0.0
     for step in range(6):
         total = zero_sums(engine.parameters, {})

@@ -13,7 +13,8 @@ from dpft.harness.engine.base import example_gradient, zero_sums
 from dpft.harness.engine.encoding import Encoding
 from dpft.harness.engine.reference import ReferenceEngine
 from dpft.harness.errors import BadInput
-from dpft.harness.mechanism import GaussianMechanism, stream
+from dpft.harness.mechanism import GaussianMechanism
+from dpft.harness.noise import source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,7 +25,7 @@ IDENTITY = {"projection": "identity", "rank": 10_000}
 def steps_of(setup, noise="same"):
     """The weights after training with a noise stream that methods share."""
     mechanism = GaussianMechanism(
-        setup.mechanism.noise_multiplier, setup.spec.clip_norm, setup.spec.batch_size, stream("cpu", noise)
+        setup.mechanism.noise_multiplier, setup.spec.clip_norm, setup.spec.batch_size, source("cpu", noise)
     )
     setup = dataclasses.replace(setup, mechanism=mechanism)
     trained(setup)
@@ -62,7 +63,7 @@ def test_adam_runs_in_the_subspace_and_starts_anew_only_when_told(reset, setup_o
         sums = {n: torch.randn(t.shape) for n, t in zero_sums(setup.parameters, maps).items()}
         for n, seen in releases.items():
             seen.append(sums[n].double() / 60)
-        update = setup.method.decode(GaussianMechanism(0.0, 1.0, 60, stream("cpu", 0)).release(sums), step)
+        update = setup.method.decode(GaussianMechanism(0.0, 1.0, 60, source("cpu", 0)).release(sums), step)
         resets = (2,) if reset else ()
         by_hand = adam_by_hand(releases[name], resets) @ maps[name].right.double().T
         assert torch.allclose(update[name].double(), by_hand, rtol=1e-4, atol=1e-5)
@@ -107,7 +108,7 @@ def test_a_decoder_denoises_the_release_in_the_subspace(setup_of):
     setup = setup_of("dp-grape", decoder="rmt", optimizer="sgd", scope="body")
     maps = encodings_of(setup.method, setup.parameters)
     sums = zero_sums(setup.parameters, maps)
-    noisy = GaussianMechanism(1.0, 1.0, 60, stream("cpu", 0)).release(sums)
+    noisy = GaussianMechanism(1.0, 1.0, 60, source("cpu", 0)).release(sums)
     spiked = next(iter(maps))
     noisy.tensors[spiked][:, 0] += 1.0
     update = setup.method.decode(noisy, 0)

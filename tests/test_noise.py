@@ -10,7 +10,8 @@ from noise_cases import DELTA, events_of, parts, spherical
 from scipy import stats
 
 from dpft.harness.errors import CannotRun
-from dpft.harness.mechanism import Mechanism, secret_stream, stream
+from dpft.harness.mechanism import Mechanism
+from dpft.harness.noise import secret_source, source
 from dpft.harness.privacy import Ledger, Release, calibrate, certify, epsilon, epsilon_curve, mechanisms
 from dpft.harness.privacy import calibration as calibrating
 from dpft.harness.privacy.calibration import PUBLISHED_LAW, Noise, Wanted, curve_of, fit
@@ -93,7 +94,7 @@ def test_what_cannot_be_certified_is_refused():
 def test_noise_has_the_declared_variance_and_shape(name):
     dimension = 40
     noise = Noise("gaussian", 1.5) if name == "gaussian" else fit(WANTED, *NOISES[name], dimension)
-    mechanism = Mechanism(noise, 0.5, 10, stream("cpu", "shape", name))
+    mechanism = Mechanism(noise, 0.5, 10, source("cpu", "shape", name))
     draws = torch.stack([torch.cat([*mechanism.release(parts()).tensors.values()]) for _ in range(4000)]).double()
     scale = noise.noise_multiplier * 0.5 / 10
     squares = (draws / scale).pow(2).mean(1)
@@ -115,7 +116,7 @@ def test_noise_has_the_declared_variance_and_shape(name):
 
 
 def test_spherical_noise_is_refused_for_another_dimension_before_it_is_drawn():
-    mechanism = Mechanism(spherical(1.0, 41), 1.0, 1, stream("cpu", 0))
+    mechanism = Mechanism(spherical(1.0, 41), 1.0, 1, source("cpu", 0))
     state = mechanism.state()
     with pytest.raises(RuntimeError, match="40 coordinates, but its noise was certified for 41"):
         mechanism.release(parts())
@@ -123,7 +124,8 @@ def test_spherical_noise_is_refused_for_another_dimension_before_it_is_drawn():
 
 
 def test_secret_streams_differ():
-    assert secret_stream("cpu").initial_seed() != secret_stream("cpu").initial_seed()
+    one, other = (secret_source().uniform(4) for _ in range(2))
+    assert not set(one) & set(other)
 
 
 def test_published_accounting_is_a_number_only_outside_the_domain():

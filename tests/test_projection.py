@@ -9,7 +9,8 @@ from small_runs import trained
 
 from dpft.harness.engine.base import zero_sums
 from dpft.harness.engine.encoding import Encoding
-from dpft.harness.mechanism import GaussianMechanism, stream
+from dpft.harness.mechanism import GaussianMechanism
+from dpft.harness.noise import source
 from dpft.methods import projection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -176,7 +177,7 @@ def test_the_subspace_is_what_is_noised():
     """Noise is white in the subspace; lifted, its covariance is (sigma C/B)^2 S S^T: on average that of DP-SGD."""
     shape = torch.Size((20_000, 8))
     encoding = projection.draw("gaussian", shape, 1, 4, "unbiased", projection.generator(torch.device("cpu"), 0, 0, 0))
-    noisy = GaussianMechanism(2.0, 0.5, 10, stream("cpu", "noise")).release({"w": torch.zeros(encoding.shape(shape))})
+    noisy = GaussianMechanism(2.0, 0.5, 10, source("cpu", "noise")).release({"w": torch.zeros(encoding.shape(shape))})
     assert noisy.tensors["w"].shape == (20_000, 4)
     assert noisy.tensors["w"].std() == pytest.approx(0.1, rel=0.01)
     lifted = encoding.lift(noisy.tensors["w"], shape)

@@ -6,7 +6,7 @@ import numpy
 import pytest
 from scipy import integrate, stats
 
-from dpft.harness.mechanism import stream
+from dpft.harness.noise import source
 from dpft.harness.privacy.calibration import PUBLISHED_LAW
 from dpft.harness.privacy.scale_law import parse, scalar_rdp
 
@@ -66,7 +66,7 @@ def test_sampler_and_accountant_have_the_same_law(text):
     """The trap of the published code: a rate in the accountant, the same number as a scale in the sampler."""
     from dpft.harness.mechanism import draw_term
 
-    law, generator = parse(text), stream("cpu", "law", text)
+    law, generator = parse(text), source("cpu", "law", text)
     draws = numpy.array([[draw_term(term, generator) for term in law.terms] for _ in range(4000)])
     for column, term, (weight, one) in zip(draws.T, law.terms, by_scipy(law), strict=True):
         if term.kind == "constant":

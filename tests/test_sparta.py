@@ -14,7 +14,8 @@ from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import PlainEngine, example_gradient, zero_sums
 from dpft.harness.engine.encoding import Encoding
 from dpft.harness.errors import BadInput, CannotRun
-from dpft.harness.mechanism import GaussianMechanism, stream
+from dpft.harness.mechanism import GaussianMechanism
+from dpft.harness.noise import source
 from dpft.harness.probes import LiveBytes
 from dpft.harness.run_settings import Settings
 from dpft.tasks.digits import Digits
@@ -133,7 +134,7 @@ def test_moments_start_anew_after_the_selection_and_have_the_size_of_the_rows(se
 @pytest.mark.parametrize("score", ["release", "absolute"])
 def test_rows_are_chosen_by_releases_and_by_nothing_else(score):
     method, parameters = method_for(model_for("bert").float(), score=score)
-    mechanism = GaussianMechanism(0.0, 1.0, 2, stream("cpu", 0))
+    mechanism = GaussianMechanism(0.0, 1.0, 2, source("cpu", 0))
     name = next(iter(method.matrices))
     total = 0
     method.schedule(20)  # warm-up 0-3, selection 4
@@ -176,7 +177,7 @@ def test_the_overlap_with_clean_scores():
 
 def test_without_noise_the_selection_is_the_oracles(tiny_bert, settings, setup_of):
     setup = setup_of("sparta", **PHASES)
-    silent = GaussianMechanism(0.0, 1.0, 60, stream("cpu", 0))
+    silent = GaussianMechanism(0.0, 1.0, 60, source("cpu", 0))
     state = trained(dataclasses.replace(setup, mechanism=silent, epsilon_curve=None))
     assert state.selection["overlap"] == 1.0 and state.selection["by_chance"] < 0.25
     record, _ = run.execute(a_spec("sparta", tiny_bert, **PHASES), settings, quiet)

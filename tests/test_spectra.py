@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dpft.harness import report, run, spec, spectra
-from dpft.harness.mechanism import GaussianMechanism, stream
+from dpft.harness.mechanism import GaussianMechanism
+from dpft.harness.noise import source
 from dpft.harness.probes import Clock, LiveBytes, Look, uncounted
 from dpft.harness.report import rows as reading
 from dpft.harness.report.text import markdown
@@ -29,7 +30,7 @@ def test_a_release_and_its_shrinkage_are_what_theory_predicts():
     m, n, s = 300, 200, 0.05
     threshold = s * (m * n) ** 0.25
     clean = {"w": low_rank([4 * threshold, 2 * threshold, 0.5 * threshold], m, n)}
-    mechanism = GaussianMechanism(s * 10, 1.0, 10, stream("cpu", "noise", 0))
+    mechanism = GaussianMechanism(s * 10, 1.0, 10, source("cpu", "noise", 0))
     look = Look({"w": clean["w"] * 10}, 10, ["w"])
     released = mechanism.release({"w": clean["w"] * 10})
     look.at_release(released)

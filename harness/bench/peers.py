@@ -106,7 +106,8 @@ def dpft_step(
     """
     from dpft.harness import updates
     from dpft.harness.engine.base import RunningSums, ZeroEngine
-    from dpft.harness.mechanism import GaussianMechanism, stream
+    from dpft.harness.mechanism import GaussianMechanism
+    from dpft.harness.noise import source
     from dpft.methods.base import Method
 
     method, optimizer = method or Method(), optimizer or _optimizer(job, model)
@@ -115,7 +116,7 @@ def dpft_step(
     clock = Clock(torch.device(job.device))
     engine = kind(model, method.objective(loss or loss_of(job)), parameters, clock)
     with unset_fake_temporarily():  # a generator has a seed also where tensors have only shapes
-        mechanism = GaussianMechanism(job.noise_multiplier, job.clip_norm, job.examples, stream(job.device, "bench"))
+        mechanism = GaussianMechanism(job.noise_multiplier, job.clip_norm, job.examples, source(job.device, "bench"))
     count = 0
 
     def step(batches):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from pathlib import Path
 
 import click
 
@@ -24,13 +26,24 @@ from dpft.harness.errors import BadInput
 @click.option(
     "--published", metavar="LAW", help="Cost of noise with this law drawn and accounted as published for LMO-DP."
 )
+@click.option(
+    "--tail", is_flag=True, help="Where the Gaussian draws of this machine's libraries end, and the delta it costs."
+)
+@click.option("--draws", type=click.IntRange(1), default=2**28, show_default=True, help="Of --tail, from each library.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Markdown file with markers for the table of --tail."
+)
 @click.option("--json", "as_json", is_flag=True)
-def noise(epsilon, dimension, examples, batch_size, steps, delta, search, published, as_json):
+def noise(epsilon, dimension, examples, batch_size, steps, delta, search, published, tail, draws, output, as_json):
     """Noise that mechanisms need at one certified budget; with --published, what a published way of drawing it leaks."""
     delta = 1 / (2 * examples) if delta is None else delta
     if batch_size > examples:
         raise BadInput(f"The batch size {batch_size} is larger than the {examples} examples; choose a smaller one.")
-    if published is not None:
+    if output is not None and not tail:
+        raise BadInput("-o is for the table of --tail; give both, or leave it out.")
+    if tail:
+        rows = _tails(epsilon, batch_size / examples, steps, delta, draws)
+    elif published is not None:
         rows = _published(published, batch_size / examples, steps, delta)
     else:
         budgets, sizes = (value if isinstance(value, list) else [value] for value in (epsilon, dimension))
@@ -41,6 +54,8 @@ def noise(epsilon, dimension, examples, batch_size, steps, delta, search, publis
         return
     from tabulate import tabulate
 
+    if tail:
+        return _show_tails(rows, output)
     cells = [
         {k: f"{v:.3f}" if isinstance(v, float) else "–" if v is None else v for k, v in row.items()} for row in rows
     ]
@@ -86,6 +101,73 @@ def _searched(epsilon, sizes, q, steps, delta):
                     "law of u, up to scale": law,
                     "σ": found.noise_multiplier,
                 }
+
+
+def _tails(epsilon, q, steps, delta, draws):
+    """One row per way of drawing: where it ends, what was seen, and the least delta that this costs at each epsilon."""
+    from dpft.harness.bench.draws import largest, libraries
+    from dpft.harness.privacy.calibration import Wanted, fit
+    from dpft.harness.privacy.tail import LEGACY_REACH, shortfall
+
+    found = []
+    budgets = epsilon if isinstance(epsilon, list) else [epsilon]
+    sigmas = [fit(Wanted(e, delta, q, steps), "gaussian", "spherical", None, None).noise_multiplier for e in budgets]
+    for way in libraries():
+        with click.progressbar(length=draws, label=way.name, file=sys.stderr) as bar:
+            seen, done = 0.0, 0
+
+            def progress(now, bar=bar):
+                nonlocal done
+                bar.update(now - done)
+                done = now
+
+            seen = largest(way, draws, progress)
+        row = {"library": way.name, "draws by": way.how, "largest possible": way.reach, f"largest of {draws:.2g}": seen}
+        for budget, sigma in zip(budgets, sigmas, strict=True):
+            event = {
+                "step_from": 0,
+                "step_to": steps,
+                "sampling_probability": q,
+                "releases": [{"noise_multiplier": sigma}],
+            }
+            row[f"δ lost / δ, ε = {budget:g}"] = shortfall([event], way.reach, None) / delta
+        found.append(row)
+    end = LEGACY_REACH["cpu"]
+    head = (
+        f"q = {q:.4g}, {steps} steps, δ = {delta:.3g}; "
+        + ", ".join(f"ε = {e:g}: σ = {s:.3f}" for e, s in zip(budgets, sigmas, strict=True))
+        + f". Of {draws:.2g} true Gaussian draws {draws * math.erfc(end / math.sqrt(2)):.2g} lie beyond {end:.2f}."
+    )
+    return [{"head": head, **row} for row in found]
+
+
+TAIL_MARKERS = ("<!-- dpft noise tail: begin -->", "<!-- dpft noise tail: end -->")
+
+
+def _show_tails(rows, output):
+    from importlib.metadata import version
+
+    from tabulate import tabulate
+
+    from dpft.harness import report
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "opacus", "numpy"))
+    cells = [
+        {
+            k: v if isinstance(v, str) else f"{v:.2f}" if "largest" in k else f"{v:.2g}"
+            for k, v in row.items()
+            if k != "head"
+        }
+        for row in rows
+    ]
+    text = (
+        f"{rows[0]['head']} {packages}.\n\n{tabulate(cells, headers='keys', tablefmt='github', disable_numparse=True)}"
+    )
+    if output is None:
+        click.echo(text)
+    else:
+        report.write(text, output, check=False, markers=TAIL_MARKERS)
+        click.echo(f"{output} was rewritten.", err=True)
 
 
 def _published(text, q, steps, delta):

@@ -54,11 +54,18 @@ def evaluate(accountant: Any, kinds: Composition, delta: float) -> tuple[float, 
     return max(0.0, lower), max(0.0, estimate), max(0.0, upper)
 
 
-def calibrate(target_epsilon: float, delta: float, sampling_probability: float, steps: int) -> float:
+def calibrate(
+    target_epsilon: float,
+    delta: float,
+    sampling_probability: float,
+    steps: int,
+    noise_stream: int = 1,
+) -> float:
     """The noise multiplier of `steps` Poisson-subsampled Gaussian steps that matches a target; cached on disk.
 
     The returned sigma is on the private side: `upper <= target` and `target * (1 - .025) <= estimate`, as `epsilon`
-    computes them. Raises CannotRun, saying which of epsilon, batch size and steps to change and how, else.
+    computes them at the delta that the noise's tail leaves (harness/privacy/tail.py). Raises CannotRun, saying which of
+    epsilon, batch size and steps to change and how, else.
     """
     target, delta, q = float(target_epsilon), float(delta), float(sampling_probability)
     check_numbers(((q, 1.0, steps),), delta, target)
@@ -67,7 +74,9 @@ def calibrate(target_epsilon: float, delta: float, sampling_probability: float, 
         return isinstance(sigma, float) and MIN_SIGMA <= sigma < math.inf
 
     inputs = {"target": target, "delta": delta, "q": q, "steps": int(steps), "prv_accountant": library_version()}
-    return cached("sigma", inputs, valid, lambda: _search(target, delta, q, int(steps)))
+    if noise_stream != 1:
+        inputs["noise_stream"] = noise_stream
+    return cached("sigma", inputs, valid, lambda: _search(target, delta, q, int(steps), noise_stream))
 
 
 def matches(values: Sequence[float], target: float) -> bool:
@@ -75,11 +84,14 @@ def matches(values: Sequence[float], target: float) -> bool:
     return target * (1 - SLACK) <= values[1] and values[2] <= target
 
 
-def _search(target: float, delta: float, q: float, steps: int) -> float:
+def _search(target: float, delta: float, q: float, steps: int, noise_stream: int) -> float:
     """The calibrated sigma: found on a coarse grid, then confirmed, and if need be improved, on the certified one."""
+    from dpft.harness.privacy import tail
+    from dpft.harness.privacy.ledger import Release
 
     def fine(sigma: float) -> tuple[float, float, float]:
-        return prv_epsilon(((q, sigma, steps),), delta, target)
+        left = tail.of_noise(Release(name="gradient", noise_multiplier=sigma), q, steps, delta, noise_stream)
+        return prv_epsilon(((q, sigma, steps),), left, target)
 
     def coarse(sigma: float) -> tuple[float, float, float]:
         kinds = ((q, sigma, steps),)

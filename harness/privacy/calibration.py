@@ -11,7 +11,7 @@ from typing import Any
 
 from dpft.harness.cache import cached
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy import mechanisms, mixtures
+from dpft.harness.privacy import mechanisms, mixtures, tail
 from dpft.harness.privacy.accountant import Unmet, bracket, calibrate, check_numbers, library_version, tolerance
 from dpft.harness.privacy.curve import epsilon_curve
 from dpft.harness.privacy.ledger import Release
@@ -44,12 +44,18 @@ class Noise:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The budget that noise is calibrated to."""
+    """The budget that noise is calibrated to; noise_stream: how it will be drawn (harness/noise.py)."""
 
     target: float
     delta: float
     sampling_probability: float
     steps: int
+    noise_stream: int = 1
+
+    def delta_for(self, noise: Noise) -> float:
+        """The delta at which epsilon is computed: what is promised, less what the tail of such noise lacks."""
+        entry = noise.entry("gradient")
+        return tail.of_noise(entry, self.sampling_probability, self.steps, self.delta, self.noise_stream)
 
     @property
     def key(self) -> dict[str, Any]:
@@ -63,6 +69,7 @@ class Wanted:
             "steps": self.steps,
             "prv_accountant": library_version(),
             "dp_accounting": version("dp-accounting"),
+            **({} if self.noise_stream == 1 else {"noise_stream": self.noise_stream}),
         }
 
 
@@ -73,7 +80,7 @@ def fit(wanted: Wanted, mechanism: str, shape: str, law: str | None, dimension: 
     released sum, for spherical noise. Raises CannotRun as `calibrate` does, ValueError for a law outside its family.
     """
     if mechanism == "gaussian" or shape == "coordinates":
-        sigma = calibrate(wanted.target, wanted.delta, wanted.sampling_probability, wanted.steps)
+        sigma = _gaussian(wanted)
         if mechanism == "gaussian":
             return Noise(mechanism, sigma)
         return Noise(mechanism, sigma * mechanisms.LAPLACE_TO_GAUSSIAN, {"shape": shape})
@@ -107,6 +114,10 @@ def _grid(mechanism: str) -> Iterator[str]:
         yield f"{gamma!r}*gamma({k!r},{1 / k!r})+{exponential!r}*exponential(1.0)+{rest:.6g}*uniform({low!r},{2 - low!r})"
 
 
+def _gaussian(wanted: Wanted) -> float:
+    return calibrate(wanted.target, wanted.delta, wanted.sampling_probability, wanted.steps, wanted.noise_stream)
+
+
 def _spherical(wanted: Wanted, mechanism: str, law: str | None, dimension: int | None) -> Noise:
     """Spherical noise of that law up to scale (None: Laplace), scaled to meet `wanted`."""
     if dimension is None:
@@ -120,8 +131,9 @@ def _spherical(wanted: Wanted, mechanism: str, law: str | None, dimension: int |
         return Noise(mechanism, multiplier, parameters)
 
     def at(multiplier: float) -> tuple[float, float, float]:
-        kind = (*_kind(noise(multiplier), wanted), wanted.steps)
-        estimate = mixture_epsilon((kind,), wanted.delta, wanted.target)
+        tried = noise(multiplier)
+        kind = (*_kind(tried, wanted), wanted.steps)
+        estimate = mixture_epsilon((kind,), wanted.delta_for(tried), wanted.target)
         return estimate, estimate, estimate + tolerance(wanted.target, wanted.delta)[0]
 
     def valid(value: Any) -> bool:
@@ -139,7 +151,7 @@ def _to_spread(mechanism: str, law: str, dimension: int, multiplier: float) -> S
 
 def _least(at: Any, wanted: Wanted, mechanism: str, law: str | None, dimension: int) -> float:
     """The noise multiplier that meets `wanted`, searched from where its Fisher information is that of the right Gaussian."""
-    sigma = calibrate(wanted.target, wanted.delta, wanted.sampling_probability, wanted.steps)
+    sigma = _gaussian(wanted)
     found = None if law is None else mechanisms.family_law(mechanism, law)
     ratio = 1.0 if found is None else math.sqrt(found.mean_square * found.inverse_mean_square)
     try:
@@ -161,10 +173,10 @@ def _kind(noise: Noise, wanted: Wanted) -> tuple[float, tuple[str, float]]:
 def curve_of(noise: Noise, wanted: Wanted) -> list[float]:
     """Upper epsilon after 0, 1, ..., T steps; as `epsilon_curve`, for any noise that can be certified."""
     sigma = mechanisms.covering_gaussian(noise.mechanism, noise.noise_multiplier, noise.parameters)
-    q, steps, delta, target = wanted.sampling_probability, wanted.steps, wanted.delta, wanted.target
+    q, steps, delta, target = wanted.sampling_probability, wanted.steps, wanted.delta_for(noise), wanted.target
     if sigma is not None:
         return epsilon_curve(sigma, q, steps, delta, target)
-    points = _points(_kind(noise, wanted), wanted)
+    points = _points(_kind(noise, wanted), wanted, delta)
     values = [0.0]
     for count, value in points:  # between two counts the later one's: epsilon grows with the steps
         values += [value] * (count - len(values) + 1)
@@ -172,13 +184,13 @@ def curve_of(noise: Noise, wanted: Wanted) -> list[float]:
 
 
 @functools.lru_cache(maxsize=64)
-def _points(kind: tuple[float, tuple[str, float]], wanted: Wanted) -> tuple[tuple[int, float], ...]:
+def _points(kind: tuple[float, tuple[str, float]], wanted: Wanted, delta: float) -> tuple[tuple[int, float], ...]:
     """(steps, upper epsilon) at growing step counts; the last is what `epsilon` says of the whole ledger."""
     steps = wanted.steps
     counts = sorted({math.ceil(steps * (i / CURVE_POINTS) ** 2) for i in range(1, CURVE_POINTS)} | {steps})
-    last = certified(mixture_epsilon(((*kind, steps),), wanted.delta, wanted.target), wanted.delta, wanted.target)
-    parts = mixtures.distributions(((*kind, steps),), wanted.delta, tolerance(wanted.target, wanted.delta)[0])
-    error = tolerance(wanted.target, wanted.delta)[0]
-    values = [mixtures.composed_epsilon(parts, [count], wanted.delta) + error for count in counts[:-1]]
+    last = certified(mixture_epsilon(((*kind, steps),), delta, wanted.target), delta, wanted.target)
+    error = tolerance(wanted.target, delta)[0]
+    parts = mixtures.distributions(((*kind, steps),), delta, error)
+    values = [mixtures.composed_epsilon(parts, [count], delta) + error for count in counts[:-1]]
     bounds = list(itertools.accumulate(reversed([*values, last]), min))
     return tuple(zip(counts, reversed(bounds), strict=True))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpft.harness.errors import CannotRun
+from dpft.harness.privacy import tail
 from dpft.harness.privacy.accountant import (
     SLACK,
     Composition,
@@ -21,20 +22,22 @@ ADJACENCY, SAMPLING = "zero-out, public N", "poisson"
 SAME = ("num_examples", "sampling_probability", "steps_planned", "delta", "adjacency", "sampling", "target")
 
 
-def certify(events: Sequence[dict[str, Any]], delta: float, target: float) -> dict[str, Any]:
+def certify(events: Sequence[dict[str, Any]], delta: float, target: float, noise_stream: int = 1) -> dict[str, Any]:
     """The certificate of a ledger's events, ready for JSON.
 
     Keys: `epsilon` [lower, estimate, upper] or None, `cross_checks` {"pld", "opacus_prv"} (each may be None),
     `tolerance` {"eps_error", "delta_error"}, `within_budget` (upper <= target; an accounting failure is outside)
-    and `error` (the failure in one sentence, or None). Raises BadInput for a malformed ledger only.
+    and `error` (the failure in one sentence, or None). noise_stream: how the noise was drawn; from 2 on epsilon is that of
+    delta less what the noise's tail lacks, which `tail_delta` says. Raises BadInput for a malformed ledger only.
     """
     ledger = Ledger.from_events(list(events))
     eps_error, delta_error = tolerance(target, delta)
     checks: dict[str, float | None] = {"pld": None, "opacus_prv": None}
     values, error = None, None
     try:
-        values = list(epsilon(events, delta, target))
-        checks = cross_checks(ledger, delta, target)
+        left = tail.checked(ledger.events, delta, noise_stream)
+        values = list(epsilon(events, left, target))
+        checks = cross_checks(ledger, left, target)
         error = disagreement(checks, values, eps_error)
     except CannotRun as problem:
         error = str(problem)
@@ -42,6 +45,7 @@ def certify(events: Sequence[dict[str, Any]], delta: float, target: float) -> di
         "epsilon": values,
         "cross_checks": checks,
         "tolerance": {"eps_error": eps_error, "delta_error": delta_error},
+        **({} if noise_stream == 1 else {"tail_delta": tail.missing(ledger.events, delta, noise_stream)}),
         "within_budget": values is not None and error is None and values[2] <= target,
         "error": error,
     }
@@ -168,6 +172,8 @@ def _unmet(privacy: dict[str, Any]) -> str | None:
         return f"is not certified: {str(privacy['error']).rstrip('.')}"
     if privacy["steps_run"] != privacy["steps_planned"]:
         return f"ran {privacy['steps_run']} of its {privacy['steps_planned']} planned steps"
+    if privacy.get("steps_lost"):
+        return f"lost {privacy['steps_lost']} of its {privacy['steps_run']} releases when its process died"
     lower, estimate, upper = map(float, privacy["epsilon"])
     target = float(privacy["target"])
     if not lower <= estimate <= upper <= target:

@@ -1,0 +1,122 @@
+"""What noise that ends early costs: no draw exceeds the reach of its stream, so what lies beyond it gives an example away.
+
+Let z be standard noise of which no coordinate exceeds M in magnitude. An example that is there moves the sum by a vector
+v / sigma of length 1 / sigma at most, and then a coordinate lands where it never does without the example with probability
+h(v_i / sigma) = P(M - v_i / sigma < z <= M). No epsilon covers that. Everywhere else the ratio of the two densities is that
+of the full law, so a training is (epsilon, delta + `missing`)-DP where the full law is (epsilon, delta)-DP.
+
+The worst direction: h, as a function of the square of the shift, is concave for small shifts and convex for larger ones, so
+its sum over d coordinates is at most h of the whole shift in one coordinate plus d times h of the shift spread over all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dpft.harness.privacy import mechanisms
+from dpft.harness.privacy.ledger import Ledger
+
+# The largest standard draw by stream (harness/noise.py). 2: at least this on every device; the Gaussian's radius is
+# sqrt(-2 log u) with u down to 2^-64, the Laplace is -log u with u down to 2^-53. 1: PyTorch's fp32 draws, by device.
+REACH = {"gaussian": 9.4, "laplace": 36.0}
+LEGACY_REACH = {"cpu": math.sqrt(2 * 24 * math.log(2)), "cuda": math.sqrt(2 * 33 * math.log(2))}
+LEGACY_LAPLACE = 24 * math.log(2)
+MOST_COORDINATES = 10**11  # of a release: what is charged does not depend on the model
+
+
+def missing(events: Sequence[Mapping[str, Any]], delta: float, noise_stream: int) -> float:
+    """What must be added to the delta of a ledger's events, an upper bound; 0 for stream 1, whose `shortfall` is told instead.
+
+    Per sampled batch and release q times the mass beyond, and the normalisation of the law within its reach, both over all steps.
+    """
+    if noise_stream == 1:
+        return 0.0
+    beyond, cut = 0.0, 0.0
+    for event in events:
+        steps = event["step_to"] - event["step_from"]
+        for release in event["releases"]:
+            beyond += steps * event["sampling_probability"] * _worst(release, MOST_COORDINATES)
+            cut += steps * MOST_COORDINATES * _above(_kind(release), REACH[_kind(release)])
+    return beyond + delta * math.expm1(min(cut, 100.0))
+
+
+def checked(events: Sequence[Mapping[str, Any]], delta: float, noise_stream: int) -> float:
+    """The delta at which epsilon is computed: what is promised, less what the noise's tail lacks. Never under 0."""
+    return max(0.0, delta - missing(events, delta, noise_stream))
+
+
+def of_noise(entry: Any, sampling_probability: float, steps: int, delta: float, noise_stream: int) -> float:
+    """`checked` for `steps` equal steps of one release (harness/privacy/ledger.Release)."""
+    ledger = Ledger()
+    ledger.append(0, sampling_probability, [entry])
+    return checked([{**ledger.events[0], "step_to": steps}], delta, noise_stream)
+
+
+def shortfall(events: Iterable[Mapping[str, Any]], reach: float, dimension: int | None) -> float:
+    """The least delta, at any epsilon, of a training whose Gaussian noise ends at `reach`: what one attacker really sees.
+
+    He knows the direction in which the example moves the sum, the worst there is for `dimension` coordinates (None: not known, so
+    a single one), and looks whether any coordinate is beyond what noise can reach.
+    """
+    escape = 1.0
+    for event in events:
+        steps, q = event["step_to"] - event["step_from"], event["sampling_probability"]
+        for release in event["releases"]:
+            seen = max(_seen(1 / release["noise_multiplier"], reach, k) for k in _spreads(dimension))
+            escape *= (1 - q * seen) ** steps
+    return 1 - escape
+
+
+def _spreads(dimension: int | None) -> set[int]:
+    return {1} if dimension is None else {1, dimension} | {10**k for k in range(1, 13) if 10**k < dimension}
+
+
+def _seen(shift: float, reach: float, coordinates: int) -> float:
+    """Probability that one of so many equally shifted Gaussian coordinates lies beyond the reach."""
+    return -math.expm1(coordinates * math.log1p(-_crossing("gaussian", shift / math.sqrt(coordinates), reach)))
+
+
+def _worst(release: Mapping[str, Any], coordinates: int) -> float:
+    """h summed over the coordinates in the worst direction, at most; for noise of random scale its mean over the scales."""
+    kind = _kind(release)
+    total = 0.0
+    for shift, mass in _shifts(release):
+        spread = shift / math.sqrt(coordinates)
+        at_most = _crossing(kind, shift, REACH[kind]) + coordinates * _crossing(kind, spread, REACH[kind])
+        total += mass * min(1.0, at_most)
+    return total
+
+
+def _kind(release: Mapping[str, Any]) -> str:
+    return "laplace" if release.get("parameters", {}).get("shape") == "coordinates" else "gaussian"
+
+
+def _shifts(release: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """(largest shift of the standard draws, probability) of a release."""
+    sigma, parameters = release["noise_multiplier"], release.get("parameters", {})
+    if release["mechanism"] == "gaussian":
+        return [(1 / sigma, 1.0)]
+    if parameters["shape"] == "coordinates":
+        return [(math.sqrt(2) / sigma, 1.0)]  # the variance of Laplace(b) is 2 b^2
+    from dpft.harness.privacy.mixtures import scales
+
+    found, masses, lost = scales(mechanisms.law_of(release["mechanism"], sigma, parameters), parameters["dimension"])
+    return [(1 / float(s), float(mass)) for s, mass in zip(found, masses, strict=True)] + [(math.inf, float(lost))]
+
+
+def _crossing(kind: str, shift: float, reach: float) -> float:
+    """h: the probability that a standard draw, moved by `shift`, lands beyond `reach`, of those that were within it."""
+    if shift >= reach:
+        return 1.0
+    if kind == "laplace":
+        return 0.5 * math.exp(-reach) * math.expm1(shift)
+    if shift * reach < 1e-3:  # the difference below would lose its digits
+        return shift * math.exp(-(reach**2) / 2 + shift * reach) / math.sqrt(2 * math.pi)
+    return _above(kind, reach - shift) / 2 - _above(kind, reach) / 2
+
+
+def _above(kind: str, reach: float) -> float:
+    """Probability that a standard draw exceeds `reach` in magnitude."""
+    return math.exp(-reach) if kind == "laplace" else math.erfc(reach / math.sqrt(2))
