@@ -96,7 +96,9 @@ def test_the_low_rank_task_has_the_rank_it_says_and_is_learned(store):
     assert cosines["noisy"] == pytest.approx(said["cosine_noisy"], abs=0.05)
     assert cosines["decoded"] == pytest.approx(said["cosine_decoded"], abs=0.05)
     assert said["cosine_decoded"] > said["cosine_noisy"] + 0.2
-    assert record["diagnostics"]["decoder_by_parameter"][0]["linear.weight"]["spikes"] == said["spikes"]
+    strength = [value / clean[0] * said["first"] for value in clean]  # in detection thresholds: near 1 the draw decides
+    seen = record["diagnostics"]["decoder_by_parameter"][0]["linear.weight"]["spikes"]
+    assert sum(one > 1.25 for one in strength) <= seen <= sum(one > 0.8 for one in strength) < 4
 
 
 def test_other_models_are_refused_on_the_low_rank_task():
