@@ -27,8 +27,9 @@ import torch
 PIECE = 1 << 16  # numbers of a piece on a CPU: in the cache
 SERIAL = 1 << 15  # torch splits work on more numbers than this over threads of its own, inside ours
 DEVICE_PIECE = 1 << 22  # on a GPU every piece costs some launches, and some buffers in float64
-BITS = 23  # of a uniform number that fp32 holds exactly, at the midpoint of its cell
-RARE = 2.0**-10  # a smaller u is drawn again below RARE, with 53 bits: the grid of 2^-23 is fine enough only above
+RARE = (
+    2.0**-10
+)  # a smaller u is drawn again below RARE, with 53 bits: in fp32 the grid of 2^-24 is fine enough only above
 THREADS = 4
 
 Tensors = Sequence[torch.Tensor]
@@ -46,6 +47,7 @@ class KeyStream:
             raise ValueError(f"a key has 32 bytes, not {len(key)}")
         self._key, self._next = key, 0
         self._workers: ThreadPoolExecutor | None = None
+        self._scratch: list[Scratch] = []
 
     def add(self, tensors: Tensors, scale: float, divisor: float, kind: str) -> None:
         """`tensor.add_(scale * draws).div_(divisor)` for each tensor (contiguous); kind: `gaussian` or `laplace`."""
@@ -53,8 +55,10 @@ class KeyStream:
         first, self._next = self._next, self._next + len(pieces)
         count = min(THREADS, torch.get_num_threads(), len(pieces))
 
+        self._scratch += [Scratch(self._key) for _ in range(count - len(self._scratch))]
+
         def work(start: int) -> None:
-            scratch = _Scratch(self._key)
+            scratch = self._scratch[start]
             for number in range(start, len(pieces), count):
                 draws = scratch.draw(kind, first + number, sum(map(torch.Tensor.numel, pieces[number])))
                 for part, own in zip(pieces[number], draws.split([p.numel() for p in pieces[number]]), strict=True):
@@ -217,8 +221,8 @@ def _uniform(cipher, count: int) -> numpy.ndarray:
     return (bits + 0.5) * 2.0**-53
 
 
-_MIDDLE = torch.tensor(0.5 + 2.0 ** -(BITS + 1))
-_HALF_CELL = torch.tensor(math.pi * 2.0**-BITS)
+_HALF = torch.tensor(0.5)
+_BELOW_RARE = numpy.int32(RARE * 2**32 - 2**31)
 
 
 @functools.cache
@@ -226,7 +230,7 @@ def _zeros() -> memoryview:
     return memoryview(bytes(8 * PIECE))
 
 
-class _Scratch:
+class Scratch:
     """Buffers of one thread, for pieces of up to PIECE numbers."""
 
     def __init__(self, key: bytes):
@@ -243,14 +247,13 @@ class _Scratch:
     def _gaussian(self, cipher, count: int) -> torch.Tensor:
         pairs = (count + 1) // 2
         cipher.update_into(_zeros()[: 8 * pairs], self._bytes)
-        first, second = (part.bitwise_right_shift_(32 - BITS) for part in self._words[: 2 * pairs].split(pairs))
-        radius, angle = self._radius[:pairs].copy_(first), self._angle[:pairs].copy_(second)  # whole, signed
-        torch.add(_MIDDLE, radius, alpha=2.0**-BITS, out=radius)  # u, uniform on (0, 1)
-        rare = numpy.flatnonzero(radius.numpy() < RARE)
-        radius.log_().mul_(-2).sqrt_()
+        words = self._words[: 2 * pairs]  # signed
+        radius, angle = self._radius[:pairs].copy_(words[:pairs]), self._angle[:pairs].copy_(words[pairs:])
+        rare = numpy.flatnonzero(words[:pairs].numpy() < _BELOW_RARE)
+        torch.add(_HALF, radius, alpha=2.0**-32, out=radius).log_().mul_(-2).sqrt_()  # of u = 1/2 + word / 2^32
         if len(rare):
             radius.numpy()[rare] = numpy.sqrt(-2 * numpy.log(_uniform(cipher, len(rare)) * RARE))
-        torch.add(_HALF_CELL, angle, alpha=2 * math.pi * 2.0**-BITS, out=angle)
+        angle.mul_(math.pi * 2.0**-31)
         draws = self._draws[: 2 * pairs]
         torch.cos(angle, out=draws[:pairs]).mul_(radius)
         torch.sin(angle, out=draws[pairs:]).mul_(radius)

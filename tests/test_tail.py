@@ -73,7 +73,7 @@ class Rigged:
 
 def test_the_largest_draw_is_what_the_accounting_takes_for_the_reach(monkeypatch):
     monkeypatch.setattr(noise, "_cipher", lambda key, number: Rigged())
-    scratch = noise._Scratch(bytes(32))
+    scratch = noise.Scratch(bytes(32))
     largest = float(scratch.draw("gaussian", 0, 64).max())
     assert REACH["gaussian"] <= largest == pytest.approx(math.sqrt(2 * 64 * math.log(2)), rel=1e-6)
     assert REACH["gaussian"] >= 8.5
@@ -175,6 +175,31 @@ def test_a_tail_that_ends_early_would_be_charged(monkeypatch):
     monkeypatch.setitem(REACH, "gaussian", LEGACY_REACH["cpu"])
     late = certify(booked, 1e-5, 8.0, 2)
     assert not late["within_budget"] and late["tail_delta"] > 1e-5
+
+
+def test_libraries_are_named_with_where_their_draws_end():
+    from click.testing import CliRunner
+
+    from dpft.harness.bench import draws
+    from dpft.harness.cli import cli
+
+    found = {way.name: way for way in (*draws.libraries(), *draws.candidates())}
+    for way in found.values():
+        values = way.fill()
+        assert values.shape == (draws.SIZE,) and stats.kstest(values.double().numpy(), "norm").pvalue > 1e-5, way.name
+        assert draws.largest(way, 300_000) < way.reach
+    assert found["torch, CPU, fp32"].reach < 5.77 < 8.5 < found["dpft, CPU"].reach
+    asked = ["noise", "--tail", "--epsilon", "8", "--draws", "70000", "--json"]
+    rows = json.loads(CliRunner().invoke(cli, asked, standalone_mode=False).stdout)
+    lost = {row["library"]: row["δ lost / δ, ε = 8"] for row in rows}
+    assert lost["torch, CPU, fp32"] > 1 > 1e-6 > lost["dpft, CPU"]
+
+
+def test_ways_to_draw_are_compared_in_one_run():
+    from dpft.harness.bench import draws
+
+    rows = draws.compare(1)
+    assert rows[0]["time"] == 1.0 and "dpft, CPU" in draws.markdown(rows)
 
 
 def test_old_records_keep_their_ids_and_their_streams():

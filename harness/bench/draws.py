@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -80,7 +82,7 @@ def candidates() -> Iterator[Way]:
         "sum of two, fp32",
         "24 bits each",
         math.sqrt(2) * box_muller(24),
-        lambda: buffer.normal_().add_(other.normal_()),
+        lambda: buffer.normal_().add_(other.normal_()).mul_(0.5**0.5),
     )
     yield Way("torch, float64", "53 bits", box_muller(53), lambda: buffer.copy_(double.normal_()))
     for name in ("SFC64", "Philox"):
@@ -102,13 +104,8 @@ def ziggurat(bits: int) -> float:
 
 
 def _ours() -> Way:
-    stream, buffer = noise.source("cpu", "draws"), torch.empty(SIZE)
-
-    def fill() -> torch.Tensor:
-        stream.add([buffer.zero_()], 1.0, 1.0, "gaussian")
-        return buffer
-
-    return Way("dpft, CPU", "Box-Muller, 64 bits", box_muller(64), fill)
+    scratch, pieces = noise.Scratch(os.urandom(32)), itertools.count()
+    return Way("dpft, CPU", "Box-Muller, 64 bits", box_muller(64), lambda: scratch.draw("gaussian", next(pieces), SIZE))
 
 
 def _jax() -> Way:
@@ -131,6 +128,34 @@ def largest(way: Way, draws: int, progress: Callable[[int], None] = lambda done:
         seen = max(seen, -float(low), float(high))
         progress(min(draws, done + SIZE))
     return seen
+
+
+def compare(rounds: int) -> list[dict[str, str | float]]:
+    """The candidates for a CPU on one thread, times as ratios to the first of the same round: median, least and most."""
+    ways, threads = list(candidates()), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = times(ways, rounds)
+    finally:
+        torch.set_num_threads(threads)
+    first = found[ways[0].name]
+    rows = []
+    for way in ways:
+        ratios = [own / base for own, base in zip(found[way.name], first, strict=True)]
+        time = {"time": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+        rows.append({"draws": way.name, "by": way.how, "reach": way.reach, **time})
+    return rows
+
+
+def markdown(rows: list[dict[str, str | float]]) -> str:
+    """What `compare` found, as a table."""
+    from tabulate import tabulate
+
+    cells = [
+        [row["draws"], row["by"], f"{row['reach']:.2f}", f"{row['time']:.2f} ({row['least']:.2f}-{row['most']:.2f})"]
+        for row in rows
+    ]
+    return tabulate(cells, headers=["draws", "by", "reach", "time"], tablefmt="github", disable_numparse=True)
 
 
 def times(ways: list[Way], rounds: int, calls: int = 50) -> dict[str, list[float]]:

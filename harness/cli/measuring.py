@@ -30,6 +30,7 @@ from dpft.harness.errors import BadInput
     help="Rows are methods instead of engines: these, or all private ones.",
 )
 @click.option("--decoders", is_flag=True, help="Rows are the decoders of a DP step, against the plain one.")
+@click.option("--noise", is_flag=True, help="Rows are ways to draw noise: how far each reaches, and its time.")
 @click.option("--text", is_flag=True, help="Rows are padded and bucketed batches of real sentences.")
 @click.option("--task", default="sentences", show_default=True, help="Where --text has its sentences from.")
 @click.option("--data-dir", type=click.Path(path_type=Path), envvar="DPFT_DATA", help="Local mirror of data sets.")
@@ -43,6 +44,12 @@ def bench(context, as_json, output, rounds, cells, **options):
     from dpft.harness.bench.cells import DEFAULT_CELLS, interleave, parse_cells
     from dpft.harness.run_settings import Settings
 
+    if options.pop("noise"):
+        from dpft.harness.bench import draws
+
+        rows = draws.compare(rounds)
+        click.echo(json.dumps(rows, indent=1) if as_json else draws.markdown(rows))
+        return 0
     single = options["text"] or options["methods"] or options["decoders"]
     grid = parse_cells(cells or ("B32T64" if single else DEFAULT_CELLS))
     rows = _rows(options, context.find_root().params.get("plugins", ()))
