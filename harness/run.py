@@ -288,4 +288,6 @@ def _fingerprints(setup: loop.Setup | None) -> dict[str, Any]:
     return {
         "data_fingerprint": prepared.data_fingerprint if prepared else None,
         "model_fingerprint": prepared.model_fingerprint if prepared else None,
+        "train_examples": len(prepared.train) if prepared else None,
+        "validation_examples": len(prepared.validation) if prepared else None,
     }
