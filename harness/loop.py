@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from dpft.harness import checkpoint, journal, probes, spectra, updates
+from dpft.harness import chain, checkpoint, journal, probes, spectra, updates
+from dpft.harness.digest import digest
 from dpft.harness.engine.agreement import check
 from dpft.harness.engine.base import Engine, RunningSums, Sums
 from dpft.harness.engine.encoding import Encoding
@@ -84,6 +85,7 @@ class State:
     metrics: dict[str, float] = field(default_factory=dict)
     definitions: dict[str, str] = field(default_factory=dict)  # of metrics that are defined differently elsewhere
     samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # before and after training
+    chain: str = ""  # harness/chain.py, after the steps so far
     ledger: Ledger = field(default_factory=Ledger)
 
 
@@ -99,6 +101,7 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     optimizer = setup.method.optimizer(setup.parameters, setup.head, spec)
     if setup.task.chance is None:
         state.untrained = evaluate(setup, state, spec.eval_examples)[setup.task.metric]
+    state.chain = chain.start(spec, setup.prepared.data_fingerprint, setup.prepared.model_fingerprint)
     if setup.checkpoint_path is not None:
         _restore(setup, state, optimizer)
         _charge_lost(setup, state)
@@ -120,6 +123,7 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
         if state.step % spec.eval_every == 0 or state.step + state.lost == spec.steps:
             row["metric"] = evaluate(setup, state, spec.eval_examples)[setup.task.metric]
         state.curve.append(row)
+        state.chain = chain.extended(state.chain, chain.booked(state.ledger.events, state.step - 1), row)
         observe(state.step, row)
         if time.monotonic() - saved > setup.checkpoint_seconds:
             _keep(setup, state, optimizer)
@@ -168,6 +172,7 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
         _book(setup, state.ledger, step + state.lost)
     with clock("noise"):
         noisy = setup.mechanism.release(total)
+    released = digest(noisy.tensors) if setup.epsilon_curve is not None else None
     if look is not None:
         look.at_release(noisy)
     setup.method.decoder.observing = evaluated
@@ -196,6 +201,7 @@ def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
         else None,
         **dict.fromkeys(("alignment_noisy", "alignment_decoded", "snr")),
         **(look.row if look is not None else {}),
+        "release": released,
     }
 
 
@@ -281,6 +287,8 @@ def _restore(setup: Setup, state: State, optimizer) -> None:
     tensors, plain = found
     if setup.secure_noise != ("noise" not in tensors):
         return  # the steps so far had noise of the other kind: what the record says of it must hold for all of them
+    if "chain" not in plain:
+        return  # written before there was a chain: of the steps so far it could say nothing
     groups: dict[str, Sums] = {"parameter": {}, "optimizer": {}, "method": {}}
     for key, tensor in tensors.items():
         kind, _, rest = key.partition("|")

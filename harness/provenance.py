@@ -65,6 +65,7 @@ def _hardware(device: str) -> dict[str, Any]:
     import torch
 
     found = {"device": device, "cpu": cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found["capability"] = torch.backends.cpu.get_cpu_capability()
     if torch.device(device).type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found

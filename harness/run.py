@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dpft.harness import loop, provenance, registry, spectra
+from dpft.harness import chain, loop, provenance, registry, spectra
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import PlainEngine, ZeroEngine, zero_sums
 from dpft.harness.engine.clipping import Clipping
@@ -62,8 +62,11 @@ def execute(
         "cost": _cost(spec, setup, state, seconds),
         "diagnostics": _diagnostics(state),
         "provenance": {**provenance.collect(settings), "started": started, **_fingerprints(setup)},
+        "chain": None,
         "error": error,
     }
+    if status == "done":
+        record["chain"] = {"version": chain.VERSION, "value": chain.closed(state.chain, record["result"])}
     return record, state.curve
 
 
@@ -288,4 +291,6 @@ def _fingerprints(setup: loop.Setup | None) -> dict[str, Any]:
     return {
         "data_fingerprint": prepared.data_fingerprint if prepared else None,
         "model_fingerprint": prepared.model_fingerprint if prepared else None,
+        "train_examples": len(prepared.train) if prepared else None,
+        "validation_examples": len(prepared.validation) if prepared else None,
     }

@@ -22,7 +22,7 @@ def smoothed(values: Sequence[float], window: int = WINDOW) -> list[float]:
 
 
 def crossing(
-    steps: Sequence[int], values: Sequence[float], threshold: float, higher_is_better: bool = True
+    steps: Sequence[int], values: Sequence[float], threshold: float, higher_is_better: bool = True, rule: int = 1
 ) -> Crossing:
     """First step whose smoothed value reaches `threshold` at `PATIENCE` evaluations in a row (the first of them counts)."""
     sign = 1 if higher_is_better else -1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import nn
+if TYPE_CHECKING:  # methods are listed and records verified without torch
+    import torch
+    from torch import nn
 
 _TOGETHER = 1 << 22  # entries of the updates that are made and applied at once (16 MiB of fp32)
 
@@ -30,11 +32,13 @@ class LazyUpdates(Mapping):
         return len(self.parts)
 
 
-Updates = dict[str, torch.Tensor] | LazyUpdates
+Updates: TypeAlias = "dict[str, torch.Tensor] | LazyUpdates"
 
 
 def finite(updates: Updates) -> bool:
     """Whether no entry is nan or infinite; of updates yet to be made, whether none is in what they are made of."""
+    import torch
+
     parts = updates.parts if isinstance(updates, LazyUpdates) else updates
     return bool(torch.isfinite(torch.stack([t.sum() for t in parts.values()])).all())  # a sum hides no nan and no inf
 

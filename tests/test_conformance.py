@@ -91,7 +91,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(method, setup_of,
     loop.train(resumed_setup, state, lambda step, row: seen.append(step))
     assert seen == [3, 4], "steps 1 and 2 must come from the checkpoint"
     assert state.curve == whole.curve and state.final == whole.final
-    assert state.ledger.events == whole.ledger.events
+    assert state.ledger.events == whole.ledger.events and state.chain == whole.chain
     for name, value in weights(resumed_setup).items():
         assert torch.equal(value, weights(whole_setup)[name])
 

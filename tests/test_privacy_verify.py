@@ -1,67 +1,18 @@
-"""Verification by a stranger: every tampering with a record is found, and torch is not needed."""
+"""The privacy section: every tampering with it is found."""
 
 import copy
-import json
-import subprocess
-import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from verify_cases import BATCH, DELTA, SIGMA, STEPS, TARGET, N, edit, edits, findings_of, honest_record, scale
 
 from dpft.harness.privacy import Ledger, Release, certify, epsilon_curve, verify_record
-
-N, BATCH, SIGMA, STEPS, DELTA, TARGET = 1000, 50, 1.0, 40, 1e-5, 4.0
 
 
 @pytest.fixture(scope="module")
 def honest():
-    """A record's privacy section as the loop writes it, after a trip through JSON."""
-    ledger = Ledger()
-    for step in range(STEPS):
-        ledger.append(step, BATCH / N, [Release(name="gradient", noise_multiplier=SIGMA)])
-    certificate = certify(ledger.events, DELTA, TARGET)
-    assert certificate["within_budget"]
-    privacy = {
-        "target": TARGET,
-        "delta": DELTA,
-        "adjacency": "zero-out, public N",
-        "sampling": "poisson",
-        "num_examples": N,
-        "sampling_probability": BATCH / N,
-        "expected_batch_size": BATCH,
-        "noise_multiplier": SIGMA,
-        "releases_per_step": 1,
-        "steps_planned": STEPS,
-        "steps_run": STEPS,
-        "ledger": ledger.events,
-        "epsilon_at_threshold": certificate["epsilon"][2] / 2,
-        **{key: certificate[key] for key in ("epsilon", "cross_checks", "tolerance")},
-    }
-    spec = {"epsilon": TARGET, "delta": DELTA, "batch_size": BATCH, "steps": STEPS}
-    return json.loads(json.dumps({"schema": 1, "spec": spec, "privacy": privacy}))
-
-
-def edit(record, path, value):
-    """A deep copy of `record` with the entry at `path` replaced, or changed by a function."""
-    record = copy.deepcopy(record)
-    at = record["privacy"]
-    for key in path[:-1]:
-        at = at[key]
-    at[path[-1]] = value(at[path[-1]]) if callable(value) else value
-    return record
-
-
-def edits(record, *changes):
-    for path, value in changes:
-        record = edit(record, path, value)
-    return record
-
-
-def findings_of(record, curve_steps=None):
-    findings = verify_record(record, curve_steps)
-    assert all(isinstance(finding, str) and finding.endswith(".") for finding in findings)
-    return findings
+    return honest_record()
 
 
 def test_an_honest_record_has_no_findings(honest):
@@ -85,10 +36,6 @@ def test_a_non_private_record_has_no_findings():
     done = {"schema": 1, "status": "done", "privacy": None}
     assert verify_record({**done, "spec": {"epsilon": None}}) == []
     assert len(findings_of({**done, "spec": {"epsilon": 3.0}})) == 1
-
-
-def scale(factor):
-    return lambda value: value * factor
 
 
 EVENT = ("ledger", 0)
@@ -164,7 +111,8 @@ def test_every_key_is_needed_and_no_content_raises(honest):
         del record["privacy"][key]
         assert findings_of(record) == [f"The privacy section lacks {key}."]
         for junk in ("x", [], {}, float("nan"), float("inf"), -1, True, 10**400, [None] * 3):
-            assert findings_of(edit(honest, (key,), junk), STEPS) != [], (key, junk)
+            if (key, junk) != ("within_budget", True):
+                assert findings_of(edit(honest, (key,), junk), STEPS) != [], (key, junk)
     for record in ({}, [], None, {"privacy": []}, {"privacy": "x"}, {"privacy": {}}):
         assert len(findings_of(record)) == 1
 
@@ -179,30 +127,6 @@ def test_absurd_numbers_cost_nothing(honest, target, delta, steps):
         (("tolerance",), {"eps_error": min(0.01, target / 50), "delta_error": delta / 1000}),
     )
     assert any("cannot be recomputed" in finding for finding in findings_of(record))
-
-
-def test_neither_import_nor_verification_needs_torch(honest):
-    script = (
-        "import json, sys\n"
-        "import dpft.harness.privacy as privacy\n"
-        "heavy = {'torch', 'numpy', 'scipy', 'opacus', 'prv_accountant', 'dp_accounting'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-        "class Absent:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.partition('.')[0] in ('torch', 'opacus'):\n"
-        "            raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Absent())\n"
-        "record = json.loads(sys.stdin.read())\n"
-        "assert privacy.verify_record(record, 40) == [], privacy.verify_record(record, 40)\n"
-        "record['privacy']['epsilon'][2] = 1.0\n"
-        "assert privacy.verify_record(record, 40)\n"
-        "section = record['privacy']\n"
-        "certificate = privacy.certify(section['ledger'], section['delta'], section['target'])\n"
-        "assert certificate['within_budget'] and certificate['cross_checks']['opacus_prv'] is None\n"
-        "assert not {'torch', 'opacus'} & set(sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], input=json.dumps(honest), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 RATIO, STEP_FROM, STEP_TO = (*EVENT, "releases", 0, "sensitivity_ratio"), (*EVENT, "step_from"), (*EVENT, "step_to")
@@ -295,102 +219,3 @@ def test_what_the_result_and_the_curve_say_is_compared(finished):
     assert any("may be only where" in one for one in findings_of(edit(finished, ("noise_multiplier",), None)))
     for key in ("epsilon", "batch_size", "steps", "delta"):
         assert findings_of({**finished, "spec": {**finished["spec"], key: 1.5}}), key
-
-
-def of_another_program(events, **more):
-    certificate = certify(events, DELTA, TARGET)
-    return {"privacy": {"ledger": events, "target": TARGET, "delta": DELTA, "epsilon": certificate["epsilon"], **more}}
-
-
-def test_a_record_of_another_program_needs_four_entries(honest):
-    record = of_another_program(honest["privacy"]["ledger"], library="other 1.0", clip=[1, 2])
-    assert verify_record(record) == []
-    assert any("upper epsilon" in one for one in findings_of(edit(record, ("epsilon", 2), 1.0)))
-    for key in ("ledger", "target", "delta", "epsilon"):
-        less = copy.deepcopy(record)
-        del less["privacy"][key]
-        assert findings_of(less) == [f"The privacy section lacks {key}."]
-    # what it declares under our names must be true
-    assert verify_record(edit(record, ("steps_run",), STEPS)) == []
-    assert findings_of(edit(record, ("steps_run",), STEPS + 1)) and findings_of(edit(record, ("num_examples",), 10**6))
-
-
-def two_phases():
-    """Selection at another rate, then training with two releases on each batch."""
-    ledger = Ledger()
-    for step in range(10):
-        ledger.append(step, 0.02, [Release(name="gradient", noise_multiplier=2.0)])
-    for step in range(10, 40):
-        count = Release(name="count", noise_multiplier=8.0, sensitivity_ratio=0.5)
-        ledger.append(step, 0.05, [Release(name="gradient", noise_multiplier=1.1), count])
-    return ledger.events
-
-
-def test_several_kinds_of_batches_and_releases_are_composed(honest):
-    events = json.loads(json.dumps(two_phases()))
-    merged = (1.1**-2 + 8.0**-2) ** -0.5
-    assert [e["noise_multiplier"] for e in events] == pytest.approx([2.0, merged])
-    record = of_another_program(events)
-    assert verify_record(record) == []
-    own = {
-        **honest,
-        "privacy": {**honest["privacy"], **record["privacy"], "steps_run": 40, "epsilon_at_threshold": None},
-    }
-    own["privacy"] |= dict.fromkeys(
-        ("sampling_probability", "expected_batch_size", "noise_multiplier", "releases_per_step")
-    )
-    own["privacy"]["cross_checks"] = {"pld": None, "opacus_prv": None}
-    assert verify_record(own, 40) == []
-    for path in (
-        (0, "noise_multiplier"),
-        (1, "noise_multiplier"),
-        (1, "releases", 1, "noise_multiplier"),
-        (0, "step_to"),
-    ):
-        assert findings_of(edit(record, ("ledger", *path), scale(2))), path
-    # the second phase's count left out, and merged correctly without it: less noise in all than was spent
-    lighter = edits(record, (("ledger", 1, "releases"), lambda all: all[:1]), (("ledger", 1, "noise_multiplier"), 1.1))
-    assert findings_of(lighter)
-
-
-def verified(capsys, monkeypatch, folder):
-    from dpft.harness import cli
-
-    monkeypatch.setattr("sys.argv", ["dpft", "verify", str(folder)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code or 0, capsys.readouterr()
-
-
-def test_the_command_reads_folders_of_others(honest, tmp_path, capsys, monkeypatch):
-    code, said = verified(capsys, monkeypatch, tmp_path)
-    assert code == 2 and "no record" in said.err
-    record = of_another_program(honest["privacy"]["ledger"])
-    (tmp_path / "theirs.json").write_text(json.dumps(record))
-    code, said = verified(capsys, monkeypatch, tmp_path)
-    assert code == 0 and "theirs: fine (of another program" in said.out
-    (tmp_path / "theirs.json").write_text(json.dumps(edit(record, ("delta",), 1e-7)))
-    assert verified(capsys, monkeypatch, tmp_path)[0] == 1
-    for content, words in (("{", "damaged"), ("[1]", "no dpft record"), ('{"a": 1}', "no dpft record")):
-        (tmp_path / "theirs.json").write_text(content)
-        code, said = verified(capsys, monkeypatch, tmp_path)
-        assert code == 2 and words in said.err and said.err.count("\n") == 1
-
-
-def test_the_command_compares_the_id_and_needs_the_curve(tmp_path, capsys, monkeypatch):
-    import shutil
-    from pathlib import Path
-
-    official = Path(__file__).parent.parent / "results/official"
-    name = next(path.stem for path in official.glob("*.json") if json.loads(path.read_text())["privacy"])
-    for end in (".json", ".parquet"):
-        shutil.copy(official / f"{name}{end}", tmp_path)
-    assert verified(capsys, monkeypatch, tmp_path)[0] == 0
-    path = tmp_path / f"{name}.json"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps({**record, "spec": {**record["spec"], "lr": 1e-9}}))
-    code, said = verified(capsys, monkeypatch, tmp_path)
-    assert code == 1 and "The spec is that of run" in said.out
-    path.write_text(json.dumps(record))
-    (tmp_path / f"{name}.parquet").unlink()
-    assert "no curve" in verified(capsys, monkeypatch, tmp_path)[1].out

@@ -83,20 +83,22 @@ def report(folder, output, check, figures, latex, csv, theory, html, section, **
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("results/runs"))
 @click.option("--json", "as_json", is_flag=True)
 def verify(folder, as_json):
-    """Recompute the epsilon of every record in FOLDER from its ledger alone; exit 1 on any mismatch.
+    """Recompute whatever follows from something else in every record of FOLDER; exit 1 on any mismatch.
 
+    Epsilon follows from the ledger alone; curve, result and chain from the run's settings and each other.
     Records of other programs need privacy.ledger, target, delta and epsilon; only what they declare is checked.
     """
     from dpft.harness.verifying import verify_folder
 
     found = verify_folder(folder)
     if as_json:
-        click.echo(json.dumps({name: problems for name, (problems, _) in found.items()}, indent=1))
+        click.echo(json.dumps({name: one.findings for name, one in found.items()}, indent=1))
     else:
-        for name, (problems, foreign) in found.items():
-            fine = "fine (of another program: its ledger gives its epsilon)" if foreign else "fine"
-            click.echo(f"{name}: {fine if not problems else ' '.join(problems)}")
-    return 1 if any(problems for problems, _ in found.values()) else 0
+        for name, one in found.items():
+            fine = "fine (of another program: its ledger gives its epsilon)" if one.foreign else "fine"
+            noted = f"; {'; '.join(one.notices)}" if one.notices else ""
+            click.echo(f"{name}: {' '.join(one.findings) if one.findings else fine + noted}")
+    return 1 if any(one.findings for one in found.values()) else 0
 
 
 @click.command()

@@ -42,10 +42,11 @@ from dpft.harness.errors import BadInput
 @click.option("--retry-failed", is_flag=True, help="Make runs again that ended with a failure.")
 @click.option("--secure-noise", is_flag=True, help="Batches and noise from the system's entropy; not repeatable.")
 @click.option("--overwrite", is_flag=True, help="Make runs again that are there already.")
+@click.option("--replay", metavar="ID", help="Make run ID of --results again and compare; exit 1 when it differs.")
 @click.option("--quiet", is_flag=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON document instead of the table.")
 def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, jobs, executor, timeout,
-        checkpoint_every, resume, retry_failed, secure_noise, overwrite, quiet, as_json):  # fmt: skip
+        checkpoint_every, resume, retry_failed, secure_noise, overwrite, replay, quiet, as_json):  # fmt: skip
     """Make the missing runs of SUITE (or of --task/--method ...) and print the table."""
     from dpft.harness import cluster, execution, progress, report
     from dpft.harness import engine as engines
@@ -54,6 +55,10 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     from dpft.harness.run_settings import Settings, pick_device
     from dpft.harness.store import Store
 
+    if replay is not None:
+        if suite is not None or overrides:
+            raise BadInput("--replay takes the run's settings from its record; leave out the suite and other settings.")
+        return _replay(replay, Store(results), data_dir, progress.reporter(1, quiet), as_json)
     if engine not in engines.NAMES:
         raise unknown("engine", engine, engines.NAMES)
     runs, store = _runs(suite, overrides), Store(results)
@@ -80,6 +85,27 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
             f"dpft: {failed[0]['error']}" if single else f"dpft: {len(failed)} of {len(records)} runs failed.", err=True
         )
     return (2 if single else 1) if failed else 0
+
+
+def _replay(run_id: str, store, data_dir, reporter, as_json: bool) -> int:
+    from dpft.harness.replay import replay
+
+    found = replay(store, run_id, data_dir, reporter)
+    if as_json:
+        click.echo(json.dumps({"run_id": run_id, **dataclasses.asdict(found)}, indent=1))
+        return 1 if found.verdict == "different" else 0
+    where = "after the last step" if found.step is None else f"step {found.step}"
+    difference = f"{where}: {found.difference}."
+    because = f" ({'; '.join(found.apart)})" if found.apart else ""
+    if found.verdict == "equal":
+        click.echo(f"{run_id}: equal bit for bit{because}.")
+    elif found.verdict == "close":
+        click.echo(
+            f"{run_id}: equal within the tolerance for another place{because}. Bit for bit it parts at {difference}"
+        )
+    else:
+        click.echo(f"{run_id}: different{because}. {difference[0].upper()}{difference[1:]}")
+    return 1 if found.verdict == "different" else 0
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -1,22 +1,20 @@
 """Recompute a record's privacy claims from its ledger alone, as a stranger would; needs no torch."""
 
 import math
-import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpft.harness.errors import BadInput
-from dpft.harness.privacy.accountant import tolerance
+from dpft.harness.privacy import shape
+from dpft.harness.privacy.accountant import CLOSE, tolerance
 from dpft.harness.privacy.certificate import ADJACENCY, SAMPLING, cross_checks, disagreement
 from dpft.harness.privacy.ledger import Ledger
+from dpft.harness.privacy.shape import is_number
 from dpft.harness.privacy.spent import epsilon
 
 REL = 1e-9
+OURS = {"schema", "run_id", "status", "spec", "result", "cost", "diagnostics", "provenance", "error"}
 REPEATS = 0.1  # how closely, in tolerances of the accountant, a recorded epsilon must be found again
-CONTRACT = ("ledger", "target", "delta", "epsilon")  # all that a record of another program must have
-WHOLE = ("num_examples", "steps_planned", "steps_run")
-ONE_KIND = ("sampling_probability", "expected_batch_size", "noise_multiplier", "releases_per_step")  # null: of several
-OWN = (*WHOLE, *ONE_KIND, "adjacency", "sampling", "cross_checks", "tolerance", "epsilon_at_threshold")
 
 
 def verify_record(
@@ -26,7 +24,7 @@ def verify_record(
 
     The ledger is the truth: epsilon is recomputed from it with prv-accountant and with PLD, and every declared quantity
     is compared with it, and with the record's `spec` and `result` where there are any. A record without a dpft `spec` is of
-    another program: of it CONTRACT is needed, and whatever else it declares under our names is checked too. curve_steps,
+    another program: of it shape.CONTRACT is needed, and whatever else it declares under our names is checked too. curve_steps,
     curve_epsilon: the rows of the run's curve file and their epsilon, where there is one. Never raises for what a record holds.
     """
     if not isinstance(record, dict) or "privacy" not in record:
@@ -34,7 +32,7 @@ def verify_record(
     privacy = record["privacy"]
     if privacy is None:
         return list(_public(record))
-    findings = list(_shape(privacy, CONTRACT if is_foreign(record) else (*CONTRACT, *OWN)))
+    findings = list(shape.findings(privacy, is_foreign(record)))
     if findings:
         return findings
     findings = [*_declared(privacy), *_steps(privacy, curve_steps), *_asked(record, privacy)]
@@ -42,13 +40,16 @@ def verify_record(
         events = Ledger.from_events(privacy["ledger"]).events
     except BadInput as problem:
         return [*findings, str(problem)]
-    findings += [*_events(privacy, events, is_foreign(record)), *_epsilon(privacy, events)]
+    findings += [*_events(record, privacy, events), *_epsilon(privacy, events, is_foreign(record))]
     return [*findings, *_threshold(record, privacy, events, curve_epsilon)]
 
 
 def is_foreign(record: Any) -> bool:
-    """Whether a record was made by another program: it has no `spec` beside a `schema`."""
-    return not (isinstance(record, dict) and "schema" in record and isinstance(record.get("spec"), dict))
+    """Whether another program made a record: it has not both `schema` and `spec`, and few other sections of ours.
+
+    So a record of ours does not become another's by leaving its schema out.
+    """
+    return not isinstance(record, dict) or not ({"schema", "spec"} <= record.keys() or len(record.keys() & OURS) >= 4)
 
 
 def _public(record: dict[str, Any]) -> Iterator[str]:
@@ -57,45 +58,6 @@ def _public(record: dict[str, Any]) -> Iterator[str]:
     asked = spec.get("epsilon") if isinstance(spec, dict) else None
     if asked is not None and record.get("status") == "done":
         yield f"The run asked for epsilon {asked!r}, but the record has no privacy section."
-
-
-def _shape(privacy: Any, needed: tuple[str, ...]) -> Iterator[str]:
-    """Missing keys and values of the wrong type: with any of these nothing else can be checked."""
-    if not isinstance(privacy, dict):
-        yield f"The privacy section must be an object or null, not {type(privacy).__name__}."
-        return
-    missing = [key for key in needed if key not in privacy]
-    if missing:
-        yield f"The privacy section lacks {', '.join(missing)}."
-        return
-    for key in (*WHOLE, "releases_per_step"):
-        least = 0 if key == "steps_run" else 1
-        value = privacy.get(key)
-        absent = key not in privacy or (value is None and key in ONE_KIND)
-        if not absent and (type(value) is not int or not least <= value <= 10**15):
-            yield f"{key} must be a whole number of at least {least}, not {value!r}."
-    for key in ("target", "delta", *ONE_KIND[:3]):
-        value = privacy.get(key)
-        absent = key not in privacy or (value is None and key in ONE_KIND)
-        if not absent and (not _number(value) or value <= 0):
-            yield f"{key} must be a finite positive number, not {value!r}."
-    values = privacy["epsilon"]
-    if not isinstance(values, list) or len(values) != 3 or not all(map(_number, values)):
-        yield f"epsilon must be [lower, estimate, upper], not {values!r}."
-    for key, names in (("cross_checks", ("pld", "opacus_prv")), ("tolerance", ("eps_error", "delta_error"))):
-        content = privacy.get(key)
-        optional = key == "cross_checks"
-        if key in privacy and (
-            not isinstance(content, dict)
-            or any(
-                name not in content or not (_number(content[name]) or (optional and content[name] is None))
-                for name in names
-            )
-        ):
-            yield f"{key} must hold the numbers {' and '.join(names)}, not {content!r}."
-    reached = privacy.get("epsilon_at_threshold")
-    if reached is not None and not _number(reached):
-        yield f"epsilon_at_threshold must be a number or null, not {reached!r}."
 
 
 def _declared(privacy: dict[str, Any]) -> Iterator[str]:
@@ -123,18 +85,41 @@ def _asked(record: dict[str, Any], privacy: dict[str, Any]) -> Iterator[str]:
     """What was spent against what the run's spec asked for."""
     if is_foreign(record):
         return
-    spec = record["spec"]
+    spec = record["spec"] if isinstance(record.get("spec"), dict) else {}
     for key, asked in (("target", "epsilon"), ("expected_batch_size", "batch_size"), ("steps_planned", "steps")):
         wanted = spec.get(asked)
-        if privacy[key] is not None and not (_number(wanted) and math.isclose(privacy[key], wanted, rel_tol=REL)):
+        if privacy[key] is not None and not (is_number(wanted) and math.isclose(privacy[key], wanted, rel_tol=REL)):
             yield f"{key} is {privacy[key]!r}, but the spec asks for {asked} {wanted!r}."
     wanted = spec.get("delta")
     delta = 1 / (2 * privacy["num_examples"]) if wanted is None else wanted
-    if not (_number(delta) and math.isclose(privacy["delta"], delta, rel_tol=REL)):
+    if not (is_number(delta) and math.isclose(privacy["delta"], delta, rel_tol=REL)):
         rule = "1 / (2 num_examples)" if wanted is None else "the spec"
         yield f"delta is {privacy['delta']!r}, but {rule} gives {delta!r}."
+    yield from _noise(record, privacy, spec.get("mechanism", "gaussian"))
     if record.get("status") == "done" and privacy["steps_run"] != privacy["steps_planned"]:
         yield f"The run is done, but took {privacy['steps_run']} of its {privacy['steps_planned']} steps."
+
+
+def _noise(record: dict[str, Any], privacy: dict[str, Any], mechanism: Any) -> Iterator[str]:
+    """Which noise, from where, and not more of it than calibration gives: more would be matched with nothing."""
+    provenance = record.get("provenance")
+    settings = provenance.get("settings") if isinstance(provenance, dict) else None
+    if isinstance(settings, dict) and "secure_noise" in settings:  # older records do not say
+        if "mechanism" not in privacy:
+            yield "The privacy section lacks mechanism."
+        seed = "os" if settings["secure_noise"] is True else "seed of the run"
+        if privacy.get("noise_seed") != seed:
+            yield f"noise_seed is {privacy.get('noise_seed')!r}, but the run's settings give {seed!r}."
+    elif privacy.get("noise_seed", "seed of the run") != "seed of the run":
+        yield f"noise_seed is {privacy['noise_seed']!r}, but the run's settings do not say that its noise was secure."
+    if privacy.get("mechanism", mechanism) != mechanism:
+        yield f"mechanism is {privacy['mechanism']!r}, but the spec asks for {mechanism!r}."
+    target, upper = privacy["target"], privacy["epsilon"][2]
+    if privacy["steps_run"] == privacy["steps_planned"] and upper < target * (1 - CLOSE - 1e-6):
+        yield (
+            f"Upper epsilon {upper:.6g} is more than {CLOSE:.1%} under the target {target:g}, so the noise is not what "
+            "calibration gives."
+        )
 
 
 def _steps(privacy: dict[str, Any], curve_steps: int | None) -> Iterator[str]:
@@ -145,8 +130,10 @@ def _steps(privacy: dict[str, Any], curve_steps: int | None) -> Iterator[str]:
         yield f"The curve holds {curve_steps} steps, but steps_run is {run}."
 
 
-def _events(privacy: dict[str, Any], events: list[dict[str, Any]], foreign: bool) -> Iterator[str]:
+def _events(record: dict[str, Any], privacy: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[str]:
     """The ledger against what the record declares."""
+    foreign, spec = is_foreign(record), record.get("spec")
+    asked = None if foreign or not isinstance(spec, dict) else spec.get("mechanism", "gaussian")
     booked, run = events[-1]["step_to"] if events else 0, privacy.get("steps_run")
     if run is not None and booked != run:
         yield f"The ledger books {booked} steps, but steps_run is {run}."
@@ -167,7 +154,7 @@ def _events(privacy: dict[str, Any], events: list[dict[str, Any]], foreign: bool
         made, declared = len(event["releases"]), privacy.get("releases_per_step")
         if declared is not None and made != declared:
             yield f"{where} make {made} releases each, but releases_per_step is {declared}."
-        named = privacy.get("mechanism", None if foreign else "gaussian")
+        named = privacy.get("mechanism", asked)
         if named is not None and event["mechanism"] != named:
             yield f"{where} have mechanism {event['mechanism']!r}, but the record declares {named!r}."
         ratios = [release["sensitivity_ratio"] for release in event["releases"] if release["name"] == "gradient"]
@@ -183,30 +170,40 @@ def _threshold(
     steps = result.get("steps_to_threshold") if isinstance(result, dict) else None
     if isinstance(result, dict) and (reached is None) != (steps is None):
         yield f"epsilon_at_threshold is {reached!r}, but steps_to_threshold is {steps!r}."
+        return
+    if steps is not None and (type(steps) is not int or not 1 <= steps <= (events[-1]["step_to"] if events else 0)):
+        yield f"steps_to_threshold is {steps!r}, which is no step of the run."
+        return
     eps_error = tolerance(privacy["target"], privacy["delta"])[0]
-    if reached is not None and type(steps) is int:
-        taken = [{**e, "step_to": min(e["step_to"], steps)} for e in events if e["step_from"] < steps]
-        try:
-            least = epsilon(taken, privacy["delta"], privacy["target"])[2]
-        except BadInput:
-            return  # said already of the whole ledger
-        if reached < least - eps_error:
-            yield f"epsilon_at_threshold is {reached:.6g}, but the first {steps} steps spend {least:.6g}."
+    least = {} if steps is None else {steps: _after(steps, privacy, events)}
+    if None not in (reached, least.get(steps)) and reached < least[steps] - eps_error:
+        yield f"epsilon_at_threshold is {reached:.6g}, but the first {steps} steps spend {least[steps]:.6g}."
     if not curve:
         return
-    if any(one is None for one in curve) or list(curve) != sorted(curve):
+    if not all(map(is_number, curve)) or list(curve) != sorted(curve):
         yield "The epsilon of the curve's rows is not there everywhere, or falls."
-    elif abs(curve[-1] - privacy["epsilon"][2]) > eps_error and len(curve) == privacy.get("steps_planned"):
+        return
+    if abs(curve[-1] - privacy["epsilon"][2]) > eps_error and len(curve) == privacy.get("steps_planned"):
         yield f"The curve ends at epsilon {curve[-1]:.6g}, the record at {privacy['epsilon'][2]:.6g}."
-    elif (
-        reached is not None
-        and type(steps) is int
-        and not math.isclose(reached, curve[min(steps, len(curve)) - 1], abs_tol=1e-6)
-    ):
+    elif None not in (reached, steps) and not math.isclose(reached, curve[min(steps, len(curve)) - 1], abs_tol=1e-6):
         yield f"epsilon_at_threshold is {reached:.6g}, but the curve has another epsilon after {steps} steps."
+    for step in {1, (len(curve) + 1) // 2} - least.keys():
+        least[step] = _after(step, privacy, events)
+    for step, spent in least.items():
+        if spent is not None and step <= len(curve) and curve[step - 1] < spent - eps_error:
+            yield f"The curve has epsilon {curve[step - 1]:.6g} after {step} steps, which spend {spent:.6g}."
 
 
-def _epsilon(privacy: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[str]:
+def _after(steps: int, privacy: dict[str, Any], events: list[dict[str, Any]]) -> float | None:
+    """Upper epsilon of the ledger's first `steps` steps; None where there is none, which is said of the whole ledger."""
+    taken = [{**e, "step_to": min(e["step_to"], steps)} for e in events if e["step_from"] < steps]
+    try:
+        return epsilon(taken, privacy["delta"], privacy["target"])[2]
+    except BadInput:
+        return None
+
+
+def _epsilon(privacy: dict[str, Any], events: list[dict[str, Any]], foreign: bool) -> Iterator[str]:
     """Epsilon recomputed from the ledger with both accountants, against the record."""
     delta, target, recorded = float(privacy["delta"]), float(privacy["target"]), privacy["epsilon"]
     eps_error = tolerance(target, delta)[0]
@@ -238,15 +235,13 @@ def _epsilon(privacy: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[
         yield f"The cross-checks are {sorted(checks)}, but for this ledger they are {sorted(found)}."
     for name in ("pld", "fisher"):
         old, new = checks.get(name), found.get(name)
-        if old is not None and new is not None and not (_number(old) and abs(old - new) <= REPEATS * eps_error):
-            yield f"The cross-check {name} is recorded as {old!r}, but the ledger gives {new:.6g}."
+        if old is None and (foreign or name not in checks or new is None):
+            continue
+        if new is None or not is_number(old) or abs(old - new) > REPEATS * eps_error:
+            yield f"The cross-check {name} is recorded as {old!r}, but the ledger gives {new!r}."
     opacus = checks["opacus_prv"]
     if opacus is not None and not values[0] - eps_error <= opacus <= values[2] + eps_error:
         yield f"The cross-check opacus_prv is recorded as {opacus:.6g}, outside [{values[0]:.6g}, {values[2]:.6g}]."
     reached = privacy.get("epsilon_at_threshold")
     if reached is not None and not 0 <= reached <= upper + eps_error:
         yield f"epsilon_at_threshold {reached:.6g} is outside [0, {upper:.6g}]."
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) < 1e300
