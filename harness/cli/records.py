@@ -98,6 +98,10 @@ def verify(folder, as_json):
             fine = "fine (of another program: its ledger gives its epsilon)" if one.foreign else "fine"
             noted = f"; {'; '.join(one.notices)}" if one.notices else ""
             click.echo(f"{name}: {' '.join(one.findings) if one.findings else fine + noted}")
+        wrong = sum(bool(one.findings) for one in found.values())
+        old = sum(any("stream 1" in notice for notice in one.notices) for one in found.values())
+        told = f"; noise of stream 1, whose tail ends early: {old}" if old else ""
+        click.echo(f"{len(found)} records, {wrong} with something wrong{told}.", err=True)
     return 1 if any(one.findings for one in found.values()) else 0
 
 

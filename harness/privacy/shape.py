@@ -47,6 +47,13 @@ def findings(privacy: Any, foreign: bool) -> Iterator[str]:
             )
         ):
             yield f"{key} must hold the numbers {' and '.join(names)}, not {content!r}."
+    stream, short, lost = privacy.get("noise_stream", 1), privacy.get("tail_delta", 0), privacy.get("steps_lost", 0)
+    if type(stream) is not int or stream not in (1, 2):
+        yield f"noise_stream is {stream!r}, which this dpft does not know."
+    if not is_number(short) or not 0 <= short < 1:
+        yield f"tail_delta must be a number from 0 to 1, not {short!r}."
+    if type(lost) is not int or not 0 <= lost <= 10**15:
+        yield f"steps_lost must be a whole number, not {lost!r}."
     reached = privacy.get("epsilon_at_threshold")
     if reached is not None and not is_number(reached):
         yield f"epsilon_at_threshold must be a number or null, not {reached!r}."

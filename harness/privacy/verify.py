@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpft.harness.errors import BadInput
-from dpft.harness.privacy import shape
+from dpft.harness.privacy import shape, tail
 from dpft.harness.privacy.accountant import CLOSE, tolerance
 from dpft.harness.privacy.certificate import ADJACENCY, SAMPLING, cross_checks, disagreement
 from dpft.harness.privacy.ledger import Ledger
@@ -96,6 +96,8 @@ def _asked(record: dict[str, Any], privacy: dict[str, Any]) -> Iterator[str]:
         rule = "1 / (2 num_examples)" if wanted is None else "the spec"
         yield f"delta is {privacy['delta']!r}, but {rule} gives {delta!r}."
     yield from _noise(record, privacy, spec.get("mechanism", "gaussian"))
+    if privacy.get("noise_stream", 1) != spec.get("noise_stream", 1):
+        yield f"noise_stream is {privacy.get('noise_stream', 1)!r}, but the spec asks for {spec.get('noise_stream', 1)!r}."
     if record.get("status") == "done" and privacy["steps_run"] != privacy["steps_planned"]:
         yield f"The run is done, but took {privacy['steps_run']} of its {privacy['steps_planned']} steps."
 
@@ -123,11 +125,15 @@ def _noise(record: dict[str, Any], privacy: dict[str, Any], mechanism: Any) -> I
 
 
 def _steps(privacy: dict[str, Any], curve_steps: int | None) -> Iterator[str]:
-    run, planned = privacy.get("steps_run"), privacy.get("steps_planned")
+    run, planned, lost = privacy.get("steps_run"), privacy.get("steps_planned"), privacy.get("steps_lost", 0)
     if None not in (run, planned) and run > planned:
         yield f"steps_run is {run}, more than the {planned} planned."
-    if None not in (run, curve_steps) and curve_steps != run:
-        yield f"The curve holds {curve_steps} steps, but steps_run is {run}."
+    if None not in (run, curve_steps) and curve_steps != run - lost:
+        yield f"The curve holds {curve_steps} steps, but steps_run is {run}" + (
+            f", {lost} of them lost." if lost else "."
+        )
+    if lost and privacy.get("noise_seed") != "os":
+        yield f"steps_lost is {lost}, but only a run with noise of the system's entropy loses releases."
 
 
 def _events(record: dict[str, Any], privacy: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[str]:
@@ -207,9 +213,13 @@ def _epsilon(privacy: dict[str, Any], events: list[dict[str, Any]], foreign: boo
     """Epsilon recomputed from the ledger with both accountants, against the record."""
     delta, target, recorded = float(privacy["delta"]), float(privacy["target"]), privacy["epsilon"]
     eps_error = tolerance(target, delta)[0]
+    stream = privacy.get("noise_stream", 1)
+    short = tail.missing(events, delta, stream)
+    if stream != 1 and not math.isclose(privacy.get("tail_delta", -1.0), short, rel_tol=1e-6):
+        yield f"tail_delta is {privacy.get('tail_delta')!r}, but noise of stream {stream} lacks {short:.6g}."
     try:
-        values = epsilon(events, delta, target)
-        found = cross_checks(Ledger.from_events(events), delta, target, opacus=False)
+        values = epsilon(events, delta - short, target)
+        found = cross_checks(Ledger.from_events(events), delta - short, target, opacus=False)
     except BadInput as problem:
         yield f"Epsilon cannot be recomputed from the ledger: {problem}"
         return

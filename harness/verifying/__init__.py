@@ -13,7 +13,7 @@ from dpft.harness.errors import BadInput
 from dpft.harness.privacy import verify_record
 from dpft.harness.privacy.verify import is_foreign
 from dpft.harness.store import Store, check
-from dpft.harness.verifying import asked, chains, curves, known, results, shape
+from dpft.harness.verifying import asked, chains, curves, known, results, shape, tails
 
 
 @dataclass
@@ -80,7 +80,7 @@ def _verify(record: dict[str, Any], rows: curves.Rows | None) -> Verdict:
         verdict.findings += curves.findings(record, run, rows) if rows else ["The record has no curve beside it."]
     if not verdict.findings:
         verdict.findings += [*results.against_curve(record, run, rows), *chains.findings(record, rows)]
-    verdict.notices += chains.notices(record)
+    verdict.notices += [*chains.notices(record), *tails.notices(record)]
     return verdict
 
 

@@ -37,15 +37,15 @@ Rows = Sequence[dict[str, Any]]
 def findings(record: dict[str, Any], asked: Asked, rows: Rows) -> Iterator[str]:
     """What is wrong with the curve of a run that is done, and with what the record says of it."""
     spec = asked.spec
-    if len(rows) != spec.steps:
-        yield f"The curve holds {len(rows)} rows, but the spec asks for {spec.steps} steps."
+    if len(rows) != taken(record, spec):
+        yield f"The curve holds {len(rows)} rows, but the run took {taken(record, spec)} steps."
         return
     lacking = [name for name in COLUMNS if name not in rows[0]]
     if lacking:
         yield f"The curve lacks the columns {', '.join(lacking)}."
         return
     for place, row in enumerate(rows):
-        problem = _row(spec, place, row)
+        problem = _row(spec, place, row, len(rows))
         if problem is not None:
             yield f"Row {place + 1} of the curve {problem}."
             return
@@ -55,13 +55,18 @@ def findings(record: dict[str, Any], asked: Asked, rows: Rows) -> Iterator[str]:
     yield from _diagnostics(record["diagnostics"], rows)
 
 
+def taken(record: dict[str, Any], spec: RunSpec) -> int:
+    """The steps that a run that is done has trained: all that were asked for, less releases lost with killed processes."""
+    return spec.steps - (record["privacy"] or {}).get("steps_lost", 0)
+
+
 def evaluated(rows: Rows) -> list[dict[str, Any]]:
     """The rows that hold a metric."""
     return [row for row in rows if row["metric"] is not None]
 
 
-def _row(spec: RunSpec, place: int, row: dict[str, Any]) -> str | None:
-    """What is wrong with one row, as the end of a sentence."""
+def _row(spec: RunSpec, place: int, row: dict[str, Any], last: int) -> str | None:
+    """What is wrong with one row, as the end of a sentence; last: the run's last step."""
     for name in COLUMNS:
         if row[name] is not None and not is_number(row[name]):
             return f"has {name} {row[name]!r}"
@@ -71,7 +76,7 @@ def _row(spec: RunSpec, place: int, row: dict[str, Any]) -> str | None:
     lr = spec.lr * spec.lr_factor(place)
     if row["lr"] is None or not math.isclose(row["lr"], lr, rel_tol=REL, abs_tol=1e-300):
         return f"has lr {row['lr']!r}, but the spec's schedule gives {lr!r}"
-    due = step % spec.eval_every == 0 or step == spec.steps
+    due = step % spec.eval_every == 0 or step == last
     if (row["metric"] is not None) != due:
         return f"has metric {row['metric']!r}, but the spec evaluates {'there' if due else 'elsewhere'}"
     if (row["epsilon"] is None) != (spec.epsilon is None):
