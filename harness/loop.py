@@ -248,7 +248,12 @@ def _save(setup: Setup, state: State, optimizer) -> None:
         tensors["sampler"] = setup.sampler.generator.get_state()
         tensors["noise"] = setup.mechanism.state()
     plain = {key: value for key, value in vars(state).items() if key != "ledger"}
-    checkpoint.save(setup.checkpoint_path, setup.spec.run_id, tensors, {**plain, "ledger": state.ledger.events})
+    plain |= {"ledger": state.ledger.events, "made_of": _made_of(setup)}
+    checkpoint.save(setup.checkpoint_path, setup.spec.run_id, tensors, plain)
+
+
+def _made_of(setup: Setup) -> list[str]:
+    return [setup.prepared.data_fingerprint, setup.prepared.model_fingerprint]
 
 
 def _restore(setup: Setup, state: State, optimizer) -> None:
@@ -256,6 +261,8 @@ def _restore(setup: Setup, state: State, optimizer) -> None:
     if found is None:
         return
     tensors, plain = found
+    if plain.pop("made_of", None) != _made_of(setup):
+        return  # the steps so far saw other data, or started from other weights
     if setup.secure_noise != ("noise" not in tensors):
         return  # the steps so far had noise of the other kind: what the record says of it must hold for all of them
     groups: dict[str, Sums] = {"parameter": {}, "optimizer": {}, "method": {}}

@@ -28,6 +28,7 @@ from dpft.harness.sampling import PoissonSampler
 from dpft.harness.spec import RunSpec
 from dpft.harness.store import SCHEMA
 from dpft.harness.thresholds import crossing
+from dpft.tasks import models
 from dpft.tasks.base import ModelSpec
 
 
@@ -39,11 +40,12 @@ def execute(
     exact_fp32()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     state, status, error = loop.State(), "done", None
-    setup = privacy_plan = None
+    setup = privacy_plan = files = None
     begin = time.perf_counter()
     try:
         privacy_plan = plan(spec, settings.data_dir, lambda: release_dimension(spec, settings))
         with contextlib.ExitStack() as stack:
+            files = models.files_fingerprint(spec.model)
             setup = build(spec, settings, privacy_plan, checkpoint_path)
             stack.callback(setup.engine.close)
             stack.callback(setup.mechanism.close)
@@ -60,7 +62,7 @@ def execute(
         "result": _result(spec, state) if status == "done" else None,
         "cost": _cost(spec, setup, state, seconds),
         "diagnostics": _diagnostics(state),
-        "provenance": {**provenance.collect(settings), "started": started, **_fingerprints(setup)},
+        "provenance": {**provenance.collect(settings), "started": started, **_fingerprints(setup, files)},
         "error": error,
     }
     return record, state.curve
@@ -280,9 +282,10 @@ def _diagnostics(state: loop.State) -> dict[str, Any]:
     }
 
 
-def _fingerprints(setup: loop.Setup | None) -> dict[str, Any]:
+def _fingerprints(setup: loop.Setup | None, files: str | None) -> dict[str, Any]:
     prepared = setup.prepared if setup is not None else None
     return {
         "data_fingerprint": prepared.data_fingerprint if prepared else None,
         "model_fingerprint": prepared.model_fingerprint if prepared else None,
+        "model_files": files if prepared else None,  # of a local folder or file: told apart without loading it
     }
