@@ -120,7 +120,7 @@ def _make(spec: RunSpec, store: Store, settings, policy: Policy, reporter: Repor
     if not policy.resume:
         path.unlink(missing_ok=True)
     with reporter.run(spec) as observe:
-        record, curve = execute(spec, settings, observe, path)
+        record, curve = execute(spec, settings, observe, path, reporter.note)
     store.write(record, curve)
     reporter.finished(record)
 
@@ -136,6 +136,6 @@ class Reporter:
         """A record has been written."""
         raise NotImplementedError
 
-    def note(self, text: str) -> None:
-        """Something the user should know."""
+    def note(self, text: str, trouble: bool = True) -> None:
+        """Something the user should know; trouble: also one who asked for quiet."""
         raise NotImplementedError

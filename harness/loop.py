@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class Setup:
 
     parameters: what trains, by name; head: names of the task head's parameters, trained or not; epsilon_curve:
     epsilon [upper] after 0..steps steps, None when not private; matrices: parameters whose singular values are recorded;
-    secure_noise: no generator's state is written to disk, and a resumed run goes on with new entropy.
+    secure_noise: no generator's state is written to disk, and a resumed run goes on with new entropy. note: told what the user
+    should know, once each, with trouble=False where nothing went wrong.
     """
 
     spec: RunSpec
@@ -59,6 +60,7 @@ class Setup:
     checkpoint_path: Path | None = None
     checkpoint_seconds: float = 300.0
     secure_noise: bool = False
+    note: Callable[..., None] = lambda text, trouble=True: None
 
 
 @dataclass
@@ -236,8 +238,10 @@ def _apply(setup: Setup, optimizer, update: updates.Updates, step: int) -> None:
 def _keep(setup: Setup, state: State, optimizer) -> None:
     """Write a checkpoint where one is wanted; a run is worth more than its checkpoint, so a full disk is no failure."""
     if setup.checkpoint_path is not None:
-        with suppress(OSError):
+        try:
             _save(setup, state, optimizer)
+        except OSError as error:
+            setup.note(f"No checkpoint can be written ({error.strerror or error}); the run goes on without.")
 
 
 def _save(setup: Setup, state: State, optimizer) -> None:
@@ -280,3 +284,4 @@ def _restore(setup: Setup, state: State, optimizer) -> None:
         setup.mechanism.set_state(tensors["noise"])
     for key, value in plain.items():
         setattr(state, key, Ledger.from_events(value) if key == "ledger" else value)
+    setup.note(f"    continued from step {state.step} of {setup.spec.steps}", trouble=False)

@@ -60,16 +60,17 @@ def _git() -> dict[str, Any] | None:
         return None
 
 
-@cache
 def _hardware(device: str) -> dict[str, Any]:
     import torch
 
+    # asked for every record: the number of threads can change while a process lives
     found = {"device": device, "cpu": cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.device(device).type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
 
 
+@cache
 def cpu() -> str:
     """The processor's name."""
     try:

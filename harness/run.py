@@ -8,6 +8,7 @@ import functools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,18 @@ from dpft.harness.sampling import PoissonSampler
 from dpft.harness.spec import RunSpec
 from dpft.harness.store import SCHEMA
 from dpft.harness.thresholds import crossing
-from dpft.tasks import models
+from dpft.tasks import model_files
 from dpft.tasks.base import ModelSpec
 
 
 def execute(
-    spec: RunSpec, settings: Settings, observe: loop.Observer, checkpoint_path: Path | None = None
+    spec: RunSpec,
+    settings: Settings,
+    observe: loop.Observer,
+    checkpoint_path: Path | None = None,
+    note: Callable[..., None] = lambda text, trouble=True: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Make one run; returns (record, curve). Only KeyboardInterrupt and the like leave as exceptions."""
+    """Make one run; returns (record, curve). Only KeyboardInterrupt and the like leave as exceptions. note: as in loop.Setup."""
     keep_freed_memory()
     exact_fp32()
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -45,11 +50,11 @@ def execute(
     try:
         privacy_plan = plan(spec, settings.data_dir, lambda: release_dimension(spec, settings))
         with contextlib.ExitStack() as stack:
-            files = models.files_fingerprint(spec.model)
+            files = model_files.files_fingerprint(spec.model)
             setup = build(spec, settings, privacy_plan, checkpoint_path)
             stack.callback(setup.engine.close)
             stack.callback(setup.mechanism.close)
-            loop.train(setup, state, observe)
+            loop.train(dataclasses.replace(setup, note=functools.cache(note)), state, observe)
     except Exception as reason:
         status, error = classify(reason)
     seconds = time.perf_counter() - begin

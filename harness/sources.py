@@ -40,7 +40,7 @@ class Sources:
 
     def model(self, spec: RunSpec) -> str | None:
         """Fingerprint of the files of a model that is a local path; None for others. Raises CannotRun for a missing path."""
-        from dpft.tasks.models import files_fingerprint
+        from dpft.tasks.model_files import files_fingerprint
 
         return self._remembered(("model", spec.model), lambda: files_fingerprint(spec.model))
 

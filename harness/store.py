@@ -83,7 +83,8 @@ class Store:
             with atomic(self.curve_path(run_id)) as path:
                 pyarrow.parquet.write_table(table, path)
         self._write_record(record)
-        if record["status"] != "timeout":  # --retry-failed goes on where the time was up
+        # --retry-failed goes on where time or memory was short; after an error the code may change, and the steps with it
+        if record["status"] not in ("timeout", "oom"):
             self.checkpoint_path(run_id).unlink(missing_ok=True)
 
     def take_from(self, other: Store, record: dict[str, Any]) -> None:

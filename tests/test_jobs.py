@@ -8,6 +8,10 @@ import sys
 import time
 
 import pytest
+import torch
+
+from dpft.harness import provenance
+from dpft.harness.run_settings import Settings
 
 pytestmark = pytest.mark.slow
 STEPS = ["--steps", "4", "--batch-size", "60", "--epsilon", "3", "--set", "eval_every=2", "--set", "max_length=32"]
@@ -68,3 +72,15 @@ def test_a_killed_sibling_leaves_its_run_to_the_others(command):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert [status for status, *_ in results(output).values()] == ["done"] * 4
+
+
+def test_a_record_says_how_many_threads_it_had_and_not_an_earlier_one():
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 1):
+            torch.set_num_threads(count)
+            found.append(provenance.collect(Settings())["hardware"]["threads"])
+        assert found == [1, 2, 1]
+    finally:
+        torch.set_num_threads(before)

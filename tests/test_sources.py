@@ -288,3 +288,14 @@ def test_the_fingerprint_is_that_of_the_rows(name):
     task = registry.task(name)()
     assert task.fingerprint(None) in (task.load(None).fingerprint, None)
     assert (task.fingerprint(None) is None) == (name == "low-rank")
+
+
+def test_a_gguf_file_is_known_by_its_bytes_and_names_by_nothing(tmp_path):
+    from dpft.tasks.model_files import files_fingerprint
+
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF one")
+    first = files_fingerprint(str(file))
+    file.write_bytes(b"GGUF two")
+    assert len(first) == 64 and files_fingerprint(str(file)) not in (first, None)
+    assert {files_fingerprint(name) for name in ("minilm-l6", "canaries-64", "linear", "owner/model")} == {None}
