@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from dpft.harness import provenance
+from dpft.harness import cli, provenance
 from dpft.harness.run_settings import Settings
 
 pytestmark = pytest.mark.slow
@@ -36,13 +36,16 @@ def writers(folder):
     return {path.stem: path.stat().st_mtime_ns for path in folder.glob("*.json")}
 
 
-def test_two_jobs_make_what_one_makes_and_overwrite_makes_each_once(command, tmp_path):
+def test_two_jobs_make_what_one_makes_and_overwrite_makes_each_once(command, tmp_path, monkeypatch, capsys):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    one = subprocess.run(command("one", "--json"), capture_output=True, text=True, env=environment, check=True)
+    monkeypatch.setattr(sys, "argv", ["dpft", *command("one", "--json", "--quiet")[3:]])
+    with pytest.raises(SystemExit):
+        cli.main()
+    one = capsys.readouterr().out
     two = subprocess.run(
         command("two", "--json", "--jobs", "2"), capture_output=True, text=True, env=environment, check=True
     )
-    assert len(results(two.stdout)) == 4 and results(two.stdout) == results(one.stdout)
+    assert len(results(two.stdout)) == 4 and results(two.stdout) == results(one)
     made_here = two.stderr.count("step 4/4")
     assert 0 < made_here < 4, "the sibling made none, or all"
     before = writers(tmp_path / "two")
@@ -54,7 +57,7 @@ def test_two_jobs_make_what_one_makes_and_overwrite_makes_each_once(command, tmp
         check=True,
     )
     after = writers(tmp_path / "two")
-    assert all(after[key] > before[key] for key in before) and results(again.stdout) == results(one.stdout)
+    assert all(after[key] > before[key] for key in before) and results(again.stdout) == results(one)
     assert again.stderr.count("step 4/4") < 4, "the parent made again what the sibling had made"
 
 
