@@ -10,8 +10,9 @@ from contextlib import ExitStack
 from typing import Any
 
 from dpft.harness.errors import CannotRun
-from dpft.harness.execution import Policy, Reporter, is_pending, shard
+from dpft.harness.execution import Policy, Reporter, collect, pending, shard
 from dpft.harness.run_settings import Settings
+from dpft.harness.sources import Sources
 from dpft.harness.spec import RunSpec
 from dpft.harness.store import Store
 
@@ -24,6 +25,7 @@ def run_all(
     reporter: Reporter,
     jobs: int | None,
     plugins: Sequence[str],
+    sources: Sources | None = None,
 ) -> list[dict[str, Any]]:
     """Make what is pending of `runs`, as execution.run_all does; returns the records of all of them, in order.
 
@@ -41,11 +43,12 @@ def run_all(
         ) from None
     store.open_for_writing()
     runs = shard(runs, policy.shard)
+    sources = sources or Sources(settings.data_dir)
     lost: list[str] = []
+    made: set[str] = set()
     with ExitStack() as stack:
-        mine = [
-            spec for spec in runs if is_pending(store, spec, policy) and stack.enter_context(store.claim(spec.run_id))
-        ]  # until all of them are made
+        todo = pending(runs, store, policy, sources)
+        mine = [spec for spec in todo if stack.enter_context(store.claim(spec.run_id))]  # until all of them are made
         if mine:
             _start(ray)
             stack.callback(ray.shutdown)
@@ -65,6 +68,7 @@ def run_all(
                     reporter.note(f"{spec.label()} was lost ({type(error).__name__}).")
                     continue
                 store.write(record, curve)
+                made.add(spec.run_id)
                 with reporter.run(spec) as observe:
                     for row in curve:
                         observe(row["step"], row)
@@ -77,7 +81,7 @@ def run_all(
                     lost.append(spec.label())
     if lost:
         raise CannotRun(f"{len(lost)} runs were lost with their workers, the others are there; give the command again.")
-    return [store.read(spec.run_id) for spec in runs]
+    return collect(runs, store, made, sources)
 
 
 def _start(ray) -> None:

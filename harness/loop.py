@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ class Setup:
 
     parameters: what trains, by name; head: names of the task head's parameters, trained or not; epsilon_curve:
     epsilon [upper] after 0..steps steps, None when not private; matrices: parameters whose singular values are recorded;
-    secure_noise: no generator's state is written to disk, and a resumed run goes on with new entropy.
+    secure_noise: no generator's state is written to disk, and a resumed run goes on with new entropy. note: told what the user
+    should know, once each, with trouble=False where nothing went wrong.
     """
 
     spec: RunSpec
@@ -60,6 +61,7 @@ class Setup:
     checkpoint_path: Path | None = None
     checkpoint_seconds: float = 300.0
     secure_noise: bool = False
+    note: Callable[..., None] = lambda text, trouble=True: None
 
 
 @dataclass
@@ -265,8 +267,10 @@ def _apply(setup: Setup, optimizer, update: updates.Updates, step: int) -> None:
 def _keep(setup: Setup, state: State, optimizer) -> None:
     """Write a checkpoint where one is wanted; a run is worth more than its checkpoint, so a full disk is no failure."""
     if setup.checkpoint_path is not None:
-        with suppress(OSError):
+        try:
             _save(setup, state, optimizer)
+        except OSError as error:
+            setup.note(f"No checkpoint can be written ({error.strerror or error}); the run goes on without.")
 
 
 def _save(setup: Setup, state: State, optimizer) -> None:
@@ -277,7 +281,12 @@ def _save(setup: Setup, state: State, optimizer) -> None:
         tensors["sampler"] = setup.sampler.generator.get_state()
         tensors["noise"] = setup.mechanism.state()
     plain = {key: value for key, value in vars(state).items() if key != "ledger"}
-    checkpoint.save(setup.checkpoint_path, setup.spec.run_id, tensors, {**plain, "ledger": state.ledger.events})
+    plain |= {"ledger": state.ledger.events, "made_of": _made_of(setup)}
+    checkpoint.save(setup.checkpoint_path, setup.spec.run_id, tensors, plain)
+
+
+def _made_of(setup: Setup) -> list[str]:
+    return [setup.prepared.data_fingerprint, setup.prepared.model_fingerprint]
 
 
 def _restore(setup: Setup, state: State, optimizer) -> None:
@@ -285,6 +294,8 @@ def _restore(setup: Setup, state: State, optimizer) -> None:
     if found is None:
         return
     tensors, plain = found
+    if plain.pop("made_of", None) != _made_of(setup):
+        return  # the steps so far saw other data, or started from other weights
     if setup.secure_noise != ("noise" not in tensors):
         return  # the steps so far had noise of the other kind: what the record says of it must hold for all of them
     if "chain" not in plain:
@@ -304,3 +315,4 @@ def _restore(setup: Setup, state: State, optimizer) -> None:
         setup.mechanism.set_state(tensors["noise"])
     for key, value in plain.items():
         setattr(state, key, Ledger.from_events(value) if key == "ledger" else value)
+    setup.note(f"    continued from step {state.step} of {setup.spec.steps}", trouble=False)

@@ -9,6 +9,7 @@ from dpft.harness.errors import CannotRun
 from dpft.harness.plan import PrivacyPlan, plan
 from dpft.harness.privacy import selection
 from dpft.harness.privacy.mechanisms import covering_gaussian
+from dpft.harness.sources import Sources, differences
 from dpft.harness.spec import RunSpec, completed
 from dpft.harness.store import Store
 
@@ -21,6 +22,7 @@ def overview(
     Time and memory come from a record of the same task, model, method and batch size, else null."""
     records = store.records() if store.folder.is_dir() else []
     by_id = {r["run_id"]: r for r in records}
+    sources = Sources(data_dir)
     rows = []
     for spec in runs:
         record = by_id.get(spec.run_id)
@@ -30,17 +32,27 @@ def overview(
             "model": spec.model,
             "method": spec.method,
             "seed": spec.seed,
-            "state": "missing" if record is None else record["status"],
+            "state": "missing" if record is None else _state(record, spec, sources),
         }
-        row |= _budget(spec, data_dir, tries) | _estimate(spec, records)
+        row |= _budget(spec, sources, tries) | _estimate(spec, records)
         rows.append(row)
     return rows
 
 
-def _budget(spec: RunSpec, data_dir: Path | None, tries: float | None) -> dict[str, Any]:
+def _state(record: dict[str, Any], spec: RunSpec, sources: Sources) -> str:
+    """The status, or that the run was made of something else; data on the hub are not fetched for it."""
+    try:
+        found = differences(record, spec, sources) if sources.local(spec) else []
+    except CannotRun:
+        return f"{record['status']}, data or model not here"
+    return f"{record['status']}, {found[0][0]} changed" if found else record["status"]
+
+
+def _budget(spec: RunSpec, sources: Sources, tries: float | None) -> dict[str, Any]:
     row = {"epsilon": None, "delta": None, "sigma": None, "q": None, "T": spec.steps, "problem": None}
     try:
-        found = plan(spec, data_dir, lambda: _dimension(spec, data_dir))
+        size = sources.train_size(spec)
+        found = plan(spec, sources.data_dir, lambda: _dimension(spec, sources.data_dir), size)
     except CannotRun as error:
         return row | {"problem": str(error)}
     curve = found.epsilon_curve

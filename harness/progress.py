@@ -23,6 +23,8 @@ def reporter(total: int, quiet: bool) -> Reporter:
 class Quiet(Reporter):
     """Says nothing but what went wrong."""
 
+    talks = False
+
     @contextmanager
     def run(self, spec: RunSpec):
         yield lambda step, row: None
@@ -31,12 +33,15 @@ class Quiet(Reporter):
         if record["status"] != "done":
             self.note(f"{record['spec']['method']}: {record['status']}: {record['error']}")
 
-    def note(self, text: str) -> None:
-        click.echo(text, err=True)
+    def note(self, text: str, trouble: bool = True) -> None:
+        if trouble or self.talks:
+            click.echo(text, err=True)
 
 
 class Lines(Quiet):
     """One line when a run starts, at each evaluation, and when it ends."""
+
+    talks = True
 
     def __init__(self, total: int):
         self.total, self.count = total, 0
@@ -59,6 +64,8 @@ class Lines(Quiet):
 
 class Bars(Quiet):
     """A live bar with the current metric and the epsilon spent."""
+
+    talks = True
 
     def __init__(self, total: int):
         self.total, self.count = total, 0

@@ -60,10 +60,10 @@ def _git() -> dict[str, Any] | None:
         return None
 
 
-@cache
 def _hardware(device: str) -> dict[str, Any]:
     import torch
 
+    # asked for every record: the number of threads can change while a process lives
     found = {"device": device, "cpu": cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     found["capability"] = torch.backends.cpu.get_cpu_capability()
     if torch.device(device).type == "cuda":
@@ -71,6 +71,7 @@ def _hardware(device: str) -> dict[str, Any]:
     return found
 
 
+@cache
 def cpu() -> str:
     """The processor's name."""
     try:

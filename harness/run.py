@@ -8,6 +8,7 @@ import functools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,26 +30,32 @@ from dpft.harness.sampling import PoissonSampler
 from dpft.harness.spec import RunSpec
 from dpft.harness.store import SCHEMA
 from dpft.harness.thresholds import crossing
+from dpft.tasks import model_files
 from dpft.tasks.base import ModelSpec
 
 
 def execute(
-    spec: RunSpec, settings: Settings, observe: loop.Observer, checkpoint_path: Path | None = None
+    spec: RunSpec,
+    settings: Settings,
+    observe: loop.Observer,
+    checkpoint_path: Path | None = None,
+    note: Callable[..., None] = lambda text, trouble=True: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Make one run; returns (record, curve). Only KeyboardInterrupt and the like leave as exceptions."""
+    """Make one run; returns (record, curve). Only KeyboardInterrupt and the like leave as exceptions. note: as in loop.Setup."""
     keep_freed_memory()
     exact_fp32()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     state, status, error = loop.State(), "done", None
-    setup = privacy_plan = None
+    setup = privacy_plan = files = None
     begin = time.perf_counter()
     try:
         privacy_plan = plan(spec, settings.data_dir, lambda: release_dimension(spec, settings))
         with contextlib.ExitStack() as stack:
+            files = model_files.files_fingerprint(spec.model)
             setup = build(spec, settings, privacy_plan, checkpoint_path)
             stack.callback(setup.engine.close)
             stack.callback(setup.mechanism.close)
-            loop.train(setup, state, observe)
+            loop.train(dataclasses.replace(setup, note=functools.cache(note)), state, observe)
     except Exception as reason:
         status, error = classify(reason)
     seconds = time.perf_counter() - begin
@@ -61,7 +68,7 @@ def execute(
         "result": _result(spec, state) if status == "done" else None,
         "cost": _cost(spec, setup, state, seconds),
         "diagnostics": _diagnostics(state),
-        "provenance": {**provenance.collect(settings), "started": started, **_fingerprints(setup)},
+        "provenance": {**provenance.collect(settings), "started": started, **_fingerprints(setup, files)},
         "chain": None,
         "error": error,
     }
@@ -286,11 +293,12 @@ def _diagnostics(state: loop.State) -> dict[str, Any]:
     }
 
 
-def _fingerprints(setup: loop.Setup | None) -> dict[str, Any]:
+def _fingerprints(setup: loop.Setup | None, files: str | None) -> dict[str, Any]:
     prepared = setup.prepared if setup is not None else None
     return {
         "data_fingerprint": prepared.data_fingerprint if prepared else None,
         "model_fingerprint": prepared.model_fingerprint if prepared else None,
         "train_examples": len(prepared.train) if prepared else None,
         "validation_examples": len(prepared.validation) if prepared else None,
+        "model_files": files if prepared else None,  # of a local folder or file: told apart without loading it
     }

@@ -84,7 +84,8 @@ class Store:
             with atomic(self.curve_path(run_id)) as path:
                 pyarrow.parquet.write_table(table, path)
         self._write_record(record)
-        if record["status"] != "timeout":  # --retry-failed goes on where the time was up
+        # --retry-failed goes on where time or memory was short; after an error the code may change, and the steps with it
+        if record["status"] not in ("timeout", "oom"):
             self.checkpoint_path(run_id).unlink(missing_ok=True)
             path_of(self.checkpoint_path(run_id)).unlink(missing_ok=True)
 
@@ -142,7 +143,8 @@ def check(record: Any, where: str) -> None:
 def merge(sources: list[Path], target: Path) -> tuple[int, int]:
     """Copy the runs of `sources` into `target`; returns (copied, already there).
 
-    Raises BadInput, before anything is copied, when two records of one run differ in more than cost and provenance.
+    Raises BadInput, before anything is copied, when two records of one run differ in more than cost and provenance, or were
+    made of different data.
     """
     into = Store(target)
     into.open_for_writing()
@@ -156,6 +158,11 @@ def merge(sources: list[Path], target: Path) -> tuple[int, int]:
             if other is None:
                 known[record["run_id"]] = record
                 todo[record["run_id"]] = (store, record)
+            elif other_data := _other_data(other, record):
+                raise BadInput(
+                    f"Run {record['run_id']} was made of other data or another model in {source} than elsewhere (fingerprint "
+                    f"{' against '.join(other_data)}); delete one of the records, or keep the folders apart."
+                )
             elif _outcome(other) == _outcome(record):
                 same += 1
             else:
@@ -165,6 +172,15 @@ def merge(sources: list[Path], target: Path) -> tuple[int, int]:
     for store, record in todo.values():
         into.take_from(store, record)
     return len(todo), same
+
+
+def _other_data(one: dict[str, Any], two: dict[str, Any]) -> tuple[str, str] | None:
+    """The first digits of two fingerprints of what the two records were made of, None where those that both have are equal."""
+    for key in ("data_fingerprint", "model_files"):
+        first, second = (record["provenance"].get(key) for record in (one, two))
+        if first is not None and second is not None and first != second:
+            return first[:12], second[:12]
+    return None
 
 
 def _outcome(record: dict[str, Any]) -> dict[str, Any]:

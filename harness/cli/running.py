@@ -53,6 +53,7 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     from dpft.harness import jobs as processes
     from dpft.harness.errors import unknown
     from dpft.harness.run_settings import Settings, pick_device
+    from dpft.harness.sources import Sources
     from dpft.harness.store import Store
 
     if replay is not None:
@@ -65,16 +66,17 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     store.open_for_writing()
     single = suite is None and len(runs) == 1
     policy = execution.Policy(retry_failed or single, overwrite, resume, _shard(shard), processes.began())
-    pending = [s for s in execution.shard(runs, policy.shard) if execution.is_pending(store, s, policy)]
+    sources = Sources(data_dir)
+    pending = execution.pending(execution.shard(runs, policy.shard), store, policy, sources)
     settings = Settings(data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise)
     reporter = progress.reporter(len(pending), quiet)
     if executor == "ray":
         plugins = click.get_current_context().find_root().params.get("plugins", ())
-        records = cluster.run_all(runs, store, settings, policy, reporter, jobs, plugins)
+        records = cluster.run_all(runs, store, settings, policy, reporter, jobs, plugins, sources)
     else:
         with processes.siblings(min(jobs or 1, max(1, len(pending))), sys.argv[1:]):
             settings = dataclasses.replace(settings, device=pick_device(device) if pending else "cpu")
-            records = execution.run_all(runs, store, settings, policy, reporter)
+            records = execution.run_all(runs, store, settings, policy, reporter, sources)
     failed = [r for r in records if r["status"] not in ("done", "skipped")]
     if as_json:
         click.echo(json.dumps(records, indent=1, allow_nan=False))
