@@ -247,6 +247,8 @@ def _charge_lost(setup: Setup, state: State) -> None:
             entry = setup.mechanism.noise.entry("gradient")
             state.ledger.append(state.ledger.steps, setup.sampler.sampling_probability, [entry])
             state.lost += 1
+        if state.lost:
+            setup.note(f"{state.lost} releases of this run were lost with a process that was killed; they are charged.")
         if state.step == 0 and state.lost >= setup.spec.steps:
             raise CannotRun(
                 "All releases of this run were lost with the processes that made them; start it anew: --no-resume."
