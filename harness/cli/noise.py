@@ -11,6 +11,7 @@ import click
 
 from dpft.harness.cli.options import grid
 from dpft.harness.errors import BadInput
+from dpft.harness.spec import NOISE_STREAM
 
 
 @click.command()
@@ -70,7 +71,7 @@ def _compared(epsilon, sizes, q, steps, delta):
     """One row per mechanism: sigma by dimension, and its ratio to the Gaussian's."""
     from dpft.harness.privacy.calibration import PUBLISHED_LAW, Wanted, fit
 
-    wanted = Wanted(epsilon, delta, q, steps)
+    wanted = Wanted(epsilon, delta, q, steps, NOISE_STREAM)
     least = fit(wanted, "gaussian", "spherical", None, None).noise_multiplier
     for name, mechanism, shape, law in (
         ("gaussian", "gaussian", "spherical", None),
@@ -93,7 +94,7 @@ def _searched(epsilon, sizes, q, steps, delta):
 
     for mechanism in ("plrv", "lmo"):
         for size in sizes:
-            for law, found in search(Wanted(epsilon, delta, q, steps), mechanism, size):
+            for law, found in search(Wanted(epsilon, delta, q, steps, NOISE_STREAM), mechanism, size):
                 yield {
                     "ε": f"{epsilon:g}",
                     "mechanism": mechanism,
@@ -111,7 +112,7 @@ def _tails(epsilon, q, steps, delta, draws):
 
     found = []
     budgets = epsilon if isinstance(epsilon, list) else [epsilon]
-    sigmas = [fit(Wanted(e, delta, q, steps), "gaussian", "spherical", None, None).noise_multiplier for e in budgets]
+    sigmas = [fit(Wanted(e, delta, q, steps, NOISE_STREAM), "gaussian", "spherical", None, None).noise_multiplier for e in budgets]
     for way in libraries():
         with click.progressbar(length=draws, label=way.name, file=sys.stderr) as bar:
             seen, done = 0.0, 0
