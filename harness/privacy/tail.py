@@ -60,13 +60,13 @@ def shortfall(events: Iterable[Mapping[str, Any]], reach: float, dimension: int 
     He knows the direction in which the example moves the sum, the worst there is for `dimension` coordinates (None: not known, so
     a single one), and looks whether any coordinate is beyond what noise can reach.
     """
-    escape = 1.0
+    kept = 0.0  # log of the probability that nothing is seen
     for event in events:
         steps, q = event["step_to"] - event["step_from"], event["sampling_probability"]
         for release in event["releases"]:
             seen = max(_seen(1 / release["noise_multiplier"], reach, k) for k in _spreads(dimension))
-            escape *= (1 - q * seen) ** steps
-    return 1 - escape
+            kept += steps * math.log1p(-min(q * seen, 1 - 1e-16))
+    return -math.expm1(kept)
 
 
 def _spreads(dimension: int | None) -> set[int]:
