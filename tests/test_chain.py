@@ -86,6 +86,32 @@ def test_what_only_the_chain_sees_is_found(name, made):
     )
 
 
+def leaves(value):
+    """(holder, key) of every number, text and flag inside."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(inner, (dict, list)):
+            yield from leaves(inner)
+        else:
+            yield value, key
+
+
+@pytest.mark.parametrize("section", ["rows", "result", "spec", "ledger"])
+def test_the_chain_is_over_every_entry(section, made):
+    record, rows = copy.deepcopy(made[1]["private"])
+    parts = {"rows": rows, "result": record["result"], "spec": record["spec"], "ledger": record["privacy"]["ledger"]}
+    seen = 0
+    for holder, key in leaves(parts[section]):
+        old, *_, end = holder[key], *chain.values(record, rows)
+        assert end == record["chain"]["value"]
+        holder[key] = 7.5 if old is None or isinstance(old, str) else old + 1
+        try:
+            assert list(chain.values(record, rows))[-1] != end or (section, key) == ("ledger", "step_to"), key
+        finally:
+            holder[key] = old
+        seen += 1
+    assert seen >= 8
+
+
 def test_a_private_run_of_a_newer_noise_stream_must_have_one(made):
     record, _ = copy.deepcopy(made[1]["private"])
     record["spec"]["noise_stream"] = 2

@@ -73,6 +73,8 @@ FREE = (
     "diagnostics.decoder_by_parameter",
     "diagnostics.spectra",
 )
+# (of a result: what its metric does not follow from)
+FREE += ("result.samples", "result.definitions", "result.all_metrics")
 FREE_LEAVES = ("privacy.cross_checks.opacus_prv", "privacy.error", "privacy.within_budget", "chain")
 
 
