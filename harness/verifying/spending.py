@@ -34,7 +34,7 @@ def findings(record: dict[str, Any], rows: Rows) -> Iterator[str]:
         spent = curve_of(noise, Wanted(target, delta, event["sampling_probability"], privacy["steps_planned"], **more))
     except BadInput:
         return  # said of the whole ledger
-    for row in rows:
-        if abs(row["epsilon"] - spent[row["step"]]) > REPEATS * tolerance(target, delta)[0]:
-            yield f"Row {row['step']} of the curve has epsilon {row['epsilon']:.6g}, but the ledger gives {spent[row['step']]:.6g}."
+    for row, value in zip(rows, spent[1:], strict=False):
+        if abs(row["epsilon"] - value) > REPEATS * tolerance(target, delta)[0]:
+            yield f"Row {row['step']} of the curve has epsilon {row['epsilon']:.6g}, but the ledger gives {value:.6g}."
             return
