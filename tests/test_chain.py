@@ -3,14 +3,16 @@
 import copy
 import dataclasses
 import json
+import random
 
 import numpy
 import pytest
 import torch
 from forged_cases import renamed
 from small_runs import a_spec, quiet
+from test_verify_forged import mutated
 
-from dpft.harness import chain, run
+from dpft.harness import chain, run, verifying
 from dpft.harness.digest import digest
 from dpft.harness.store import Store
 from dpft.harness.verifying import verify_folder, verify_run
@@ -110,6 +112,16 @@ def test_the_chain_is_over_every_entry(section, made):
             holder[key] = old
         seen += 1
     assert seen >= 8
+
+
+@pytest.mark.parametrize("name", ["private", "public"])
+def test_no_mutation_of_a_run_with_a_chain_escapes(name, made):
+    record, rows = made[1][name]
+    rng = random.Random(name)
+    for _ in range(150):
+        forgery, curve, where, needed = mutated(record, rows, rng)
+        found = verifying._verify(json.loads(json.dumps(forgery)), curve)
+        assert found.findings or not needed, where
 
 
 def test_a_private_run_of_a_newer_noise_stream_must_have_one(made):
