@@ -17,9 +17,10 @@ from dpft.harness.regression.golden import changes
 from dpft.harness.run_settings import Settings
 from dpft.harness.spec import RunSpec, completed
 from dpft.harness.store import Store
+from dpft.harness.verifying.curves import COLUMNS
 from dpft.harness.verifying.shape import findings
 
-NOISE_STREAMS = (getattr(specs, "NOISE_STREAM", 1),)  # versions of the noise stream that this code can draw
+NOISE_STREAMS = range(1, getattr(specs, "NOISE_STREAM", 1) + 1)  # versions of the noise stream that this code can draw
 # Elsewhere sums are rounded differently, and training carries that on: relative to the value, and absolute near zero.
 TOLERANCE = {"epsilon": 1e-4, "loss": 0.02, "metric": 0.02, "lr": 1e-9}
 
@@ -46,6 +47,8 @@ def replay(store: Store, run_id: str, data_dir: Path | None, reporter: Reporter)
         raise BadInput(f"There is no record of run {run_id} in {store.folder}; name its folder with --results.")
     spec = _spec(record)
     rows = store.curve(run_id).rows(named=True)
+    if lacking := [name for name in COLUMNS if any(name not in row for row in rows[:1])]:
+        raise BadInput(f"The curve of run {run_id} lacks the columns {', '.join(lacking)}; see `dpft verify`.")
     settings = _settings(record, data_dir)
     _same("data", record, registry.task(spec.task)(spec.task_options).load(data_dir).fingerprint)
     from dpft.harness.run import execute

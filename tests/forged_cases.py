@@ -195,6 +195,7 @@ FORGED = {
     "clipped shares": (SST2, column("clipped_fraction", lambda value, index: 2 * value)),
     "alignments": (SST2, column("alignment_noisy", lambda value, index: None if value is None else 0.9)),
     "epsilon of the curve": (SST2, column("epsilon", lambda value, index: value / 2 if index < 20 else value)),
+    "epsilon of one row": (SST2, column("epsilon", lambda value, index: value + 0.005 if index == 20 else value)),
     "a curve without losses": (SST2, column("loss", lambda value, index: None)),
     "a column too few": (SST2, without("clipped_fraction")),
     "no rows": (SST2, lambda record, rows: rows.clear()),

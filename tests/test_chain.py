@@ -3,14 +3,16 @@
 import copy
 import dataclasses
 import json
+import random
 
 import numpy
 import pytest
 import torch
 from forged_cases import renamed
 from small_runs import a_spec, quiet
+from test_verify_forged import mutated
 
-from dpft.harness import chain, run
+from dpft.harness import chain, run, verifying
 from dpft.harness.digest import digest
 from dpft.harness.store import Store
 from dpft.harness.verifying import verify_folder, verify_run
@@ -84,6 +86,42 @@ def test_what_only_the_chain_sees_is_found(name, made):
     assert len(findings) == 1 and ("chain" in findings[0] or "digest" in findings[0] or "noise of" in findings[0]), (
         findings
     )
+
+
+def leaves(value):
+    """(holder, key) of every number, text and flag inside."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(inner, (dict, list)):
+            yield from leaves(inner)
+        else:
+            yield value, key
+
+
+@pytest.mark.parametrize("section", ["rows", "result", "spec", "ledger"])
+def test_the_chain_is_over_every_entry(section, made):
+    record, rows = copy.deepcopy(made[1]["private"])
+    parts = {"rows": rows, "result": record["result"], "spec": record["spec"], "ledger": record["privacy"]["ledger"]}
+    seen = 0
+    for holder, key in leaves(parts[section]):
+        old, *_, end = holder[key], *chain.values(record, rows)
+        assert end == record["chain"]["value"]
+        holder[key] = 7.5 if old is None or isinstance(old, str) else old + 1
+        try:
+            assert list(chain.values(record, rows))[-1] != end or (section, key) == ("ledger", "step_to"), key
+        finally:
+            holder[key] = old
+        seen += 1
+    assert seen >= 8
+
+
+@pytest.mark.parametrize("name", ["private", "public"])
+def test_no_mutation_of_a_run_with_a_chain_escapes(name, made):
+    record, rows = made[1][name]
+    rng = random.Random(name)
+    for _ in range(150):
+        forgery, curve, where, needed = mutated(record, rows, rng)
+        found = verifying._verify(json.loads(json.dumps(forgery)), curve)
+        assert found.findings or not needed, where
 
 
 def test_a_private_run_of_a_newer_noise_stream_must_have_one(made):

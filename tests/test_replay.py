@@ -170,6 +170,10 @@ def test_questions_that_mean_nothing(made, capsys, tmp_path):
     assert call("run", "--method", "dp-sgd", "--replay", run_id, "--results", store.folder) == 2
     assert capsys.readouterr().err.count("leave out the suite") == 2
     store.curve_path(run_id).rename(tmp_path / "away")
+    polars.read_parquet(tmp_path / "away").drop("loss", "release").write_parquet(store.curve_path(run_id))
+    code, said = replay(capsys, store, run_id, mirror)
+    assert code == 2 and "lacks the columns loss" in said
+    store.curve_path(run_id).unlink()
     code, said = replay(capsys, store, run_id, mirror)
     (tmp_path / "away").rename(store.curve_path(run_id))
     assert code == 2 and "cannot be read" in said

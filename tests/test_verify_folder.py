@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from verify_cases import DELTA, STEPS, edit, edits, findings_of, honest_record, of_another_program, scale
@@ -37,6 +38,26 @@ def test_neither_import_nor_verification_needs_torch(honest):
         "assert not {'torch', 'opacus'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], input=json.dumps(honest), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_methods_and_folders_need_no_torch_either():
+    official = Path(__file__).parent.parent / "results/official"
+    script = (
+        "import sys, polars\n"
+        "from pathlib import Path\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('torch', 'opacus'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "from dpft.harness import registry\n"
+        "assert registry.methods()['dp-grape'].private and registry.decoders() and registry.tasks()\n"
+        "from dpft.harness.verifying import verify_folder\n"
+        f"found = verify_folder(Path({str(official)!r}))\n"
+        "assert found and not any(one.findings for one in found.values()), found\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -120,7 +141,6 @@ def test_the_command_reads_folders_of_others(honest, tmp_path, capsys, monkeypat
 
 def test_the_command_compares_the_id_and_needs_the_curve(tmp_path, capsys, monkeypatch):
     import shutil
-    from pathlib import Path
 
     official = Path(__file__).parent.parent / "results/official"
     name = next(path.stem for path in official.glob("*.json") if json.loads(path.read_text())["privacy"])

@@ -73,7 +73,9 @@ FREE = (
     "diagnostics.decoder_by_parameter",
     "diagnostics.spectra",
 )
-FREE_LEAVES = ("privacy.cross_checks.opacus_prv", "privacy.error", "privacy.within_budget", "chain")
+# (of a result: what its metric does not follow from)
+FREE += ("result.samples", "result.definitions", "result.all_metrics")
+FREE_LEAVES = ("privacy.cross_checks.opacus_prv", "chain")
 
 
 def leaves(value, way=()):
@@ -86,16 +88,18 @@ def leaves(value, way=()):
 
 def mutated(record, rows, rng):
     """(record, rows, where, whether it must be found) with one entry replaced, retyped or taken out."""
+    chained = record.get("chain") is not None
     record, rows = copy.deepcopy((record, rows))
     if rng.random() < 0.3:
         row = rng.choice(rows)
         name = rng.choice(list(row))
-        if (old := row[name]) is None or isinstance(old, int):
+        if isinstance(old := row[name], str):
+            row[name] = rng.choice(("", "0" * 32, 5, None))
+        elif old is None or isinstance(old, int):
             row[name] = rng.choice((0, 3, -1, 10**6, None))
         else:
             row[name] = rng.choice((old + 0.5, -old - 1, float("nan"), float("inf"), None))
-        # a loss follows from nothing but the chain
-        return record, rows, ("curve", name), name not in ("loss", "snr") and row[name] != old
+        return record, rows, ("curve", name), (chained or name not in ("loss", "snr")) and row[name] != old
     paths = [path for path in leaves(record) if path[0] != "diagnostics" or rng.random() < 0.02]
     *way, last = rng.choice(paths)
     inner = record
@@ -110,7 +114,9 @@ def mutated(record, rows, rng):
         inner[last] = rng.choice(JUNK)
         needed = json.dumps(inner[last]) != json.dumps(old)
     where = ".".join(map(str, (*way, last)))
-    if where.startswith(FREE) or where in FREE_LEAVES or (way == ["spec"] and last not in inner):
+    free = FREE if not chained else ("cost", "provenance", *FREE[2:5])
+    free = () if where.endswith("_fingerprint") else free
+    if where.startswith(free) or where in FREE_LEAVES or (way == ["spec"] and last not in inner):
         needed = False  # a field that is not there has its default, which may be what it held
     return record, rows, where, needed
 

@@ -126,7 +126,7 @@ class _Twins:
             return
         spec, run_id = record["spec"], record["run_id"]
         losses = [row["loss"] for row in rows if row["loss"] is not None]
-        if losses:
+        if record["privacy"] is not None and len(losses) > 1:  # without noise, on whole batches, seeds may be alike
             key = hashlib.sha256(repr(losses).encode()).hexdigest()
             what = tuple(spec.get(name) for name in ("task", "seed", "model", "method", "batch_size"))
             other, theirs = self._curves.setdefault(key, (run_id, what))

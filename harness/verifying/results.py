@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpft.harness.privacy.shape import is_number
-from dpft.harness.verifying import known
+from dpft.harness.verifying import known, spending
 from dpft.harness.verifying.asked import Asked
 from dpft.harness.verifying.curves import Rows
 
@@ -35,7 +35,8 @@ def findings(record: dict[str, Any], asked: Asked) -> Iterator[str]:
 
 
 def against_curve(record: dict[str, Any], asked: Asked, rows: Rows) -> Iterator[str]:
-    """The final value against the last row: over the same examples it is the same, over a sample of them it is near."""
+    """The curve's epsilon; and final against the last row: over the same examples the same, over a sample of them near."""
+    yield from spending.findings(record, rows)
     spec, result, last = asked.spec, record["result"], rows[-1]["metric"]
     size = known.validation_size(record)
     sample = spec.eval_examples
