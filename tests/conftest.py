@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on a network
 # Models are tiny: two threads each in two processes fight over them, and the suite takes seven times the CPU time.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["POLARS_MAX_THREADS"] = os.environ["RAYON_NUM_THREADS"] = "1"  # tables and tokenizers of a few hundred rows
 
 import polars
 import pytest

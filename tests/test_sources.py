@@ -115,7 +115,8 @@ def test_another_mirror_is_refused_and_another_folder_keeps_both(dpft, mine, tmp
         "the same rows at another place are the same"
     )
     changed_label(mine.rows()).write_parquet(other / TRAIN)
-    assert "other data" in refusal(dpft("run", *mine.command, "--data-dir", other))
+    for more in ([], ["--jobs", "2"], ["--executor", "ray"]):
+        assert "other data" in refusal(dpft("run", *mine.command, "--data-dir", other, *more))
     assert dpft("run", *mine.command, "--data-dir", other, "--results", tmp_path / "two", "--quiet")[0] == 0
     [first, second] = only(mine.results), only(tmp_path / "two")
     assert first["run_id"] == second["run_id"]
