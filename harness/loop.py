@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from dpft.harness import checkpoint, probes, spectra, updates
-from dpft.harness.engine.agreement import check
-from dpft.harness.engine.base import Engine, RunningSums, Sums
+from dpft.harness import buffers, checkpoint, probes, spectra, updates
+from dpft.harness.engine import agreement
+from dpft.harness.engine.base import Batch, Engine, RunningSums, Sums
 from dpft.harness.engine.encoding import Encoding
 from dpft.harness.errors import Diverged
 from dpft.harness.evaluation import batch_of, evaluate, finish
@@ -102,15 +102,16 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     saved = time.monotonic()
     setup.prepared.model.train()
     if setup.engine.needs_per_example:
-        few = batch_of(setup, setup.prepared.validation, spread(len(setup.prepared.validation), 4), state.step)
-        with setup.method.rehearsal():
-            check(setup.engine, few, _encodings(setup, state.step))
-        setup.clock.take()
+        buffers.refuse_statistics(setup.prepared.model, setup.engine.batched)
+    begun = state.step
     while state.step < spec.steps:
         if setup.deadline is not None and time.monotonic() > setup.deadline:
             _keep(setup, state, optimizer)
             raise OutOfTime(f"The run passed its time limit at step {state.step} of {spec.steps}.")
-        row = _measured_step(setup, state, optimizer)
+        indices = setup.sampler.sample()
+        if state.step == begun or state.step in setup.method.phases():
+            _rehearse(setup, state, indices)
+        row = _measured_step(setup, state, optimizer, indices)
         state.step += 1
         if state.step % spec.eval_every == 0 or state.step == spec.steps:
             row["metric"] = evaluate(setup, state, spec.eval_examples)[setup.task.metric]
@@ -122,7 +123,33 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     finish(setup, state)
 
 
-def _measured_step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
+def _rehearse(setup: Setup, state: State, indices: list[int]) -> None:
+    """Check the engine on examples of this step's batch (of the whole data where it has too few) before a phase begins."""
+    if not setup.engine.needs_per_example:
+        return
+    if len(indices) < agreement.ROWS:
+        indices = sorted({*indices, *spread(len(setup.prepared.train), agreement.ROWS)})
+    few = [indices[i] for i in spread(len(indices), agreement.ROWS)]
+    batch, alone = _together_and_alone(setup, few, state.step)
+    encodings, before = _encodings(setup, state.step), buffers.fingerprint(setup.prepared.model)
+    with setup.method.rehearsal():
+        agreement.check(setup.engine, batch, encodings, _clip_norm(setup), alone, _half(setup))
+    # weights were filled and emptied again
+    _refuse([name for name in buffers.changed(before, setup.prepared.model) if not name.startswith("parameter")])
+    if setup.device.type == "cuda":  # a later phase must not be measured by its check
+        torch.cuda.reset_peak_memory_stats(setup.device)
+    setup.clock.take()
+
+
+def _together_and_alone(setup: Setup, indices: list[int], step: int) -> tuple[Batch, list[Batch]]:
+    """As many of the examples as fit into a microbatch: as one batch, and each as a batch without the padding of others."""
+    first = next(buckets(indices, setup.prepared.train_lengths, setup.max_tokens))
+    return batch_of(setup, setup.prepared.train, first, step), [
+        batch_of(setup, setup.prepared.train, [index], step) for index in first
+    ]
+
+
+def _measured_step(setup: Setup, state: State, optimizer, indices: list[int]) -> dict[str, Any]:
     """One step, with live bytes counted over the first steps (CPU) or the allocator's peak (CUDA)."""
     live = None
     if any(0 <= state.step - start < MEMORY_STEPS for start in setup.method.phases()) and setup.device.type == "cpu":
@@ -134,22 +161,29 @@ def _measured_step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     if setup.device.type == "cuda" and state.step == 0:
         torch.cuda.reset_peak_memory_stats(setup.device)
     with live or nullcontext():
-        row = _step(setup, state, optimizer)
+        row = _step(setup, state, optimizer, indices)
     if live is not None and sum(live.peak.values()) > sum(state.peak_bytes.values()):
         state.peak_bytes = live.peak
     if setup.device.type == "cuda":
-        state.peak_bytes = {"allocated": torch.cuda.max_memory_allocated(setup.device)}
+        _note_peak(setup, state)
     state.step_seconds.append(setup.clock.take())
     return row
 
 
-def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
-    """Sample, accumulate the clipped sum over microbatches, release, decode, apply."""
+def _step(setup: Setup, state: State, optimizer, indices: list[int]) -> dict[str, Any]:
+    """Accumulate the clipped sum of the sampled examples over microbatches, release, decode, apply."""
     spec, clock, step = setup.spec, setup.clock, state.step
-    indices = setup.sampler.sample()
     encodings = _encodings(setup, step)
     sums = RunningSums(setup.parameters, encodings)
+    compared = setup.engine.needs_per_example and setup.engine.batched and agreement.due(step, setup.method.phases())
+    with clock.stopped(), probes.uncounted():
+        before = buffers.fingerprint(setup.prepared.model, setup.method, weights=compared) if _private(setup) else None
     losses, norms = _accumulate(setup, indices, step, sums, encodings)
+    with clock.stopped(), probes.uncounted():
+        if before is not None:
+            _refuse(buffers.changed(before, setup.prepared.model, setup.method))
+        if compared and indices:
+            _compare(setup, state, indices, encodings, losses, norms)
     total = sums.complete()
     if setup.method.selects(step):
         probes.add_row_scores(state.row_scores, total)
@@ -202,10 +236,9 @@ def _accumulate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The clipped sum of one logical batch, over microbatches of like length. Raises Diverged before any release."""
     losses, norms = [], []
-    clip_norm = setup.spec.clip_norm if setup.spec.clip_norm is not None else math.inf
     for micro in buckets(indices, setup.prepared.train_lengths, setup.max_tokens):
         batch = batch_of(setup, setup.prepared.train, micro, step)
-        loss, norm = setup.engine.accumulate(batch, total, clip_norm, encodings)
+        loss, norm = setup.engine.accumulate(batch, total, _clip_norm(setup), encodings)
         losses.append(loss)
         norms.append(norm)
     losses = torch.cat(losses) if losses else torch.zeros(0)
@@ -213,6 +246,46 @@ def _accumulate(
     if not (torch.isfinite(losses).all() and torch.isfinite(norms).all()):
         raise Diverged("A training loss or gradient is not finite; lower lr, or look for broken examples.")
     return losses, norms
+
+
+def _compare(setup: Setup, state: State, indices: list[int], encodings, losses, norms) -> None:
+    """Check what a step has found of a few of its examples; losses, norms: in the order of `_accumulate`."""
+    micros = buckets(indices, setup.prepared.train_lengths, setup.max_tokens)
+    place = {index: i for i, index in enumerate(index for micro in micros for index in micro)}
+    few = [indices[(i + state.step) % len(indices)] for i in spread(len(indices), agreement.LATER)]
+    few = list(next(buckets(few, setup.prepared.train_lengths, setup.max_tokens)))
+    batch, alone = _together_and_alone(setup, few, state.step)
+    at = [place[index] for index in few]
+    if setup.device.type == "cuda":
+        _note_peak(setup, state)
+    agreement.compare(
+        setup.engine, batch, encodings, _clip_norm(setup), alone, _half(setup), losses[at], norms[at].to(losses.device)
+    )
+    if setup.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(setup.device)
+
+
+def _note_peak(setup: Setup, state: State) -> None:
+    seen = torch.cuda.max_memory_allocated(setup.device)
+    state.peak_bytes = {"allocated": max(seen, state.peak_bytes.get("allocated", 0))}
+
+
+def _private(setup: Setup) -> bool:
+    return setup.epsilon_curve is not None
+
+
+def _clip_norm(setup: Setup) -> float:
+    return setup.spec.clip_norm if setup.spec.clip_norm is not None else math.inf
+
+
+def _half(setup: Setup) -> bool:
+    dtypes = {p.dtype for p in setup.prepared.model.parameters()}
+    return setup.spec.precision != "fp32" or bool(dtypes & {torch.bfloat16, torch.float16})
+
+
+def _refuse(names: list[str]) -> None:
+    if names:
+        raise buffers.refusal(names)
 
 
 def _book(setup: Setup, ledger: Ledger, step: int) -> None:
@@ -244,6 +317,7 @@ def _save(setup: Setup, state: State, optimizer) -> None:
     tensors = {f"parameter|{name}": p for name, p in setup.parameters.items()}
     tensors |= {f"optimizer|{k}": t for k, t in checkpoint.optimizer_tensors(optimizer, setup.parameters).items()}
     tensors |= {f"method|{k}": t for k, t in setup.method.state_dict().items()}
+    tensors |= {f"buffer|{k}": t for k, t in buffers.tensors(setup.prepared.model).items()}
     if not setup.secure_noise:
         tensors["sampler"] = setup.sampler.generator.get_state()
         tensors["noise"] = setup.mechanism.state()
@@ -258,7 +332,7 @@ def _restore(setup: Setup, state: State, optimizer) -> None:
     tensors, plain = found
     if setup.secure_noise != ("noise" not in tensors):
         return  # the steps so far had noise of the other kind: what the record says of it must hold for all of them
-    groups: dict[str, Sums] = {"parameter": {}, "optimizer": {}, "method": {}}
+    groups: dict[str, Sums] = {"parameter": {}, "optimizer": {}, "method": {}, "buffer": {}}
     for key, tensor in tensors.items():
         kind, _, rest = key.partition("|")
         if rest:
@@ -268,6 +342,7 @@ def _restore(setup: Setup, state: State, optimizer) -> None:
             p.copy_(groups["parameter"][name])
     checkpoint.restore_optimizer(optimizer, setup.parameters, groups["optimizer"])
     setup.method.load_state_dict(groups["method"])
+    buffers.restore(setup.prepared.model, groups["buffer"])
     if not setup.secure_noise:
         setup.sampler.generator.set_state(tensors["sampler"])
         setup.mechanism.set_state(tensors["noise"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -26,6 +27,7 @@ class Engine:
 
     name: ClassVar[str]
     needs_per_example: ClassVar[bool] = True
+    batched: ClassVar[bool] = True  # several examples go through the model at once
 
     def __init__(
         self, model: nn.Module, loss: Loss, parameters: dict[str, nn.Parameter], clock, clipping: Clipping | None = None
@@ -42,6 +44,10 @@ class Engine:
         the largest of an example's groups times sqrt(K).
         """
         raise NotImplementedError
+
+    def plain(self) -> AbstractContextManager[None]:
+        """A context in which the model runs as if this engine were not there."""
+        return nullcontext()
 
     def close(self) -> None:
         """Take all hooks off the model."""

@@ -1,5 +1,7 @@
 """The engine on Opacus's grad samplers: per-example gradients by hooks, materialised."""
 
+from contextlib import contextmanager
+
 import torch
 
 from dpft.harness.engine.base import Engine, unused
@@ -51,6 +53,14 @@ class OpacusEngine(Engine):
         if isinstance(sample, list) or len(sample) != batch_size:
             raise CannotRun(f"Opacus does not keep the examples of {name} apart; use --engine factored or reference.")
         return sample
+
+    @contextmanager
+    def plain(self):
+        self.hooks.disable_hooks()
+        try:
+            yield
+        finally:
+            self.hooks.enable_hooks()
 
     def close(self):
         self.hooks.cleanup()
