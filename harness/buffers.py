@@ -76,11 +76,15 @@ def refusal(names: list[str]) -> CannotRun:
 
 
 def refuse_statistics(model: nn.Module, batched: bool) -> None:
-    """Raise CannotRun for a normalisation in training mode that tracks statistics of its inputs, or that mixes a batch.
+    """Raise CannotRun for a layer that keeps statistics of its inputs in training, or normalises by those of a batch.
 
     batched: several examples go through the model at once; otherwise BatchNorm sees one at a time and mixes nothing.
     """
     for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            raise CannotRun(
+                f"Embedding {name} has max_norm, which rescales its rows as examples look them up; set max_norm=None."
+            )
         if not isinstance(module, nn.modules.batchnorm._NormBase) or not module.training:
             continue
         kind = type(module).__name__

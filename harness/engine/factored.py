@@ -15,6 +15,7 @@ from dpft.harness.engine.agreement import agree
 from dpft.harness.engine.base import Engine, unused
 from dpft.harness.engine.clipping import overall
 from dpft.harness.engine.encoding import IDENTITY
+from dpft.harness.engine.hidden import refuse_parameter_hooks
 from dpft.harness.engine.pieces import Grams, Measured, Piece, absolute, charged, measured
 from dpft.harness.engine.rules import rule_for
 from dpft.harness.engine.taps import Recorder, Use
@@ -39,6 +40,7 @@ class FactoredEngine(Engine):
         self._rules = {}
         self._agreed = False
         self._groups = self.clipping.grouped(parameters)
+        refuse_parameter_hooks(parameters)
         names = {id(p): name for name, p in parameters.items()}
         layers = [
             (path, module, {own: names[id(p)] for own, p in module.named_parameters(recurse=False) if id(p) in names})
