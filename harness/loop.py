@@ -175,14 +175,14 @@ def _step(setup: Setup, state: State, optimizer, indices: list[int]) -> dict[str
     spec, clock, step = setup.spec, setup.clock, state.step
     encodings = _encodings(setup, step)
     sums = RunningSums(setup.parameters, encodings)
-    compared = setup.engine.needs_per_example and setup.engine.batched and agreement.due(step, setup.method.phases())
+    looks = agreement.due(step, setup.method.phases())
     with clock.stopped(), probes.uncounted():
-        before = buffers.fingerprint(setup.prepared.model, setup.method, weights=compared) if _private(setup) else None
+        before = buffers.fingerprint(setup.prepared.model, setup.method, weights=looks) if _private(setup) else None
     losses, norms = _accumulate(setup, indices, step, sums, encodings)
     with clock.stopped(), probes.uncounted():
         if before is not None:
             _refuse(buffers.changed(before, setup.prepared.model, setup.method))
-        if compared and indices:
+        if looks and indices and setup.engine.needs_per_example and setup.engine.batched:
             _compare(setup, state, indices, encodings, losses, norms)
     total = sums.complete()
     if setup.method.selects(step):

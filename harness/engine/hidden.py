@@ -35,7 +35,7 @@ def refuse_hidden(path: str, module: nn.Module, by_type: bool) -> None:
     if made:
         raise CannotRun(
             f"Layer {path} ({kind}) makes its {made[0]} anew in a hook, as pruning and weight_norm do, so what trains is not "
-            "what it computes with; make that permanent (torch.nn.utils.prune.remove, remove_weight_norm) or use --engine reference."
+            "what it computes with; make it permanent (prune.remove, remove_weight_norm) or use --engine reference."
         )
     if by_type and (strange := sorted(names - {"weight", "bias"})):
         raise CannotRun(

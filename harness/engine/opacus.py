@@ -20,7 +20,9 @@ class OpacusEngine(Engine):
         try:
             self.hooks = GradSampleHooks(model, loss_reduction="sum", strict=False)
         except Exception as error:
-            raise CannotRun(f"Opacus cannot hook this model ({error}); use --engine factored or reference.") from error
+            raise CannotRun(
+                f"Opacus cannot hook this model ({error}); mend what it names or use --engine factored."
+            ) from error
 
     def accumulate(self, batch, total, clip_norm, encodings):
         with self.clock("forward"):

@@ -147,7 +147,8 @@ def _group_norm(uses: list[Use], local: str, encoding: Encoding) -> Piece:
         if local == "weight":
             module, image = use.module, use.flat(use.input).to(gradient.dtype)
             gradient = F.group_norm(image, module.num_groups, eps=module.eps).mul_(gradient)
-        return gradient.flatten(2).sum(2).view(use.batch_size, -1, gradient.shape[1]).sum(1)
+        summed = gradient.reshape(*gradient.shape[:2], -1).sum(2)  # of an input [b, channels], too
+        return summed.view(use.batch_size, -1, gradient.shape[1]).sum(1)
 
     return KeptPiece(encoding.dense(_added(one, uses)))
 
