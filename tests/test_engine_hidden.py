@@ -28,7 +28,7 @@ def sums_of(name, model, batch, clip_norm=0.05):
         engine.accumulate(
             {k: v[:1] for k, v in batch.items()}, total, clip_norm, {}
         )  # of one example nothing is compared
-        engine._agreed = True  # what is refused here is refused before anything is compared
+        engine.agreed = True  # what is refused here is refused before anything is compared
         engine.accumulate(batch, total, clip_norm, {})
         return total
     finally:

@@ -1,10 +1,11 @@
 """Is what an engine adds to a sum what plain autograd finds of each example alone?
 
 Before the first step of every phase of a method (and of a resumed run) `check` asks it of up to ROWS examples of the real batch:
-the clipped sum as a vector, every loss and norm, and whether an example's loss depends on its company. In the steps 1, 2, 4,
-8, ... after it `compare` asks LATER examples again, and what the step itself took them for in their real microbatches. In a run
-of T steps these are some 16 + 4 log2(T) examples more. Which steps and places is public; no result is kept but a refusal,
-which ends the run with status `error` and is a diagnostic: like `diverged` it is not covered by epsilon.
+the clipped sum as a vector, every loss and norm, and whether an example's loss depends on its company. In the steps 1, 4, 16,
+64, ... after it `compare` asks LATER examples again, and what the step itself took them for in their real microbatches. On a CPU,
+full fine-tuning of MiniLM, the first takes the time of about 150 examples of a step, the second of about 25: with batches of 256
+under 1% of a run of 100 steps. Which steps and places is public; no result is kept but a refusal, which ends the run with
+status `error` and is a diagnostic: like `diverged` it is not covered by epsilon.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ ROWS, LATER = 16, 4
 # (never above C). In fp32 5e-6 is the most that was seen, on 11 models; in half precision an example's gradient is itself known
 # to a few percent only, and what is looked for is wrong by whole factors. FLOOR: what is far below C may differ by the
 # tolerance times FLOOR C, a loss near 0 by the tolerance times LEAST_LOSS.
-TOLERANCE, HALF_TOLERANCE = 1e-3, 0.2
+# An engine may take a norm for too large by up to CHARGED, as the factored one does where gradients cancel: it clips more.
+TOLERANCE, HALF_TOLERANCE, CHARGED = 1e-3, 0.2, 5e-2
 FLOOR, LEAST_LOSS = 1e-2, 0.1
 
 
 def due(step: int, phases: Sequence[int]) -> bool:
-    """Whether `compare` is due: 1, 2, 4, 8, ... steps after a phase began."""
+    """Whether `compare` is due: 1, 4, 16, 64, ... steps after a phase began."""
     since = step - max((start for start in phases if start <= step), default=0)
-    return since > 0 and since & (since - 1) == 0
+    return since.bit_count() == 1 and since.bit_length() % 2 == 1
 
 
 def check(
@@ -55,7 +57,7 @@ def check(
     input, or when its loss or norm is another one in other company: examples left out, replaced, or in another order.
     """
     with _as_if_nothing_happened(engine), _filled(engine):
-        total = RunningSums(engine.parameters, encodings)
+        total, engine.agreed = RunningSums(engine.parameters, encodings), True  # `agree` asks less
         losses, norms = engine.accumulate(batch, total, clip_norm, encodings)
         if not (torch.isfinite(losses).all() and torch.isfinite(norms).all()):
             return  # the loop deals with it
@@ -98,18 +100,19 @@ def compare(
 
 def _compare(engine, batch, encodings, clip_norm, alone, half, total: Sums, found) -> None:
     """Take the clipped gradient of every example alone away from `total`: nothing may be left. found: (losses, norms) to hold."""
-    tolerance, largest = _tolerance(half), 0.0
+    tolerance, largest, slack = _tolerance(half), 0.0, 0.0
     for i in range(len(found[0][0])):
         example = {k: v[i : i + 1] for k, v in batch.items()} if alone is None else alone[i]
         with engine.plain():
             loss, gradient = example_gradient(engine, example, encodings)
-        squares = {name: g.double().square().sum()[None] for name, g in gradient.items()}
+        squares = {name: _length(g).square()[None] for name, g in gradient.items()}
         factors, norm = engine.clip(squares, clip_norm)
         if not (torch.isfinite(loss) and torch.isfinite(norm).all()):
             raise _disagreement(engine, "is finite in its batch and not alone")
         for losses, norms in found:
             for what, value, expected in (("loss", losses[i], loss), ("gradient", norms[i], norm[0])):
-                if _alike(value, expected, tolerance, _floor(what, clip_norm, norms)):
+                above = max(tolerance, CHARGED) if what == "gradient" else tolerance
+                if _alike(value, expected, tolerance, _floor(what, clip_norm, norms), above):
                     continue
                 if not engine.batched and _is_random(engine, example):
                     return  # one example at a time: dropout mixes nothing, but nothing can be compared
@@ -118,13 +121,14 @@ def _compare(engine, batch, encodings, clip_norm, alone, half, total: Sums, foun
         if added > clip_norm * (1 + tolerance):
             raise _disagreement(engine, f"adds {added / clip_norm:.3g} times the clip norm")
         largest = max(largest, added)
+        slack += added * max(0.0, float(found[0][1][i]) / max(float(norm[0]), 1e-30) - 1)
         for name, g in gradient.items():
-            total[name].sub_(g * factors[name][0].to(g.dtype))
+            total[name].sub_(g, alpha=float(factors[name][0]))
         del gradient
-    left = {name: float(t.double().square().sum()) ** 0.5 for name, t in total.items()}
+    left = {name: float(_length(t)) for name, t in total.items()}
     distance = math.sqrt(sum(value**2 for value in left.values()))
     scale = max(largest, FLOOR * clip_norm) if math.isfinite(clip_norm) else largest
-    if not distance <= tolerance * scale:
+    if not distance <= tolerance * scale + min(slack, CHARGED * scale):
         worst = max(left, key=left.get)
         of = f"{distance / clip_norm:.2g} C" if math.isfinite(clip_norm) else f"{distance / largest:.2g} of an example"
         raise CannotRun(
@@ -149,7 +153,7 @@ def agree(
     zero.
     """
     size = len(losses)
-    tolerance, told = _tolerance(half), False
+    tolerance, told = max(_tolerance(half), CHARGED), False
     for i in sorted({0, 1, size // 2, size - 1}):
         loss, gradient = example_gradient(engine, {key: value[i : i + 1] for key, value in batch.items()}, encodings)
         expected = {name: float(g.double().square().sum()) for name, g in gradient.items()}
@@ -188,10 +192,17 @@ def _companies(batch: Batch) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor
     yield instead, size - 1 - kept, kept
 
 
-def _alike(found: torch.Tensor, expected: torch.Tensor, tolerance: float, floor: float) -> bool:
-    """Whether all of `found` are as expected, to the tolerance times their size or `floor`."""
+def _alike(
+    found: torch.Tensor, expected: torch.Tensor, tolerance: float, floor: float, above: float | None = None
+) -> bool:
+    """Whether all of `found` are as expected, to the tolerance times their size or `floor`. above: another tolerance upwards."""
     found, expected = found.detach().double(), expected.detach().double()
-    return bool(((found - expected).abs() <= tolerance * expected.abs().clamp_min(floor)).all())
+    difference, scale = found - expected, expected.abs().clamp_min(floor)
+    return bool(((difference >= -tolerance * scale) & (difference <= (above or tolerance) * scale)).all())
+
+
+def _length(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64)  # makes no copy in float64
 
 
 def _floor(what: str, clip_norm: float, norms: torch.Tensor) -> float:

@@ -34,6 +34,7 @@ class Engine:
     ):
         self.model, self.loss, self.parameters, self.clock = model, loss, parameters, clock
         self.clipping = clipping or FLAT
+        self.agreed = False  # whether examples of this engine have been compared with plain autograd
 
     def accumulate(
         self, batch: Batch, total: Sums, clip_norm: float, encodings: dict[str, Encoding]

@@ -38,7 +38,6 @@ class FactoredEngine(Engine):
         super().__init__(model, loss, parameters, clock, clipping)
         self._recorder = Recorder(self._done, getattr(model, "views", 1))
         self._rules = {}
-        self._agreed = False
         self._groups = self.clipping.grouped(parameters)
         refuse_parameter_hooks(parameters)
         names = {id(p): name for name, p in parameters.items()}
@@ -67,9 +66,9 @@ class FactoredEngine(Engine):
             for group in list(self._groups):
                 self._settle(group)
         done, self._pass = self._pass, None
-        if not self._agreed and len(losses) > 1 and has_values(losses):
+        if not self.agreed and len(losses) > 1 and has_values(losses):
             with uncounted():
-                self._agreed = agree(self, batch, encodings, losses, done.squares, done.half)
+                self.agreed = agree(self, batch, encodings, losses, done.squares, done.half)
         return losses, overall(done.norms)
 
     def close(self):

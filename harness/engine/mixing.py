@@ -27,19 +27,19 @@ def depends_on_others(engine: Engine, batch: Batch) -> str | None:
     """Where a loss has a derivative by another example's input, or None.
 
     The losses of some examples are summed and differentiated by the floating-point inputs of all of them and by the outputs of
-    all modules that turn integers into numbers (embeddings): what belongs to the other examples must be exactly 0. Three sums:
-    every other example, the rest, and one alone. Which dimension counts examples is found out by leaving one example out. What
+    all modules that turn integers into numbers (embeddings): what belongs to the other examples must be exactly 0. Two sums:
+    every other example, and the last one alone. Which dimension counts examples is found out by leaving one example out. What
     derivatives do not see (a branch, an integer, `detach`) is left to the comparison of batches of other company.
     """
     size = len(next(iter(batch.values())))
     if size < 2:
         return None
-    every_other = torch.arange(size) % 2 == 0
+    places = torch.arange(size)
     with _frozen(engine.parameters), engine.plain():
         fewer: Shapes = {}
         with torch.no_grad(), _watched(engine.model, None, fewer, []):
             engine.losses({key: value[: size - 1] for key, value in batch.items()})
-        for chosen in (every_other, ~every_other, torch.arange(size) == 0):
+        for chosen in (places % 2 == 0, places == size - 1):
             probes: list[_Probe] = []
             with _watched(engine.model, size, fewer, probes):
                 losses = engine.losses(_probed(batch, probes))

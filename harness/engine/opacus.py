@@ -45,8 +45,10 @@ class OpacusEngine(Engine):
         return losses.detach(), norms
 
     def _take(self, name, parameter, batch_size):
-        sample = getattr(parameter, "grad_sample", None)
+        sample, used = getattr(parameter, "grad_sample", None), parameter.grad is not None
         parameter.grad_sample = parameter.grad = None
+        if sample is None and used:
+            raise CannotRun(f"Opacus has no per-example gradients of {name}; freeze it or use --engine reference.")
         if sample is None:
             raise unused(name)
         views = getattr(self.model, "views", 1)
