@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -12,15 +11,14 @@ from typing import Any
 
 import torch
 
-from dpft.harness import buffers, checkpoint, probes, spectra, updates
-from dpft.harness.engine import agreement
-from dpft.harness.engine.base import Batch, Engine, RunningSums, Sums
+from dpft.harness import buffers, checkpoint, guard, probes, spectra, updates
+from dpft.harness.engine.base import Engine, RunningSums, Sums
 from dpft.harness.engine.encoding import Encoding
 from dpft.harness.errors import Diverged
 from dpft.harness.evaluation import batch_of, evaluate, finish
 from dpft.harness.mechanism import Mechanism
 from dpft.harness.privacy import Ledger
-from dpft.harness.sampling import PoissonSampler, buckets, spread
+from dpft.harness.sampling import PoissonSampler, buckets
 from dpft.harness.spec import RunSpec
 from dpft.methods.base import Method
 from dpft.tasks.base import Prepared, Task
@@ -110,7 +108,7 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
             raise OutOfTime(f"The run passed its time limit at step {state.step} of {spec.steps}.")
         indices = setup.sampler.sample()
         if state.step == begun or state.step in setup.method.phases():
-            _rehearse(setup, state, indices)
+            guard.rehearse(setup, state, indices, _encodings(setup, state.step))
         row = _measured_step(setup, state, optimizer, indices)
         state.step += 1
         if state.step % spec.eval_every == 0 or state.step == spec.steps:
@@ -121,32 +119,6 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
             _keep(setup, state, optimizer)
             saved = time.monotonic()
     finish(setup, state)
-
-
-def _rehearse(setup: Setup, state: State, indices: list[int]) -> None:
-    """Check the engine on examples of this step's batch (of the whole data where it has too few) before a phase begins."""
-    if not setup.engine.needs_per_example:
-        return
-    if len(indices) < agreement.ROWS:
-        indices = sorted({*indices, *spread(len(setup.prepared.train), agreement.ROWS)})
-    few = [indices[i] for i in spread(len(indices), agreement.ROWS)]
-    batch, alone = _together_and_alone(setup, few, state.step)
-    encodings, before = _encodings(setup, state.step), buffers.fingerprint(setup.prepared.model)
-    with setup.method.rehearsal():
-        agreement.check(setup.engine, batch, encodings, _clip_norm(setup), alone, _half(setup))
-    # weights were filled and emptied again
-    _refuse([name for name in buffers.changed(before, setup.prepared.model) if not name.startswith("parameter")])
-    if setup.device.type == "cuda":  # a later phase must not be measured by its check
-        torch.cuda.reset_peak_memory_stats(setup.device)
-    setup.clock.take()
-
-
-def _together_and_alone(setup: Setup, indices: list[int], step: int) -> tuple[Batch, list[Batch]]:
-    """As many of the examples as fit into a microbatch: as one batch, and each as a batch without the padding of others."""
-    first = next(buckets(indices, setup.prepared.train_lengths, setup.max_tokens))
-    return batch_of(setup, setup.prepared.train, first, step), [
-        batch_of(setup, setup.prepared.train, [index], step) for index in first
-    ]
 
 
 def _measured_step(setup: Setup, state: State, optimizer, indices: list[int]) -> dict[str, Any]:
@@ -165,7 +137,7 @@ def _measured_step(setup: Setup, state: State, optimizer, indices: list[int]) ->
     if live is not None and sum(live.peak.values()) > sum(state.peak_bytes.values()):
         state.peak_bytes = live.peak
     if setup.device.type == "cuda":
-        _note_peak(setup, state)
+        guard.note_peak(setup, state)
     state.step_seconds.append(setup.clock.take())
     return row
 
@@ -175,15 +147,9 @@ def _step(setup: Setup, state: State, optimizer, indices: list[int]) -> dict[str
     spec, clock, step = setup.spec, setup.clock, state.step
     encodings = _encodings(setup, step)
     sums = RunningSums(setup.parameters, encodings)
-    looks = agreement.due(step, setup.method.phases())
-    with clock.stopped(), probes.uncounted():
-        before = buffers.fingerprint(setup.prepared.model, setup.method, weights=looks) if _private(setup) else None
-    losses, norms = _accumulate(setup, indices, step, sums, encodings)
-    with clock.stopped(), probes.uncounted():
-        if before is not None:
-            _refuse(buffers.changed(before, setup.prepared.model, setup.method))
-        if looks and indices and setup.engine.needs_per_example and setup.engine.batched:
-            _compare(setup, state, indices, encodings, losses, norms)
+    with guard.unchanged(setup, step):
+        losses, norms = _accumulate(setup, indices, step, sums, encodings)
+    guard.compare(setup, state, indices, encodings, losses, norms)
     total = sums.complete()
     if setup.method.selects(step):
         probes.add_row_scores(state.row_scores, total)
@@ -238,7 +204,7 @@ def _accumulate(
     losses, norms = [], []
     for micro in buckets(indices, setup.prepared.train_lengths, setup.max_tokens):
         batch = batch_of(setup, setup.prepared.train, micro, step)
-        loss, norm = setup.engine.accumulate(batch, total, _clip_norm(setup), encodings)
+        loss, norm = setup.engine.accumulate(batch, total, guard.clip_norm(setup), encodings)
         losses.append(loss)
         norms.append(norm)
     losses = torch.cat(losses) if losses else torch.zeros(0)
@@ -246,46 +212,6 @@ def _accumulate(
     if not (torch.isfinite(losses).all() and torch.isfinite(norms).all()):
         raise Diverged("A training loss or gradient is not finite; lower lr, or look for broken examples.")
     return losses, norms
-
-
-def _compare(setup: Setup, state: State, indices: list[int], encodings, losses, norms) -> None:
-    """Check what a step has found of a few of its examples; losses, norms: in the order of `_accumulate`."""
-    micros = buckets(indices, setup.prepared.train_lengths, setup.max_tokens)
-    place = {index: i for i, index in enumerate(index for micro in micros for index in micro)}
-    few = [indices[(i + state.step) % len(indices)] for i in spread(len(indices), agreement.LATER)]
-    few = list(next(buckets(few, setup.prepared.train_lengths, setup.max_tokens)))
-    batch, alone = _together_and_alone(setup, few, state.step)
-    at = [place[index] for index in few]
-    if setup.device.type == "cuda":
-        _note_peak(setup, state)
-    agreement.compare(
-        setup.engine, batch, encodings, _clip_norm(setup), alone, _half(setup), losses[at], norms[at].to(losses.device)
-    )
-    if setup.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(setup.device)
-
-
-def _note_peak(setup: Setup, state: State) -> None:
-    seen = torch.cuda.max_memory_allocated(setup.device)
-    state.peak_bytes = {"allocated": max(seen, state.peak_bytes.get("allocated", 0))}
-
-
-def _private(setup: Setup) -> bool:
-    return setup.epsilon_curve is not None
-
-
-def _clip_norm(setup: Setup) -> float:
-    return setup.spec.clip_norm if setup.spec.clip_norm is not None else math.inf
-
-
-def _half(setup: Setup) -> bool:
-    dtypes = {p.dtype for p in setup.prepared.model.parameters()}
-    return setup.spec.precision != "fp32" or bool(dtypes & {torch.bfloat16, torch.float16})
-
-
-def _refuse(names: list[str]) -> None:
-    if names:
-        raise buffers.refusal(names)
 
 
 def _book(setup: Setup, ledger: Ledger, step: int) -> None:

@@ -13,8 +13,8 @@ from small_runs import a_spec, quiet, trained
 from torch import nn
 from torch.nn import functional as F
 
-from dpft.harness import loop, registry, run
-from dpft.harness.engine import engine_class
+from dpft.harness import registry, run
+from dpft.harness.engine import agreement, engine_class
 from dpft.harness.engine.agreement import check
 from dpft.harness.engine.factored import FactoredEngine
 from dpft.harness.engine.pieces import AbsolutePiece
@@ -267,7 +267,7 @@ def test_the_checks_use_no_random_number_of_the_run(monkeypatch, tiny_bert, sett
     finals = []
     for checks in (True, False):
         if not checks:
-            monkeypatch.setattr(loop.agreement, "check", lambda *arguments: None)
+            monkeypatch.setattr(agreement, "check", lambda *arguments: None)
         torch.manual_seed(3)
         record = execute_with(monkeypatch, tiny_bert, settings, lambda m: Between(m, Dropping(32)), "reference")
         finals.append((record["status"], record["result"]["final"], record["diagnostics"]["alignment"]))

@@ -12,6 +12,7 @@ import torch
 
 from dpft.harness import loop
 from dpft.harness.audit.subject import MICROBATCH
+from dpft.harness.engine import agreement
 from dpft.harness.engine.base import RunningSums
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.engine.factored import FactoredEngine
@@ -31,8 +32,8 @@ def _wrapped(owner: Any, name: str, make: Callable[[Callable], Callable]):
 def _unchecked(plant) -> Iterator[None]:
     """A plant that the comparison with autograd would end before the audit sees it."""
     with (
-        patch.object(loop.agreement, "check", lambda *arguments, **options: None),
-        patch.object(loop.agreement, "compare", lambda *arguments, **options: None),
+        patch.object(agreement, "check", lambda *arguments, **options: None),
+        patch.object(agreement, "compare", lambda *arguments, **options: None),
         plant,
     ):
         yield
