@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,16 +11,15 @@ from typing import Any
 
 import torch
 
-from dpft.harness import chain, checkpoint, journal, probes, spectra, updates
+from dpft.harness import buffers, chain, checkpoint, guard, journal, probes, spectra, updates
 from dpft.harness.digest import digest
-from dpft.harness.engine.agreement import check
 from dpft.harness.engine.base import Engine, RunningSums, Sums
 from dpft.harness.engine.encoding import Encoding
 from dpft.harness.errors import CannotRun, Diverged
 from dpft.harness.evaluation import batch_of, evaluate, finish
 from dpft.harness.mechanism import Mechanism
 from dpft.harness.privacy import Ledger
-from dpft.harness.sampling import PoissonSampler, buckets, spread
+from dpft.harness.sampling import PoissonSampler, buckets
 from dpft.harness.spec import RunSpec
 from dpft.methods.base import Method
 from dpft.tasks.base import Prepared, Task
@@ -112,15 +110,16 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     saved = time.monotonic()
     setup.prepared.model.train()
     if setup.engine.needs_per_example:
-        few = batch_of(setup, setup.prepared.validation, spread(len(setup.prepared.validation), 4), state.step)
-        with setup.method.rehearsal():
-            check(setup.engine, few, _encodings(setup, state.step))
-        setup.clock.take()
+        buffers.refuse_statistics(setup.prepared.model, setup.engine.batched)
+    begun = state.step
     while state.step + state.lost < spec.steps:
         if setup.deadline is not None and time.monotonic() > setup.deadline:
             _keep(setup, state, optimizer)
             raise OutOfTime(f"The run passed its time limit at step {state.step} of {spec.steps}.")
-        row = _measured_step(setup, state, optimizer)
+        indices = setup.sampler.sample()
+        if state.step == begun or state.step in setup.method.phases():
+            guard.rehearse(setup, state, indices, _encodings(setup, state.step))
+        row = _measured_step(setup, state, optimizer, indices)
         state.step += 1
         if state.step % spec.eval_every == 0 or state.step + state.lost == spec.steps:
             row["metric"] = evaluate(setup, state, spec.eval_examples)[setup.task.metric]
@@ -135,7 +134,7 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     finish(setup, state)
 
 
-def _measured_step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
+def _measured_step(setup: Setup, state: State, optimizer, indices: list[int]) -> dict[str, Any]:
     """One step, with live bytes counted over the first steps (CPU) or the allocator's peak (CUDA)."""
     live = None
     if any(0 <= state.step - start < MEMORY_STEPS for start in setup.method.phases()) and setup.device.type == "cpu":
@@ -147,22 +146,23 @@ def _measured_step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
     if setup.device.type == "cuda" and state.step == 0:
         torch.cuda.reset_peak_memory_stats(setup.device)
     with live or nullcontext():
-        row = _step(setup, state, optimizer)
+        row = _step(setup, state, optimizer, indices)
     if live is not None and sum(live.peak.values()) > sum(state.peak_bytes.values()):
         state.peak_bytes = live.peak
     if setup.device.type == "cuda":
-        state.peak_bytes = {"allocated": torch.cuda.max_memory_allocated(setup.device)}
+        guard.note_peak(setup, state)
     state.step_seconds.append(setup.clock.take())
     return row
 
 
-def _step(setup: Setup, state: State, optimizer) -> dict[str, Any]:
-    """Sample, accumulate the clipped sum over microbatches, release, decode, apply."""
+def _step(setup: Setup, state: State, optimizer, indices: list[int]) -> dict[str, Any]:
+    """Accumulate the clipped sum of the sampled examples over microbatches, release, decode, apply."""
     spec, clock, step = setup.spec, setup.clock, state.step
-    indices = setup.sampler.sample()
     encodings = _encodings(setup, step)
     sums = RunningSums(setup.parameters, encodings)
-    losses, norms = _accumulate(setup, indices, step, sums, encodings)
+    with guard.unchanged(setup, step):
+        losses, norms = _accumulate(setup, indices, step, sums, encodings)
+    guard.compare(setup, state, indices, encodings, losses, norms)
     total = sums.complete()
     if setup.method.selects(step):
         probes.add_row_scores(state.row_scores, total)
@@ -217,10 +217,9 @@ def _accumulate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The clipped sum of one logical batch, over microbatches of like length. Raises Diverged before any release."""
     losses, norms = [], []
-    clip_norm = setup.spec.clip_norm if setup.spec.clip_norm is not None else math.inf
     for micro in buckets(indices, setup.prepared.train_lengths, setup.max_tokens):
         batch = batch_of(setup, setup.prepared.train, micro, step)
-        loss, norm = setup.engine.accumulate(batch, total, clip_norm, encodings)
+        loss, norm = setup.engine.accumulate(batch, total, guard.clip_norm(setup), encodings)
         losses.append(loss)
         norms.append(norm)
     losses = torch.cat(losses) if losses else torch.zeros(0)
@@ -279,6 +278,7 @@ def _save(setup: Setup, state: State, optimizer) -> None:
     tensors = {f"parameter|{name}": p for name, p in setup.parameters.items()}
     tensors |= {f"optimizer|{k}": t for k, t in checkpoint.optimizer_tensors(optimizer, setup.parameters).items()}
     tensors |= {f"method|{k}": t for k, t in setup.method.state_dict().items()}
+    tensors |= {f"buffer|{k}": t for k, t in buffers.tensors(setup.prepared.model).items()}
     if not setup.secure_noise:
         tensors["sampler"] = setup.sampler.generator.get_state()
         tensors["noise"] = setup.mechanism.state()
@@ -302,7 +302,7 @@ def _restore(setup: Setup, state: State, optimizer) -> None:
         return  # the steps so far had noise of the other kind: what the record says of it must hold for all of them
     if "chain" not in plain:
         return  # written before there was a chain: of the steps so far it could say nothing
-    groups: dict[str, Sums] = {"parameter": {}, "optimizer": {}, "method": {}}
+    groups: dict[str, Sums] = {"parameter": {}, "optimizer": {}, "method": {}, "buffer": {}}
     for key, tensor in tensors.items():
         kind, _, rest = key.partition("|")
         if rest:
@@ -312,6 +312,7 @@ def _restore(setup: Setup, state: State, optimizer) -> None:
             p.copy_(groups["parameter"][name])
     checkpoint.restore_optimizer(optimizer, setup.parameters, groups["optimizer"])
     setup.method.load_state_dict(groups["method"])
+    buffers.restore(setup.prepared.model, groups["buffer"])
     if not setup.secure_noise:
         setup.sampler.generator.set_state(tensors["sampler"])
         setup.mechanism.set_state(tensors["noise"])

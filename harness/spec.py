@@ -246,6 +246,9 @@ def _validate(spec: RunSpec) -> None:
         value = getattr(spec, key)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise BadInput(f"{key} must be a positive number, not {value}; correct it.")
+    for key in ("clip_norm", "epsilon"):
+        if getattr(spec, key) is None and registry.method(spec.method).private:
+            raise BadInput(f"{key} must be a positive number, not None: {spec.method} is private; give one.")
     for key in ("weight_decay", "momentum", "warmup_steps", "seed"):
         if not (math.isfinite(getattr(spec, key)) and getattr(spec, key) >= 0):
             raise BadInput(f"{key} must be zero or more, not {getattr(spec, key)}; correct it.")

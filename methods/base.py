@@ -85,7 +85,8 @@ class Method:
         """The loss of each example whose gradient is queried; default: the task's, at the present weights.
 
         It may be evaluated at other weights that are public or functions of releases, as often as wanted: whatever comes of
-        it, one example's gradient is clipped once.
+        it, one example's gradient is clipped once. Neither it nor the model may keep anything of the examples: the loop
+        compares the state of both around every step. What `decode` writes into a buffer of the model is a function of releases.
         """
         return loss
 

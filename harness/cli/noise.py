@@ -112,7 +112,10 @@ def _tails(epsilon, q, steps, delta, draws):
 
     found = []
     budgets = epsilon if isinstance(epsilon, list) else [epsilon]
-    sigmas = [fit(Wanted(e, delta, q, steps, NOISE_STREAM), "gaussian", "spherical", None, None).noise_multiplier for e in budgets]
+    sigmas = [
+        fit(Wanted(e, delta, q, steps, NOISE_STREAM), "gaussian", "spherical", None, None).noise_multiplier
+        for e in budgets
+    ]
     for way in libraries():
         with click.progressbar(length=draws, label=way.name, file=sys.stderr) as bar:
             seen, done = 0.0, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -26,12 +27,14 @@ class Engine:
 
     name: ClassVar[str]
     needs_per_example: ClassVar[bool] = True
+    batched: ClassVar[bool] = True  # several examples go through the model at once
 
     def __init__(
         self, model: nn.Module, loss: Loss, parameters: dict[str, nn.Parameter], clock, clipping: Clipping | None = None
     ):
         self.model, self.loss, self.parameters, self.clock = model, loss, parameters, clock
         self.clipping = clipping or FLAT
+        self.agreed = False  # whether examples of this engine have been compared with plain autograd
 
     def accumulate(
         self, batch: Batch, total: Sums, clip_norm: float, encodings: dict[str, Encoding]
@@ -42,6 +45,10 @@ class Engine:
         the largest of an example's groups times sqrt(K).
         """
         raise NotImplementedError
+
+    def plain(self) -> AbstractContextManager[None]:
+        """A context in which the model runs as if this engine were not there."""
+        return nullcontext()
 
     def close(self) -> None:
         """Take all hooks off the model."""

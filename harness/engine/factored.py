@@ -15,6 +15,7 @@ from dpft.harness.engine.agreement import agree
 from dpft.harness.engine.base import Engine, unused
 from dpft.harness.engine.clipping import overall
 from dpft.harness.engine.encoding import IDENTITY
+from dpft.harness.engine.hidden import refuse_parameter_hooks
 from dpft.harness.engine.pieces import Grams, Measured, Piece, absolute, charged, measured
 from dpft.harness.engine.rules import rule_for
 from dpft.harness.engine.taps import Recorder, Use
@@ -37,8 +38,8 @@ class FactoredEngine(Engine):
         super().__init__(model, loss, parameters, clock, clipping)
         self._recorder = Recorder(self._done, getattr(model, "views", 1))
         self._rules = {}
-        self._agreed = False
         self._groups = self.clipping.grouped(parameters)
+        refuse_parameter_hooks(parameters)
         names = {id(p): name for name, p in parameters.items()}
         layers = [
             (path, module, {own: names[id(p)] for own, p in module.named_parameters(recurse=False) if id(p) in names})
@@ -65,9 +66,9 @@ class FactoredEngine(Engine):
             for group in list(self._groups):
                 self._settle(group)
         done, self._pass = self._pass, None
-        if not self._agreed and len(losses) > 1 and has_values(losses):
+        if not self.agreed and len(losses) > 1 and has_values(losses):
             with uncounted():
-                self._agreed = agree(self, batch, encodings, losses, done.squares, done.half)
+                self.agreed = agree(self, batch, encodings, losses, done.squares, done.half)
         return losses, overall(done.norms)
 
     def close(self):

@@ -1,5 +1,7 @@
 """The engine on Opacus's grad samplers: per-example gradients by hooks, materialised."""
 
+from contextlib import contextmanager
+
 import torch
 
 from dpft.harness.engine.base import Engine, unused
@@ -18,7 +20,9 @@ class OpacusEngine(Engine):
         try:
             self.hooks = GradSampleHooks(model, loss_reduction="sum", strict=False)
         except Exception as error:
-            raise CannotRun(f"Opacus cannot hook this model ({error}); use --engine factored or reference.") from error
+            raise CannotRun(
+                f"Opacus cannot hook this model ({error}); mend what it names or use --engine factored."
+            ) from error
 
     def accumulate(self, batch, total, clip_norm, encodings):
         with self.clock("forward"):
@@ -41,8 +45,10 @@ class OpacusEngine(Engine):
         return losses.detach(), norms
 
     def _take(self, name, parameter, batch_size):
-        sample = getattr(parameter, "grad_sample", None)
+        sample, used = getattr(parameter, "grad_sample", None), parameter.grad is not None
         parameter.grad_sample = parameter.grad = None
+        if sample is None and used:
+            raise CannotRun(f"Opacus has no per-example gradients of {name}; freeze it or use --engine reference.")
         if sample is None:
             raise unused(name)
         views = getattr(self.model, "views", 1)
@@ -51,6 +57,14 @@ class OpacusEngine(Engine):
         if isinstance(sample, list) or len(sample) != batch_size:
             raise CannotRun(f"Opacus does not keep the examples of {name} apart; use --engine factored or reference.")
         return sample
+
+    @contextmanager
+    def plain(self):
+        self.hooks.disable_hooks()
+        try:
+            yield
+        finally:
+            self.hooks.enable_hooks()
 
     def close(self):
         self.hooks.cleanup()

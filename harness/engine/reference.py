@@ -9,6 +9,7 @@ class ReferenceEngine(Engine):
     """Runs every example on its own through autograd; supports every model, and is as slow as that sounds."""
 
     name = "reference"
+    batched = False
 
     def accumulate(self, batch, total, clip_norm, encodings):
         losses, norms = [], []

@@ -11,27 +11,37 @@ from torch.nn import functional as F
 
 from dpft.harness.engine.cost import cheaper_kept
 from dpft.harness.engine.encoding import Encoding
+from dpft.harness.engine.hidden import ordinary, refuse_hidden
 from dpft.harness.engine.pieces import EmbeddingPiece, KeptPiece, LinearPiece, Piece, RecomputedPiece
 from dpft.harness.engine.taps import Use
 from dpft.harness.errors import CannotRun
+from dpft.harness.values import has_values
 
 Rule = Callable[[list[Use], str, Encoding], Piece]
 
 
 def rule_for(path: str, module: nn.Module) -> Rule:
-    """The rule of a layer. Raises CannotRun, naming it, for a layer that is known to mix examples."""
+    """The rule of a layer. Raises CannotRun, naming it, for a layer that is known to mix examples or hides what it does."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         raise CannotRun(f"Layer {path} is a BatchNorm, which mixes examples; convert it to GroupNorm.")
+    rule = _by_type(module)
+    refuse_hidden(path, module, by_type=rule not in (_by_vmap, _recomputed))
+    return rule
+
+
+def _by_type(module: nn.Module) -> Rule:
     if isinstance(module, nn.Embedding):
         return _embedding
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and _plain(module):
+    if hasattr(module, "linear_factors"):
+        return _recomputed
+    if "forward" in vars(module):  # put on the instance: its type says nothing
+        return _by_vmap
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and _plain(module) and ordinary(module):
         return _convolution
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
         return _transposed_linear
     if type(module).__name__.endswith("RMSNorm") and [n for n, _ in module.named_parameters()] == ["weight"]:
         return _scale
-    if hasattr(module, "linear_factors"):
-        return _recomputed
     return _RULES.get(type(module), _by_vmap)
 
 
@@ -108,8 +118,12 @@ def _plain(module: nn.Conv1d | nn.Conv2d) -> bool:
 
 def _embedding(uses: list[Use], local: str, encoding: Encoding) -> Piece:
     module, name = uses[0].module, uses[0].owned[local]
-    if encoding.left is not None or module.max_norm is not None or module.scale_grad_by_freq:
-        raise CannotRun(f"Embedding {name} has max_norm, scale_grad_by_freq or a row encoding; use --engine reference.")
+    if module.max_norm is not None:
+        raise CannotRun(
+            f"Embedding {name} has max_norm, which rescales its rows as examples look them up; set max_norm=None."
+        )
+    if encoding.left is not None or module.scale_grad_by_freq:
+        raise CannotRun(f"Embedding {name} has scale_grad_by_freq or a row encoding; use --engine reference.")
     tokens = torch.cat([u.input.reshape(u.batch_size, -1) for u in uses], 1)
     gradients = encoding.columns(_joined([_rows(u.gradient) for u in uses]))
     if module.padding_idx is not None:  # autograd gives the padding row no gradient
@@ -133,7 +147,8 @@ def _group_norm(uses: list[Use], local: str, encoding: Encoding) -> Piece:
         if local == "weight":
             module, image = use.module, use.flat(use.input).to(gradient.dtype)
             gradient = F.group_norm(image, module.num_groups, eps=module.eps).mul_(gradient)
-        return gradient.flatten(2).sum(2).view(use.batch_size, -1, gradient.shape[1]).sum(1)
+        summed = gradient.reshape(*gradient.shape[:2], -1).sum(2)  # of an input [b, channels], too
+        return summed.view(use.batch_size, -1, gradient.shape[1]).sum(1)
 
     return KeptPiece(encoding.dense(_added(one, uses)))
 
@@ -158,6 +173,7 @@ def _by_vmap(uses: list[Use], local: str, encoding: Encoding) -> Piece:
 
     def one(use: Use) -> torch.Tensor:
         rows = [t.dim() > 0 and len(t) == use.batch_size for t in use.tensors]
+        doubtful = sum(rows) > 1  # another argument than the input may only happen to be as long as the batch
         tensors = [_wide(t) if t.is_floating_point() else t for t in use.tensors]
         weight = _wide(getattr(use.module, local).detach())
 
@@ -169,10 +185,16 @@ def _by_vmap(uses: list[Use], local: str, encoding: Encoding) -> Piece:
                 found = torch.func.functional_call(caller, {f"module.{local}": value})
                 return found if use.flattened else found[0]
 
-            return torch.func.vjp(output, weight)[1](gradient)[0]
+            found, derivative = torch.func.vjp(output, weight)
+            return derivative(gradient)[0], found if doubtful else None
 
         places = tuple(0 if row else None for row in rows)
-        return torch.func.vmap(gradient_of, (0, *places))(_wide(use.gradient), *tensors)
+        gradients, found = torch.func.vmap(gradient_of, (0, *places), (0, 0 if doubtful else None))(
+            _wide(use.gradient), *tensors
+        )
+        if doubtful:
+            _same_as_in_batch(use, found)
+        return gradients
 
     try:
         return KeptPiece(encoding.dense(_added(one, uses)))
@@ -183,6 +205,20 @@ def _by_vmap(uses: list[Use], local: str, encoding: Encoding) -> Piece:
             f"Layer {path} ({kind}) has no per-example gradient rule and cannot be vectorised ({reason}); freeze it or use "
             "--engine reference."
         ) from error
+
+
+@torch.no_grad()
+def _same_as_in_batch(use: Use, found: torch.Tensor) -> None:
+    """Raise CannotRun where the outputs of the examples alone are not those of the batch: an argument is not one per example."""
+    expected = _wide(use.call(use.module, tuple(use.flat(t) for t in use.tensors)))
+    found, half = _wide(use.flat(found)).view_as(expected), use.gradient.dtype in (torch.bfloat16, torch.float16)
+    allowed = (5e-2 if half else 1e-4) * expected.abs().max()
+    if has_values(found) and bool(((found - expected).abs() > allowed).any()):
+        raise CannotRun(
+            f"Layer {use.path} ({type(use.module).__name__}) takes an argument with {use.batch_size} rows for as many examples "
+            "that is not one row per example (a mask, say), so they cannot be told apart; give each example its own, freeze the "
+            "layer, or use --engine reference."
+        )
 
 
 class _Caller(nn.Module):

@@ -51,7 +51,9 @@ class Use:
     def call(self, module: nn.Module, tensors) -> torch.Tensor:
         """`module` on this call's arguments with other tensors in their places."""
         args, kwargs = pytree.tree_map_only(_Place, lambda place: tensors[place.index], self.arguments)
-        return module(*args, **kwargs)
+        return module.forward(
+            *args, **kwargs
+        )  # not its hooks: the arguments are those after them, the output that before
 
 
 class Recorder:
@@ -90,7 +92,8 @@ class Recorder:
                 return None
             return self._tapped(Use(path, module, owned, self.batch_size, flattened), args, kwargs, output)
 
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        # first: what other hooks make of the output is then a part of the model behind the tap
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
 
     @contextmanager
     def paused(self):
