@@ -10,6 +10,7 @@ from dpft.harness.audit.observe import Observation
 
 FAR = "sensitivity exceeds the clip norm"
 UNLIKE = "contributions are not the clipped gradients"
+FEW, DRAWS = 20, 20_000
 
 
 def checks(seen: Observation) -> list[Check]:
@@ -55,12 +56,20 @@ def _batches(member: numpy.ndarray, q: float) -> list[Check]:
 
 
 def _dispersion(counts: numpy.ndarray, trials: int, q: float) -> float:
-    """Two-sided p-value of the sum of squared deviations of independent Binomial(trials, q) counts, by a gamma of its moments."""
+    """Two-sided p-value of the sum of squared deviations of independent Binomial(trials, q) counts: by a gamma of its moments, of
+    FEW counts, whose sum is too coarse for one, by DRAWS of it (from a stream of its own)."""
     variance = trials * q * (1 - q)
     if variance == 0:
         return 1.0
-    excess = (1 - 6 * q * (1 - q)) / variance
     statistic = ((counts - trials * q) ** 2).sum() / variance
+    if len(counts) < FEW:
+        drawn = numpy.random.default_rng(0).binomial(trials, q, (DRAWS, len(counts)))
+        chance = ((drawn - trials * q) ** 2).sum(1) / variance
+        low, high = (
+            (1 + (side <= 0).sum()) / (1 + DRAWS) for side in (chance - statistic - 1e-9, statistic - chance - 1e-9)
+        )
+        return min(1.0, 2 * min(float(low), float(high)))
+    excess = (1 - 6 * q * (1 - q)) / variance
     mean, spread = len(counts), len(counts) * (2 + excess)
     gamma = stats.gamma(mean**2 / spread, scale=spread / mean)
     return min(1.0, 2 * min(gamma.cdf(statistic), gamma.sf(statistic)))

@@ -1,4 +1,4 @@
-"""Audits of correct methods, again and again with seeds of their own: do they alarm as rarely as is said, and are p-values valid?"""
+"""Audits of correct methods, again and again with seeds of their own: do they alarm as rarely as stated, are p-values valid?"""
 
 from __future__ import annotations
 
