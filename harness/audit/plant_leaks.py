@@ -94,8 +94,8 @@ def best_checkpoint() -> Iterator[None]:
     best: list = []
 
     def measuring(step_of):
-        def step(setup, state, optimizer):
-            row = step_of(setup, state, optimizer)
+        def step(setup, state, *rest):
+            row = step_of(setup, state, *rest)
             if row["loss"] is not None and (not best or row["loss"] < best[0]):
                 best[:] = [row["loss"], [p.detach().clone() for p in setup.parameters.values()]]
             return row

@@ -122,8 +122,8 @@ def early_stop() -> Iterator[None]:
     losses: list[float] = []
 
     def make(step_of):
-        def step(setup, state, optimizer):
-            row = step_of(setup, state, optimizer)
+        def step(setup, state, *rest):
+            row = step_of(setup, state, *rest)
             late = state.step > setup.spec.steps // 2 and losses and row["loss"] is not None
             if late and row["loss"] < losses[-1]:
                 state.step = setup.spec.steps - 1
