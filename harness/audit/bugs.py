@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from dpft.harness.audit import plant_clipping, plant_leaks, plant_noise, plant_sampling
 from dpft.harness.audit.batch_checks import FAR, UNLIKE
 from dpft.harness.audit.noise_checks import REPEATED
+from dpft.harness.audit.patches import unchecked
 
 
 @dataclass(frozen=True)
 class Bug:
-    """plant: a context in which the code has the bug; rings: the violation that must be found; changes: of the spec;
+    """wrong: a context in which the code has the bug; rings: the violation that must be found; changes: of the spec;
     method: in which it is planted."""
 
     name: str
     about: str
     rings: str
-    plant: Callable[[], contextlib.AbstractContextManager]
+    wrong: Callable[[], contextlib.AbstractContextManager]
     changes: dict[str, Any] = field(default_factory=dict)
     method: str = "dp-adam"
+
+    @contextlib.contextmanager
+    def plant(self) -> Iterator[None]:
+        """The code has the bug, and nothing but the audit looks for it."""
+        with unchecked(), self.wrong():
+            yield
 
 
 SMALL, TAIL = "noise too small", "noise has not the tail of a Gaussian"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -10,6 +11,7 @@ from unittest.mock import patch
 import torch
 
 from dpft.harness import loop
+from dpft.harness.engine import agreement
 from dpft.harness.mechanism import Mechanism
 
 Sums = dict[str, torch.Tensor]
@@ -21,17 +23,12 @@ def wrapped(owner: Any, name: str, make: Callable[[Callable], Callable]):
 
 
 @contextlib.contextmanager
-def in_steps(owner: Any, name: str, make: Callable[[Callable], Callable]) -> Iterator[None]:
-    """`wrapped`, but only while the gradients of a step are taken: a run that looks at its engine beforehand finds it in order."""
-
-    def around(accumulate):
-        def inside(*arguments):
-            with wrapped(owner, name, make):
-                return accumulate(*arguments)
-
-        return inside
-
-    with wrapped(loop, "_accumulate", around):
+def unchecked() -> Iterator[None]:
+    """Without the loop's own comparison of its engine with autograd, which would end many a run before an audit sees anything."""
+    with contextlib.ExitStack() as stack:
+        for owner, name in itertools.product((loop, agreement), ("check", "compare")):
+            if hasattr(owner, name):
+                stack.enter_context(patch.object(owner, name, lambda *_, **__: None))
         yield
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from dpft.harness.audit.patches import in_steps
+from dpft.harness.audit.patches import wrapped
 from dpft.harness.engine.base import RunningSums
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.engine.factored import FactoredEngine
@@ -16,7 +16,7 @@ def no_clip():
     def make(accumulate):
         return lambda self, batch, total, clip_norm, encodings: accumulate(self, batch, total, math.inf, encodings)
 
-    return in_steps(FactoredEngine, "accumulate", make)
+    return wrapped(FactoredEngine, "accumulate", make)
 
 
 def clip_after_sum():
@@ -33,7 +33,7 @@ def clip_after_sum():
 
         return clipped
 
-    return in_steps(FactoredEngine, "accumulate", make)
+    return wrapped(FactoredEngine, "accumulate", make)
 
 
 def _factors(instead):
@@ -44,7 +44,7 @@ def _factors(instead):
             lambda n, bound, k: factors(self, n, bound, k), norms, c, groups
         )
 
-    return in_steps(Clipping, "factors", make)
+    return wrapped(Clipping, "factors", make)
 
 
 def layer_clip():
