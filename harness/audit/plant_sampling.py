@@ -62,7 +62,8 @@ def capped():
 
     def make(accumulate):
         def cut(setup, indices, *rest):
-            return accumulate(setup, indices[: round(1.1 * setup.spec.batch_size)], *rest)
+            found = accumulate(setup, indices[: round(1.1 * setup.spec.batch_size)], *rest)
+            return tuple(torch.cat([part, part.new_zeros(len(indices) - len(part))]) for part in found)
 
         return cut
 
