@@ -78,7 +78,7 @@ def tallies(found: Sequence[Audit]) -> list[Tally]:
     """One for every check."""
     rows = []
     for number, check in enumerate(found[0].checks):
-        values = [one.checks[number].p_value for one in found]
+        values = [float(one.checks[number].p_value) for one in found]
         rows.append(
             Tally(
                 check.name,
