@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
-from dpft.harness.audit import bounds
+from dpft.harness.audit import batch_checks, bounds
 from dpft.harness.audit.checks import LEVEL, Check, alarms, run_checks
-from dpft.harness.audit.observe import observe
-from dpft.harness.audit.sensitivity import ROUNDING, Sensitivity, sensitivity
+from dpft.harness.audit.observe import Observation, observe
+from dpft.harness.audit.replay import Replay, replay
+from dpft.harness.audit.sensitivity import MATCH, ROUNDING, Sensitivity, sensitivity
 from dpft.harness.audit.subject import MOST, Question
 from dpft.harness.errors import BadInput, Diverged
 from dpft.harness.privacy import certify
+
+
+@dataclass(frozen=True)
+class Booking:
+    """Counts that must agree. steps: planned, taken and booked; releases: made and booked; batches: drawn; twice: the first step
+    in which an example was trained more than once, strangers: in which others were trained than were sampled, each or None;
+    unplanned: whether the ledger holds another rate or noise multiplier than the plan."""
+
+    planned: int
+    taken: int
+    booked: int
+    releases: int
+    releases_booked: int
+    batches: int
+    twice: int | None
+    strangers: int | None
+    unplanned: bool
+
+    @property
+    def violations(self) -> list[str]:
+        return [
+            *["releases that are not booked"] * (self.releases != self.releases_booked),
+            *["batches that are not booked"] * (self.batches != self.booked),
+            *["steps taken are not the planned ones"] * (self.taken != self.planned),
+            *["the ledger is not the certified plan"] * (self.unplanned or self.booked != self.planned),
+            *["an example is in a batch twice"] * (self.twice is not None),
+            *["other examples are trained than were sampled"] * (self.strangers is not None),
+        ]
 
 
 @dataclass(frozen=True)
@@ -20,7 +52,6 @@ class Audit:
     """certificate: upper epsilon of what was booked; bound: what the run shows at 95%; reachable: what it shows
     of a correct method whose averages come out exactly as expected.
 
-    departed: the first step whose weights did not follow from the releases, or None; unbooked: releases made less those booked;
     violations: what is wrong, in words.
     """
 
@@ -32,15 +63,10 @@ class Audit:
     checks: list[Check]
     alarms: list[str]
     sensitivity: Sensitivity
-    replayed: int
-    departed: int | None
-    unbooked: int
+    replay: Replay
+    booking: Booking
+    phases: int
     violations: list[str]
-
-    @property
-    def sensitivity_rang(self) -> bool:
-        """Whether an example moves a sum further than rounding allows."""
-        return self.sensitivity.worst > 1 + ROUNDING
 
     @property
     def verdict(self) -> str:
@@ -60,33 +86,23 @@ def audit(question: Question, progress: Callable[[str, int, int], None] = lambda
     if not question.canaries <= MOST:
         raise BadInput(f"This audit takes at most {MOST} canaries, not {question.canaries}; take fewer, or --one-run.")
     try:
-        seen = observe(question, lambda done, of: progress("training and replay", done, of))
-        moved = sensitivity(question, seen.spec, seen.privacy)
+        seen = observe(question, lambda done, of: progress("training", done, of))
+        replayed = replay(question, seen, lambda done: progress("replay", done, seen.steps))
+        moved = sensitivity(question, seen)
     except Diverged as problem:
         raise BadInput(f"The audited run diverged ({str(problem).rstrip('.')}), so it shows nothing.") from None
     progress("accounting", 0, 1)
-    certificate = certify(seen.events, seen.spec.delta, seen.spec.epsilon)
+    certificate = _certified(json.dumps(seen.events), seen.spec.delta, seen.spec.epsilon)
     if certificate["epsilon"] is None:
         raise BadInput(f"The run has no certificate to audit: {certificate['error']}")
-    bound, checks = bounds.measured(seen), run_checks(seen)
+    bound, checks, booking = bounds.measured(seen), run_checks(seen), _booking(seen)
     upper, rung = certificate["epsilon"][2], alarms(checks)
-    everywhere = seen.places < 0
-    reach = bounds.reachable(
-        seen.spec.steps,
-        seen.spec.delta,
-        seen.spec.epsilon,
-        seen.sampling_probability,
-        float(seen.noise_multiplier.mean()),
-        int(everywhere.sum()),
-        len(set(seen.places.tolist())),
-    )
-    unbooked = seen.releases - seen.events[-1]["step_to"]
     violations = [
         *["bound exceeds certificate"] * (bound.epsilon > upper),
         *(check.violation for check in rung),
-        *["releases that are not booked"] * (unbooked != 0),
-        *["sensitivity exceeds the clip norm"] * (moved.worst > 1 + ROUNDING),
-        *["weights do not follow from the releases"] * (seen.departed is not None),
+        *booking.violations,
+        *sensitivity_violations(moved, replayed),
+        *[f"{replayed.held} do not follow from the releases"] * (replayed.departed is not None),
     ]
     progress("accounting", 1, 1)
     return Audit(
@@ -94,12 +110,47 @@ def audit(question: Question, progress: Callable[[str, int, int], None] = lambda
         certificate=upper,
         noise_multiplier=float(seen.noise_multiplier.mean()),
         bound=bound,
-        reachable=reach,
+        reachable=bounds.within_reach(seen),
         checks=checks,
         alarms=[check.name for check in rung],
         sensitivity=moved,
-        replayed=seen.replayed,
-        departed=seen.departed,
-        unbooked=unbooked,
+        replay=replayed,
+        booking=booking,
+        phases=int(seen.phases.max()) + 1,
         violations=list(dict.fromkeys(violations)),
     )
+
+
+def sensitivity_violations(moved: Sensitivity, replayed: Replay) -> list[str]:
+    """What neighbouring batches show; none to compare is a fault unless the run cannot be replayed, which is one already."""
+    return [
+        *["no neighbouring batches can be compared"] * (moved.pairs == 0 and replayed.departed is None),
+        *[batch_checks.FAR] * (moved.worst > 1 + ROUNDING),
+        *[batch_checks.UNLIKE] * (moved.off > MATCH),
+    ]
+
+
+def _booking(seen: Observation) -> Booking:
+    twice = (seen.times > 1).any(1)
+    close = [
+        math.isclose(event["noise_multiplier"], seen.privacy.noise_multiplier, rel_tol=1e-9)
+        and event["sampling_probability"] == seen.privacy.sampling_probability
+        for event in seen.events
+    ]
+    return Booking(
+        planned=seen.spec.steps,
+        taken=seen.steps,
+        booked=seen.events[-1]["step_to"],
+        releases=seen.releases,
+        releases_booked=sum((e["step_to"] - e["step_from"]) * len(e["releases"]) for e in seen.events),
+        batches=seen.batches,
+        twice=int(twice.argmax()) if twice.any() else None,
+        strangers=seen.strangers,
+        unplanned=not all(close),
+    )
+
+
+@lru_cache(maxsize=64)
+def _certified(events: str, delta: float, target: float) -> dict[str, Any]:
+    """`certify`, once for all audits of one ledger."""
+    return certify(json.loads(events), delta, target)

@@ -34,29 +34,46 @@ def measured(seen: Observation) -> Bound:
     """The largest epsilon at delta that the run shows with CONFIDENCE, by parts.
 
     Clopper-Pearson for the sampling rate, Student's t for the mean contribution of a canary (those in the batch less those who
-    are not), chi-square for the noise along its direction; for canaries at all layers and at each layer, Bonferroni. Composed
+    are not), chi-square for the noise along its direction; for canaries far above the clip norm, at all layers and at each layer,
+    Bonferroni. Composed
     as T independent Poisson-sampled Gaussians, which the checks on noise and batches stand for.
     """
-    q = _rate(int(seen.member.sum()), seen.member.size)
-    kinds = [place for place in numpy.unique(seen.places) if (seen.places == place).any()]
+    drawn = seen.member[seen.sampled]
+    q = _rate(int(drawn.sum()), drawn.size)
+    kinds = numpy.unique(seen.places)
     wrong = (1 - CONFIDENCE - ON_RATE) / len(kinds) / 2
     found = []
     for place in kinds:
-        mine = seen.places == place
-        values, member = seen.seen[:, mine], seen.member[:, mine]
-        found.append((_effective(values[member], values[~member], wrong), int(place)))
+        chosen = seen.far & seen.sampled[:, None] & (seen.places == place)
+        inside, outside = seen.seen[chosen & seen.member], seen.seen[chosen & ~seen.member]
+        found.append((_effective(inside, outside, wrong), int(place)))
     sigma, place = min(found)
     return _composed(q, sigma, seen.spec.steps, seen.spec.delta, seen.spec.epsilon, place)
 
 
-def reachable(steps: int, delta: float, target: float, q: float, sigma: float, canaries: int, kinds: int) -> Bound:
-    """What `measured` says of a correct method whose every average is exactly what is expected: the most to hope for.
+def within_reach(seen: Observation) -> Bound:
+    """What `measured` says of a correct method with the canaries of this run whose every average is exactly what is expected."""
+    chosen = (seen.far & seen.sampled[:, None])[:, seen.places < 0]
+    return reachable(
+        seen.spec.steps,
+        seen.spec.delta,
+        seen.spec.epsilon,
+        seen.sampling_probability,
+        float(seen.noise_multiplier.mean()),
+        int(chosen.sum()),
+        len(numpy.unique(seen.places)),
+        seen.times[seen.sampled].size,
+    )
 
-    canaries: those that aim at all layers; kinds: groups of canaries that are tried.
-    """
-    drawn = canaries * steps
-    rate = _rate(round(q * drawn), drawn)
-    inside, outside = max(2, round(q * drawn)), max(2, round((1 - q) * drawn))
+
+def reachable(
+    steps: int, delta: float, target: float, q: float, sigma: float, values: int, kinds: int, flips: int | None = None
+) -> Bound:
+    """values: what is seen of those canaries that aim at all layers, over all steps; kinds: groups of canaries that are tried;
+    flips: coins that show the sampling rate, as many as values where it is not said."""
+    flips = values if flips is None else flips
+    rate = _rate(round(q * flips), flips)
+    inside, outside = max(2, round(q * values)), max(2, round((1 - q) * values))
     wrong = (1 - CONFIDENCE - ON_RATE) / kinds / 2
     gap = 1.0 - stats.t.isf(wrong, inside + outside - 2) * sigma * (1 / inside + 1 / outside) ** 0.5
     high = sigma * (outside / stats.chi2.ppf(wrong, outside)) ** 0.5
@@ -70,7 +87,7 @@ def _rate(included: int, drawn: int) -> float:
 
 def _effective(inside: numpy.ndarray, outside: numpy.ndarray, wrong: float) -> float:
     """Upper limit of noise over contribution, each wrong with probability `wrong`; infinite without a contribution."""
-    if len(outside) == 0:  # q = 1: nobody is ever absent, and noise has mean zero
+    if len(outside) == 0 and len(inside):  # q = 1: nobody is ever absent, and noise has mean zero
         outside = inside - inside.mean()
     if len(inside) < 2 or len(outside) < 2:
         return numpy.inf

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,110 +11,140 @@ import numpy
 import torch
 
 from dpft.harness import loop
-from dpft.harness.audit.subject import Question, aim, built, directions, train, watch
-from dpft.harness.errors import BadInput
+from dpft.harness.audit.directions import Directions, directions
+from dpft.harness.audit.noise import FEW, Noise, Notes
+from dpft.harness.audit.subject import Question, Watched, aim, built, fingerprints, train, watch
+from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.plan import PrivacyPlan
 from dpft.harness.spec import RunSpec
 
-SAMPLE = 512  # coordinates of each parameter whose noise is kept, to compare steps with each other
-REPLAYED = 1 << 28  # bytes of releases that are kept for the replay
+KEPT = 1 << 28  # bytes of releases that are kept for the replays
+FAR = 20.0  # clip norms: from there on a canary is one of those whose gradients are far above
 
 
 @dataclass
 class Observation:
-    """What one run showed. n canaries, T steps, P parameters.
+    """What one run showed. n canaries, T steps that were taken.
 
-    member: [T, n], who was in the batch; seen: [T, n], the release times the expected batch size along each canary's gradient, in
-    units of the clip norm; places: [n], the layer a canary aims at, -1 all of them.
-    sampling_probability, noise_multiplier [T]: of the gradient's release, as booked.
-    squares, counts: [T, P], sum and number of squared noise entries (units of the booked std) where no example of the batch has
-    a gradient. noise, quiet: [T, k], those entries at k coordinates that stay the same, and whether there was only noise.
-    repeated: the share of the first step's noise entries that occur twice. events: what was booked; releases: how many were made.
-    replayed: steps replayed without data; departed: the first after which the weights differ, or None.
+    phases: [T], the number of the phase; empty: the step whose batch was made empty, which says nothing of the sampler.
+    times: [T, n], how often each was trained in a step; strangers: the first step that did not train what was sampled, or None;
+    batches, releases: how many were drawn and made in all; events: what was booked.
+    places: [n], the layer a canary aims at, -1 all of them. seen: [T, n], the release times the expected batch size along each
+    canary's gradient, less what the others add, in clip norms; expected: [T, n], of those who are in the batch; norms: [T, n],
+    of their gradients, in clip norms, zero where a phase does not ask for what they aim at; spread: [T, 3], the squared lengths
+    of the sums of the directions of those far above the clip norm and in the batch, of the others in it, and of those absent.
+    sampling_probability, noise_multiplier [T]: of the gradient's release, as booked. noise: in units of it.
+    kept: releases for the replays, of the first steps; states: fingerprints after each step, and after the run's end.
     """
 
     spec: RunSpec
     privacy: PrivacyPlan
+    phases: numpy.ndarray
+    empty: int | None
+    times: numpy.ndarray
+    strangers: int | None
+    batches: int
+    releases: int
+    events: list[dict[str, Any]]
     places: numpy.ndarray
+    seen: numpy.ndarray
+    expected: numpy.ndarray
+    norms: numpy.ndarray
+    spread: numpy.ndarray
     sampling_probability: float
     noise_multiplier: numpy.ndarray
-    member: numpy.ndarray
-    seen: numpy.ndarray
-    squares: numpy.ndarray
-    counts: numpy.ndarray
-    noise: numpy.ndarray
-    quiet: numpy.ndarray
-    repeated: float
-    events: list[dict[str, Any]]
-    releases: int
-    replayed: int
-    departed: int | None
+    noise: Noise
+    kept: list[Any] = field(default_factory=list)
+    states: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)
+
+    @property
+    def member(self) -> numpy.ndarray:
+        """[T, n], who was in the batch."""
+        return self.times > 0
+
+    @property
+    def sampled(self) -> numpy.ndarray:
+        """[T], the steps whose batches are the sampler's."""
+        return numpy.arange(self.steps) != (-1 if self.empty is None else self.empty)
+
+    @property
+    def far(self) -> numpy.ndarray:
+        """[T, n], whose gradients are far above the clip norm: they add all of it when in the batch."""
+        return self.norms >= FAR
 
 
 @dataclass
-class _Notes:
+class _Diary:
     """What is written down step by step."""
 
-    member: list[numpy.ndarray] = field(default_factory=list)
-    seen: list[numpy.ndarray] = field(default_factory=list)
-    squares: list[list[float]] = field(default_factory=list)
-    counts: list[list[int]] = field(default_factory=list)
-    noise: list[numpy.ndarray] = field(default_factory=list)
-    quiet: list[numpy.ndarray] = field(default_factory=list)
-    releases: list[Any] = field(default_factory=list)
-    weights: list[str | None] = field(default_factory=list)
-    kept: int = 0
-    repeated: float = 0.0
+    columns: dict[str, list[Any]] = field(default_factory=lambda: {key: [] for key in _COLUMNS})
+    noise: Notes = field(default_factory=Notes)
+    kept: list[Any] = field(default_factory=list)
+    bytes: int = 0
+    strangers: int | None = None
+
+
+_COLUMNS = ("times", "seen", "expected", "norms", "spread")
 
 
 def observe(question: Question, progress: Callable[[int, int], None] = lambda done, of: None) -> Observation:
-    """Run the method once with its noise, then once without data on the releases of the first run. Raises BadInput."""
+    """Run the method once with its noise. Raises BadInput for what cannot be audited, and for a run that stops itself."""
     spec = question.spec()
     privacy = question.plan(spec)
-    notes = _Notes()
+    diary, states = _Diary(), []
     with built(question, spec, privacy) as setup:
         if setup.mechanism.noise.mechanism != "gaussian":
             raise BadInput(
                 f"The audit by canaries knows Gaussian noise, not {setup.mechanism.noise.mechanism!r}; use --one-run."
             )
-        if len(setup.method.phases()) > 1:
-            raise BadInput(
-                f"The audit by canaries follows one release shape, and {spec.method} has several phases; use --one-run."
-            )
-        places, picks = aim(setup), _Picks()
-        made = watch(setup, lambda batch, noisy, step: _note(setup, notes, picks, batch, noisy, step))
+        places, starts = aim(setup), setup.method.phases()
+        empty = _middle_of_the_longest(starts, spec.steps)
+        made = watch(setup, lambda seen, noisy, step: _note(setup, diary, seen, noisy, step), empty)
 
         def after(step, row):
-            notes.weights.append(_fingerprint(setup))
-            progress(step, 2 * spec.steps)
+            states.append(fingerprints(setup))
+            progress(step, spec.steps)
 
-        state = train(setup, after)
-    departed = _replay(question, spec, privacy, notes, lambda step: progress(spec.steps + step, 2 * spec.steps))
-    stacked = {
-        key: numpy.stack(getattr(notes, key)) for key in ("member", "seen", "squares", "counts", "noise", "quiet")
-    }
-    q, sigma = _booked(state.ledger.events, len(notes.member))
-    stacked["noise"] /= sigma[:, None]
-    stacked["squares"] /= sigma[:, None] ** 2
+        try:
+            state = train(setup, after)
+        except CannotRun as reason:
+            raise BadInput(f"The audited run stopped itself: {reason}") from None
+        states.append(fingerprints(setup))
+    steps = len(diary.columns["times"])
+    q, sigma = _booked(state.ledger.events, steps)
     return Observation(
         spec=spec,
         privacy=privacy,
+        phases=numpy.searchsorted(numpy.array(starts), numpy.arange(steps), side="right") - 1,
+        empty=empty if empty is not None and empty < steps else None,
+        strangers=diary.strangers,
+        batches=made.batches,
+        releases=made.releases,
+        events=state.ledger.events,
         places=places.numpy(),
         sampling_probability=q,
         noise_multiplier=sigma,
-        repeated=notes.repeated,
-        events=state.ledger.events,
-        releases=made["releases"],
-        replayed=len(notes.releases),
-        departed=departed,
-        **stacked,
+        noise=diary.noise.collected().rescaled(privacy.noise_multiplier / sigma),
+        kept=diary.kept,
+        states=states,
+        **{key: numpy.stack(rows) for key, rows in diary.columns.items()},
     )
+
+
+def _middle_of_the_longest(starts: tuple[int, ...], steps: int) -> int | None:
+    """The step in the middle of the longest phase; None where no phase has more than two."""
+    width, start = max((end - start, start) for start, end in zip(starts, (*starts[1:], steps), strict=True))
+    return start + width // 2 if width > 2 else None
 
 
 def _booked(events: list[dict[str, Any]], steps: int) -> tuple[float, numpy.ndarray]:
     """(sampling probability, noise multiplier [T] of the gradient's own release); the last one for steps that nobody booked.
 
-    Raises BadInput for several probabilities.
+    Raises BadInput for several probabilities, and where nothing is booked.
     """
     rates = {event["sampling_probability"] for event in events}
     if len(rates) != 1:
@@ -129,102 +158,41 @@ def _booked(events: list[dict[str, Any]], steps: int) -> tuple[float, numpy.ndar
     return rates.pop(), numpy.array(sigma[:steps] + sigma[-1:] * (steps - len(sigma)))
 
 
-class _Picks:
-    """Up to SAMPLE coordinates of each parameter, the same in every step, by a generator of their own."""
-
-    def __init__(self):
-        self._generator = torch.Generator().manual_seed(20)
-        self._chosen: dict[str, torch.Tensor] = {}
-
-    def of(self, name: str, size: int) -> torch.Tensor:
-        if name not in self._chosen:
-            order = torch.randperm(size, generator=self._generator)
-            self._chosen[name] = order[:SAMPLE]
-        return self._chosen[name]
-
-
-def _note(setup: loop.Setup, notes: _Notes, picks: _Picks, batch: list[int], noisy: Any, step: int) -> None:
+def _note(setup: loop.Setup, diary: _Diary, watched: Watched, noisy: Any, step: int) -> None:
     """Measure one release before it is decoded; it is left as it is."""
-    count, clip_norm = len(setup.prepared.train), setup.spec.clip_norm
-    units, norms = directions(setup, step, range(count))
-    member = numpy.zeros(count, dtype=bool)
-    member[batch] = True
-    release = {name: t.detach().flatten() * setup.spec.batch_size for name, t in noisy.tensors.items()}
-    flat = torch.cat(list(release.values())).to(units.dtype)
-    along = (units @ flat) / clip_norm
-    along -= _overlap(units, norms, torch.from_numpy(member), clip_norm)
-    noise, free = flat / clip_norm, units[member].abs().sum(0) == 0
-    if not notes.member:
-        notes.repeated = 1 - len(noise[free].abs().unique()) / max(1, int(free.sum()))
-    sizes = [len(t) for t in release.values()]
-    parts = zip(noise.split(sizes), free.split(sizes), strict=True)
-    notes.member.append(member)
-    notes.seen.append(along.double().numpy())
-    squares, counts, kept, quiet = [], [], [], []
-    for name, (values, mask) in zip(release, parts, strict=True):
-        squares.append(float(values[mask].double().square().sum()))
-        counts.append(int(mask.sum()))
-        chosen = picks.of(name, len(values))
-        kept.append((values * mask)[chosen])
-        quiet.append(mask[chosen])
-    notes.squares.append(squares)
-    notes.counts.append(counts)
-    notes.noise.append(torch.cat(kept).numpy())
-    notes.quiet.append(torch.cat(quiet).numpy())
-    if notes.kept < REPLAYED:
+    count, clip_norm, number = len(setup.prepared.train), setup.spec.clip_norm, len(diary.columns["times"])
+    found = directions(setup, step, range(count))
+    times = torch.zeros(count)
+    times.index_add_(0, torch.tensor(watched.trained, dtype=torch.long), torch.ones(len(watched.trained)))
+    if diary.strangers is None and sorted(watched.trained) != sorted(sum(watched.sampled, [])):
+        diary.strangers = number
+    flat = torch.cat([t.detach().flatten() for t in noisy.tensors.values()]).to(found.units.dtype)
+    flat = flat * (setup.spec.batch_size / clip_norm)
+    batch = times @ found.clipped
+    expected = found.expected
+    others = found.units @ batch - times * expected
+    rows = {
+        "times": times.to(torch.int64),
+        "seen": (found.units @ flat - others).double(),
+        "expected": expected.double(),
+        "norms": found.norms.double(),
+        "spread": _spread(found, times > 0),
+    }
+    for key, value in rows.items():
+        diary.columns[key].append(value.numpy())
+    quiet = found.units[times > 0].abs().sum(0) == 0
+    if quiet.sum() < FEW:  # an encoding spreads every gradient over all coordinates
+        flat, quiet = flat - batch, torch.ones_like(quiet)
+    sizes = {name: t.numel() for name, t in noisy.tensors.items()}
+    diary.noise.add(sizes, flat / setup.mechanism.noise_multiplier, quiet)
+    if diary.bytes < KEPT:
         copy = dataclasses.replace(noisy, tensors={name: t.clone() for name, t in noisy.tensors.items()})
-        notes.releases.append(copy)
-        notes.kept += sum(t.nbytes for t in copy.tensors.values())
+        diary.kept.append(copy)
+        diary.bytes += sum(t.nbytes for t in copy.tensors.values())
 
 
-def _overlap(units: torch.Tensor, norms: torch.Tensor, member: torch.Tensor, clip_norm: float) -> torch.Tensor:
-    """What the others of the batch have along each direction, in units of the clip norm: zero where encodings keep them apart."""
-    gram = units @ units[member].T
-    gram[member.nonzero().flatten(), torch.arange(int(member.sum()))] = 0
-    if not (gram.abs() > 1e-6).any():
-        return torch.zeros(len(units), dtype=units.dtype)
-    return gram @ (norms[member] / clip_norm).clamp_max(1.0)
-
-
-def _fingerprint(setup: loop.Setup) -> str:
-    digest = hashlib.sha256()
-    for p in setup.prepared.model.parameters():
-        digest.update(p.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-class _Enough(Exception):
-    """All releases that were kept have been replayed."""
-
-
-class _Departed(Exception):
-    """The weights of the replay differ."""
-
-
-def _replay(question: Question, spec: RunSpec, privacy: PrivacyPlan, notes: _Notes, done) -> int | None:
-    """Train again on empty batches, handing out the releases of the first run: weights that follow from them alone are equal,
-    bit for bit. Returns the first step after which they are not."""
-    releases, last = iter(notes.releases), 0
-    with built(question, spec, privacy) as setup:
-        aim(setup)
-        setup.sampler.sample = lambda: []
-        setup.mechanism.release = lambda total: next(releases)
-
-        def compare(step, row):
-            nonlocal last
-            done(step)
-            last = step
-            if _fingerprint(setup) != notes.weights[step - 1]:
-                raise _Departed
-            if step == len(notes.releases):
-                raise _Enough
-
-        try:
-            train(setup, compare)
-        except _Enough:
-            return None
-        except _Departed:
-            return last
-        except Exception:  # what it looked for beside the release was not there
-            return last + 1
-    return None
+def _spread(found: Directions, member: torch.Tensor) -> torch.Tensor:
+    """Squared lengths of sums of directions: the variance of the sum of what is seen along them, in noise variances."""
+    far = found.norms >= FAR
+    groups = (member & far, member & ~far, ~member)
+    return torch.stack([found.units[group].sum(0).double().square().sum() for group in groups])

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from dpft.harness.audit.audit import Audit
     from dpft.harness.audit.bounds import Bound
     from dpft.harness.audit.one_run import OneRun
+    from dpft.harness.audit.repeated import Repeated
 
 MARKERS = ("<!-- dpft audit: begin -->", "<!-- dpft audit: end -->")
 
@@ -19,7 +20,6 @@ def of_audit(found: Audit) -> str:
 
     from dpft.harness.audit.bounds import CONFIDENCE
     from dpft.harness.audit.checks import LEVEL
-    from dpft.harness.audit.sensitivity import PAIRS
 
     asked = found.question
     lines = [
@@ -30,20 +30,55 @@ def of_audit(found: Audit) -> str:
         f" (from q >= {found.bound.sampling_rate:.4f}, sigma <= {found.bound.noise_multiplier:.4f})",
         f"within reach       {_shown(found.reachable)}: what {asked.canaries} canaries and {asked.steps} steps show of a "
         "correct method when every average is exactly as expected",
-        f"sensitivity        {found.sensitivity.worst:.6f} C at most, over {PAIRS} pairs of neighbouring batches without noise",
+        f"sensitivity        {found.sensitivity.worst:.6f} C at most, over {found.sensitivity.pairs} pairs of neighbouring "
+        f"batches without noise{_by_phases(found)}",
+        f"contributions      {found.sensitivity.off:.2g} C at most from the clipped gradient (norm {found.sensitivity.of:.3g} C)",
         f"replay             {_replay(found)}",
+        f"booked             {_booking(found)}",
         f"p-values           alarms under {LEVEL:g}/{len(found.checks)}: {', '.join(found.alarms) or 'none'}",
         "",
     ]
-    rows = [[c.name, f"{c.observed:.4g}", f"{c.expected:g}", f"{c.p_value:.2g}"] for c in found.checks]
+    rows = [[c.name, f"{c.observed:.4g}", f"{c.expected:.4g}", f"{c.p_value:.2g}"] for c in found.checks]
     table = tabulate(rows, headers=["check", "observed", "expected", "p"], tablefmt="simple", disable_numparse=True)
     return "\n".join(lines) + table
 
 
+def _by_phases(found: Audit) -> str:
+    return f" in {found.phases} phases" if found.phases > 1 else ""
+
+
 def _replay(found: Audit) -> str:
-    if found.departed is not None:
-        return f"the weights after step {found.departed} do not follow from the releases"
-    return f"the weights of {found.replayed} steps follow from the releases alone, bit for bit"
+    again = found.replay
+    if again.departed is not None:
+        return f"the {again.held} {_when(found)} do not follow from the releases"
+    end = " and of the run's end" if again.ended else ""
+    return f"weights and buffers of {again.steps} steps{end} follow from the releases alone, bit for bit"
+
+
+def _when(found: Audit) -> str:
+    departed = found.replay.departed
+    return "at the run's end" if departed > found.booking.taken else f"after step {departed}"
+
+
+def _booking(found: Audit) -> str:
+    counts = found.booking
+    if not counts.violations:
+        return f"{counts.taken} steps as planned, a batch and {counts.releases // max(1, counts.taken)} release each"
+    return "; ".join(_faults(found))
+
+
+def _faults(found: Audit) -> list[str]:
+    """What does not agree, with its numbers."""
+    counts, missing = found.booking, found.booking.releases - found.booking.releases_booked
+    return [
+        *[f"{missing} releases not booked"] * (missing > 0),
+        *[f"{-missing} releases booked that were not seen"] * (missing < 0),
+        *[f"{counts.batches} batches drawn, {counts.booked} booked"] * (counts.batches != counts.booked),
+        *[f"{counts.taken} of {counts.planned} steps taken"] * (counts.taken != counts.planned),
+        *["ledger differs from the plan"] * (counts.unplanned or counts.booked != counts.planned),
+        *[f"an example twice (step {(counts.twice or 0) + 1})"] * (counts.twice is not None),
+        *[f"others trained than sampled (step {(counts.strangers or 0) + 1})"] * (counts.strangers is not None),
+    ]
 
 
 def _shown(bound: Bound) -> str:
@@ -68,6 +103,28 @@ def of_one_run(found: OneRun) -> str:
         for g in found.tried
     ]
     headers = ["guesses", "right", "2305.08846", "2410.22235"]
+    return "\n".join(lines) + tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
+
+
+def of_repeated(found: Repeated, methods: Sequence[str]) -> str:
+    """Audits accused, the interval of their rate, and how the p-values of every check are spread."""
+    from tabulate import tabulate
+
+    from dpft.harness.audit.checks import LEVEL
+    from dpft.harness.audit.repeated import CONFIDENCE, LOW
+
+    lines = [
+        f"{found.audits} audits of {', '.join(methods)}, each with a seed of its own: "
+        f"{'as stated' if found.as_stated else 'NOT AS STATED'}",
+        f"accused            {len(found.accused)}: rate {found.low:.2%} to {found.high:.2%} ({CONFIDENCE:.0%}, Clopper-Pearson); "
+        f"stated: at most {LEVEL:.0%}",
+        *(f"                   {method}, seed {seed}: {verdict}" for method, seed, verdict in found.accused),
+        "",
+    ]
+    rows = [
+        [c.name, c.alarms, c.low, f"{LOW * found.audits:.3g}", f"{c.least:.2g}", f"{c.valid:.2g}"] for c in found.checks
+    ]
+    headers = ["check", "alarms", f"p < {LOW:g}", "at most expected", "least p", "valid p-values: p"]
     return "\n".join(lines) + tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
 
 
@@ -97,14 +154,19 @@ def _cell(found: Audit) -> str:
 
 
 def _rang(found: Audit) -> str:
+    from dpft.harness.audit import batch_checks
+    from dpft.harness.audit.audit import sensitivity_violations
+
     rang = ["bound"] if "bound exceeds certificate" in found.violations else []
     rang += [f"{c.name} (p {_p(c.p_value)})" for c in found.checks if c.name in found.alarms]
-    if found.sensitivity_rang:
+    moved = sensitivity_violations(found.sensitivity, found.replay)
+    if batch_checks.FAR in moved:
         rang.append(f"sensitivity {found.sensitivity.worst:.4g} C")
-    if found.departed is not None:
-        rang.append(f"replay (step {found.departed})")
-    if found.unbooked:
-        rang.append(f"{found.unbooked} releases not booked")
+    elif moved:
+        rang.append(f"contribution {found.sensitivity.off:.2g} C off" if found.sensitivity.pairs else moved[0])
+    if found.replay.departed is not None:
+        rang.append(f"replay ({found.replay.held} {_when(found)})")
+    rang += _faults(found)
     return ", ".join(rang) or "nothing"
 
 

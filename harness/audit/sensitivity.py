@@ -1,4 +1,4 @@
-"""How far one example moves a release: the same batch with and without it, noise off, through the loop itself."""
+"""How far one example moves a release: the same batch with and without it, noise off, in every phase of the run that was seen."""
 
 from __future__ import annotations
 
@@ -6,68 +6,126 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 
-from dpft.harness.audit.subject import Question, aim, built, silent, train, watch
-from dpft.harness.plan import PrivacyPlan
-from dpft.harness.spec import RunSpec
+from dpft.harness.audit.directions import directions
+from dpft.harness.audit.observe import Observation
+from dpft.harness.audit.replay import Enough, hand_out
+from dpft.harness.audit.subject import Question, aim, built, near_canaries, train
 
-PAIRS = 16
+PAIRS = 24  # neighbouring batches of each phase that has so many steps
+LEAST = 8  # and of one that has fewer
 ROUNDING = 2e-5  # of an fp32 sum of some tens of clipped rows, times the batch size and divided by it again
+MATCH = 0.05  # clip norms: an engine in bf16 is off by one hundredth
+
+Pair = tuple[list[int], int]  # the others, ascending, and the one that comes and goes
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """worst: the largest distance of two neighbouring sums without noise, in clip norms; others: examples in that batch."""
+    """worst: the largest distance of two neighbouring sums without noise, in clip norms; others: examples in that batch.
+    off: the largest distance of what one example adds from its clipped gradient, in clip norms; of: that example's gradient
+    norm, in clip norms. pairs: how many were compared."""
 
     worst: float
     others: int
+    off: float
+    of: float
+    pairs: int
 
 
-def sensitivity(question: Question, spec: RunSpec, privacy: PrivacyPlan) -> Sensitivity:
-    """The largest of PAIRS neighbouring batches: from an empty one to about twice the expected size.
+def sensitivity(question: Question, seen: Observation) -> Sensitivity:
+    """The largest of some neighbouring batches of every phase: from an empty one to about twice the expected size.
 
-    Both batches of a pair meet the same step, hence the same encodings; weights stay where they are.
+    Both batches of a pair meet the state that the audited run had in that step: the recorded releases are handed out again.
+    Those who come and go have gradients of a tenth of the clip norm to far above.
     """
-    rng = random.Random(question.seed)
-    count = question.canaries
-    order = rng.sample(range(count), count)
-    batches, more = [], []
-    for pair in range(PAIRS):
-        one = order[pair % count]
-        size = min(count - 1, round(2 * spec.batch_size * pair / PAIRS))
-        others = sorted(rng.sample([i for i in range(count) if i != one], size))
-        batches.append(others)
-        more.append(sorted([*others, one]))
-    without, with_it = (_sums(question, spec, privacy, chosen) for chosen in (batches, more))
-    distances = [
-        (float((a.double() - b.double()).norm()) / spec.clip_norm, len(others))
-        for a, b, others in zip(with_it, without, batches, strict=True)
-    ]
-    return Sensitivity(*max(distances))
+    found = []
+    for pairs in _rounds(question, seen):
+        batches = {step: others for step, (others, _) in pairs.items()}
+        without, _ = _sums(question, seen, batches, {})
+        more = {step: sorted([*others, one]) for step, (others, one) in pairs.items()}
+        with_it, wanted = _sums(question, seen, more, {step: one for step, (_, one) in pairs.items()})
+        for step in sorted(without.keys() & with_it.keys()):
+            moved, (clipped, norm) = with_it[step] - without[step], wanted[step]
+            found.append((float(moved.norm()), len(batches[step]), float((moved - clipped).norm()), norm))
+    if not found:
+        return Sensitivity(0.0, 0, 0.0, 0.0, 0)
+    far, off = max(found), max(found, key=lambda pair: pair[2])
+    return Sensitivity(far[0], far[1], off[2], off[3], len(found))
 
 
-def _sums(question: Question, spec: RunSpec, privacy: PrivacyPlan, batches: list[list[int]]) -> list[torch.Tensor]:
-    """The releases of those batches times the expected batch size, without noise."""
-    still, plan = silent(spec, privacy, len(batches))
-    found: list[torch.Tensor] = []
+def _rounds(question: Question, seen: Observation) -> list[dict[int, Pair]]:
+    """Pairs by step, for as many replays as the shortest phase needs."""
+    rng, count = random.Random(question.seed), question.canaries
+    near = near_canaries(count)
+    rest = [i for i in range(count) if i not in near]
+    order = [one for both in zip(_cycled(near, rng, count), _cycled(rest, rng, count), strict=True) for one in both]
+    available = numpy.arange(min(seen.steps, len(seen.kept)))
+    phases = [[int(step) for step in available if seen.phases[step] == phase] for phase in numpy.unique(seen.phases)]
+    rounds: list[dict[int, Pair]] = []
+    made = 0
+    for steps in filter(None, phases):
+        wanted = min(PAIRS, max(LEAST, len(steps)))
+        for pair in range(wanted):
+            number, place = divmod(pair, len(steps))
+            rounds += [{}] * (number >= len(rounds))
+            step = steps[place * len(steps) // min(wanted, len(steps))] if wanted <= len(steps) else steps[place]
+            one = order[made % len(order)]
+            size = min(count - 1, round(2 * seen.spec.batch_size * pair / wanted))
+            others = sorted(rng.sample([i for i in range(count) if i != one], size))
+            rounds[number] = {**rounds[number], step: (others, one)}
+            made += 1
+    return rounds
 
-    def keep(batch, noisy, step):
-        found.append(torch.cat([t.detach().flatten() for t in noisy.tensors.values()]) * spec.batch_size)
-        return {name: torch.zeros_like(p) for name, p in setup.parameters.items()}
 
-    with built(question, still, plan) as setup:
+def _cycled(canaries: list[int], rng: random.Random, count: int) -> list[int]:
+    """`count` of them, each equally often, in random order; all norms come first."""
+    return [one for _ in range(count // len(canaries) + 1) for one in rng.sample(canaries, len(canaries))][:count]
+
+
+def _sums(
+    question: Question, seen: Observation, batches: dict[int, list[int]], ones: dict[int, int]
+) -> tuple[dict[int, torch.Tensor], dict[int, tuple[torch.Tensor, float]]]:
+    """By step, of those batches: the release without noise times the expected batch size, in clip norms (float64), and the
+    clipped gradient that `ones` are to add, and their gradient norms, in clip norms."""
+    spec, sums, clipped = seen.spec, {}, {}
+    with built(question, spec, seen.privacy) as setup:
         aim(setup)
-        _hush(setup.mechanism)
-        left = iter(batches)
-        setup.sampler.sample = lambda: next(left)
-        watch(setup, keep)
-        train(setup)
-    return found
+        noiseless = _noiseless(setup.mechanism)
+        steps = iter(range(seen.steps + 1))
+
+        def sampled() -> list[int]:
+            step = next(steps)
+            if step > max(batches):
+                raise Enough
+            return list(batches.get(step, []))
+
+        def look(clipped_sum: dict[str, torch.Tensor], step: int) -> None:
+            if step not in batches:
+                return
+            if step in ones:
+                found = directions(setup, step, [ones[step]])
+                clipped[step] = found.clipped[0].double(), float(found.norms[0])
+            tensors = noiseless(clipped_sum).tensors.values()
+            sums[step] = torch.cat([t.detach().flatten() for t in tensors]).double() * (
+                spec.batch_size / spec.clip_norm
+            )
+
+        setup.sampler.sample = sampled
+        hand_out(setup, seen, look)
+        try:
+            train(setup)
+        except Enough:
+            pass
+        except Exception:  # a run that does not follow from its releases may fail at any step; `replay` says so
+            pass
+    return sums, clipped
 
 
-def _hush(mechanism: Any) -> None:
-    """Make its releases noise-free; what it says of itself to the loop, which books it, stays."""
+def _noiseless(mechanism: Any):
+    """Its release with the noise turned off; what it says of itself to the loop, which books it, stays."""
     original, noise_multiplier = mechanism.release, mechanism.noise_multiplier
 
     def released(clipped_sum):
@@ -77,4 +135,4 @@ def _hush(mechanism: Any) -> None:
         finally:
             mechanism.noise_multiplier = noise_multiplier
 
-    mechanism.release = released
+    return released

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 
 from dpft.harness import loop, run
+from dpft.harness.audit.directions import directions
 from dpft.harness.errors import BadInput
 from dpft.harness.plan import PrivacyPlan, plan
 from dpft.harness.run_settings import Settings
@@ -19,7 +21,10 @@ from dpft.harness.spec import RunSpec, resolve
 
 MICROBATCH = 4  # canaries per microbatch, so that a step has several
 MOST = 256  # canaries of which every step's directions are computed
-TINY_LR = 1e-30  # weights stay where they are
+NEAR = (
+    0.1,
+    10.0,
+)  # clip norms: a quarter of the canaries have gradients of such norms, where clipping makes a difference
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ def built(question: Question, spec: RunSpec, privacy: PrivacyPlan) -> Iterator[l
 def aim(setup: loop.Setup) -> torch.Tensor:
     """Point a quarter of the canaries at one trained layer each and the others at all; returns the layer [canaries], -1: all.
 
-    A layer trains when a parameter inside it does: adapters are inside the layer they adapt.
+    A layer trains when a parameter inside it does: adapters are inside the layer they adapt. A quarter, of those that aim at all
+    layers, have gradients of norms evenly spread (in logarithm) over NEAR at the first step; the others are far above.
     """
     model = setup.prepared.model
     live = [i for i, site in enumerate(model.sites) if any(n.startswith(f"{site}.") for n in setup.parameters)]
@@ -96,32 +102,65 @@ def aim(setup: loop.Setup) -> torch.Tensor:
         single = torch.arange(3, count, 4)
         places[single] = torch.tensor(live)[torch.arange(len(single)) % len(live)]
         model.aims[single] *= torch.nn.functional.one_hot(places[single], len(model.sites)).to(model.aims.dtype)
+    near = near_canaries(count)
+    wanted = torch.logspace(*(math.log10(edge) for edge in NEAR), len(near), dtype=model.aims.dtype)
+    model.aims[near] *= (wanted / directions(setup, 0, near).norms.clamp_min(1e-30))[:, None]
     return places
 
 
-def watch(setup: loop.Setup, seen: Callable[[list[int], Any, int], Any]) -> Counter:
-    """Call `seen(batch, release, step)` with what the method is about to decode; a result that is not None is decoded instead.
+def near_canaries(count: int) -> list[int]:
+    """Those of `count` canaries whose gradients are about as large as the clip norm, in the order of their norms."""
+    return list(range(1, count, 4))
 
-    Every step's batch and release as they really are: the sampler's return value and the argument of `Method.decode`.
-    Returns a counter of the releases that the mechanism makes.
+
+@dataclass
+class Watched:
+    """What a run did, from outside of it. sampled: the batches drawn since the last decoded release; trained: examples whose
+    gradients are in the sum that was released last; releases, batches: how many were made and drawn in all."""
+
+    sampled: list[list[int]] = field(default_factory=list)
+    trained: list[int] = field(default_factory=list)
+    releases: int = 0
+    batches: int = 0
+
+
+def watch(setup: loop.Setup, seen: Callable[[Watched, Any, int], Any], empty: int | None = None) -> Watched:
+    """Call `seen(watched, release, step)` with what the method is about to decode, and with what was drawn and trained for it.
+
+    Batches and releases as they really are: the sampler's return value, what reaches the engine, the argument of
+    `Method.decode`. empty: the number of the draw, from 0, whose batch is replaced by an empty one; the sampler goes on as ever.
     """
     sample, decode, original = setup.sampler.sample, setup.method.decode, setup.mechanism.release
-    batches: list[list[int]] = []
-    made: Counter = Counter()
+    accumulate = setup.engine.accumulate
+    made = Watched()
+    parts: list[tuple[Any, list[int]]] = []  # running sums, and the examples that were added to each
+
+    def accumulated(batch, total, *rest):
+        parts.append((total, batch["canary"].tolist()))
+        return accumulate(batch, total, *rest)
 
     def released(clipped_sum):
-        made["releases"] += 1
+        made.releases += 1
+        summed = {t.data_ptr() for t in clipped_sum.values() if t.numel()}
+        own = [ids for total, ids in parts if summed & {t.data_ptr() for t in total.values() if t.numel()}]
+        # an engine that is compared with another one in the middle of a run adds to sums that nobody releases
+        made.trained = [one for ids in own for one in ids]
+        parts.clear()
         return original(clipped_sum)
 
     def sampled() -> list[int]:
-        batches[:] = [sample()]
-        return list(batches[0])
+        drawn = list(sample())
+        made.sampled.append([] if made.batches == empty else drawn)
+        made.batches += 1
+        return list(made.sampled[-1])
 
     def decoded(noisy, step):
-        instead = seen(batches[0], noisy, step)
+        instead = seen(made, noisy, step)
+        made.sampled.clear()
         return decode(noisy, step) if instead is None else instead
 
     setup.sampler.sample, setup.method.decode, setup.mechanism.release = sampled, decoded, released
+    setup.engine.accumulate = accumulated
     return made
 
 
@@ -132,54 +171,26 @@ def train(setup: loop.Setup, observe: loop.Observer | None = None) -> loop.State
     return state
 
 
-def silent(spec: RunSpec, privacy: PrivacyPlan, steps: int) -> tuple[RunSpec, PrivacyPlan]:
-    """The same run of `steps` steps with weights that stay where they are; its budget is not looked at."""
-    still = dataclasses.replace(
-        spec, steps=steps, eval_every=steps, lr=TINY_LR, weight_decay=0.0, schedule="constant", warmup_steps=0
-    )
-    return still, dataclasses.replace(privacy, epsilon_curve=[0.0] * (steps + 1))
-
-
-def encodings_of(setup: loop.Setup, step: int) -> dict[str, Any]:
-    """The encodings that the loop asks for in this step, by name."""
-    found = {name: setup.method.encoding(name, p, step) for name, p in setup.parameters.items()}
-    return {name: encoding for name, encoding in found.items() if encoding is not None}
-
-
-def directions(setup: loop.Setup, step: int, canaries: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(unit vectors [canaries, encoded coordinates], norms [canaries]) of their gradients at the present weights.
-
-    By torch.func on the model alone, fp32: no engine has a part in it.
-    """
-    from torch.func import functional_call, grad, vmap
-
+def fingerprints(setup: loop.Setup) -> dict[str, str]:
+    """SHA-256 of the model's parameters (`weights`) and of whatever else it holds (`buffers`, also those that are not saved)."""
     model = setup.prepared.model
-    parameters = {name: p.detach() for name, p in setup.parameters.items()}
-    rest = {n: t for n, t in (*model.named_parameters(), *model.named_buffers()) if n not in parameters}
-
-    def loss(values, canary):
-        batch = {"canary": canary[None], "weight": torch.ones(1)}
-        return functional_call(model, (values, rest), (), batch).sum()
-
-    index = torch.as_tensor(list(canaries))
-    with _unhooked(model):
-        gradients = vmap(grad(loss), in_dims=(None, 0))(parameters, index)
-    encodings = encodings_of(setup, step)
-    rows = [encodings[n].dense(g) if n in encodings else g for n, g in gradients.items()]
-    flat = torch.cat([row.reshape(len(index), -1) for row in rows], 1)
-    norms = flat.norm(dim=1)
-    return flat / norms.clamp_min(1e-30)[:, None], norms
+    held = {
+        "weights": list(model.named_parameters()),
+        "buffers": [
+            *model.named_buffers(),
+            *((k, v) for k, v in model.state_dict().items() if k.endswith("_extra_state")),
+        ],
+    }
+    return {kind: _digest(tensors) for kind, tensors in held.items()}
 
 
-@contextlib.contextmanager
-def _unhooked(model: torch.nn.Module) -> Iterator[None]:
-    """Without the hooks that an engine has put on the model: they are part of what is audited."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    kept = [(module, kind, getattr(module, kind)) for module in model.modules() for kind in kinds]
-    try:
-        for module, kind, hooks in kept:
-            setattr(module, kind, type(hooks)())
-        yield
-    finally:
-        for module, kind, hooks in kept:
-            setattr(module, kind, hooks)
+def _digest(tensors: list[tuple[str, Any]]) -> str:
+    digest = hashlib.sha256()
+    for name, value in tensors:
+        digest.update(name.encode())
+        if torch.is_tensor(value):
+            value = value.detach().contiguous().flatten().view(torch.uint8) if value.numel() else value.detach()
+            digest.update(numpy.ascontiguousarray(value.numpy()).tobytes())
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()

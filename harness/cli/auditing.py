@@ -24,21 +24,29 @@ from dpft.harness.errors import BadInput
     "--set", "changes", multiple=True, callback=pairs, metavar="KEY=VALUE", help="Any setting of `dpft run --set`."
 )
 @click.option("--one-run", is_flag=True, help="Black box: guess from the final losses who was in the data.")
+@click.option(
+    "--repeat",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Audit METHOD,... N times each, by seeds from --seed: false alarms.",
+)
 @click.option("--planted", is_flag=True, help="Audit known bugs, planted in the code, and print the table.")
 @click.option("--only", help="Of --planted: names of bugs, separated by commas.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Markdown file with markers for the table.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when --output is not up to date.")
 @click.option("--quiet", is_flag=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def audit(method, one_run, planted, only, output, check, quiet, as_json, **asked):
-    """Attack METHOD as it really runs: a lower bound on epsilon, and checks of noise, sensitivity and sampling.
+def audit(method, one_run, repeat, planted, only, output, check, quiet, as_json, **asked):
+    """Attack METHOD as it really runs: a lower bound on epsilon, and checks of noise, sensitivity, sampling and leaks.
 
-    Exit code 1 when what is seen contradicts the certificate.
+    Exit code 1 when what is seen contradicts the certificate (with --repeat: when false alarms are too many).
     """
     if planted == (method is not None):
         raise BadInput("Name one method to audit (`dpft list methods`), or give --planted for the table of bugs.")
     if (output is not None or check or only) and not planted:
         raise BadInput("-o, --check and --only belong to --planted; leave them out, or add it.")
+    if repeat is not None and (planted or one_run):
+        raise BadInput("--repeat repeats audits by canaries; leave out --planted and --one-run.")
     if check and output is None:
         raise BadInput("--check needs a file to compare with; give it with -o.")
     from dpft.harness import engine as engines
@@ -48,6 +56,10 @@ def audit(method, one_run, planted, only, output, check, quiet, as_json, **asked
 
     if asked["engine"] not in engines.NAMES:
         raise unknown("engine", asked["engine"], engines.NAMES)
+    if repeat is not None:
+        return _repeated(
+            Question(method="", **asked), [name.strip() for name in method.split(",")], repeat, quiet, as_json
+        )
     question = Question(method=method or "dp-adam", **asked)
     progress = report.progress_line(quiet)
     if planted:
@@ -64,6 +76,29 @@ def audit(method, one_run, planted, only, output, check, quiet, as_json, **asked
         text = report.of_audit(found)
     click.echo(json.dumps(found.to_dict(), indent=1, allow_nan=False) if as_json else text)
     return 0 if found.verdict == "consistent" else 1
+
+
+def _repeated(question, methods, times, quiet, as_json):
+    """How often correct methods alarm; exit code 1 when the stated level or the validity of p-values is contradicted."""
+    from dpft.harness.audit import repeated, report
+
+    for asked in repeated.questions(question, methods, 1):
+        asked.spec()  # a name that is unknown is found before the first audit
+    done = 0
+
+    def progress(asked, found):
+        nonlocal done
+        done += 1
+        if not quiet and (found.violations or done % 10 == 0 or done == times * len(methods)):
+            click.echo(
+                f"    {done}/{times * len(methods)}: {asked.method}, seed {asked.seed}: {found.verdict}", err=True
+            )
+
+    found = repeated.repeated(question, methods, times, progress)
+    click.echo(
+        json.dumps(found.to_dict(), indent=1, allow_nan=False) if as_json else report.of_repeated(found, methods)
+    )
+    return 0 if found.as_stated else 1
 
 
 def _planted(question, only, output, check, quiet, as_json):

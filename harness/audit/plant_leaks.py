@@ -1,0 +1,141 @@
+"""Contexts in which something beside the releases decides what the run ends with, each in one way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from dpft.harness import loop
+from dpft.harness.audit.patches import batches, released, wrapped
+from dpft.methods.full import DPAdam
+from dpft.methods.grape import DPGRAPE
+
+
+@contextlib.contextmanager
+def _from_clean(decide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """What becomes of a release depends on the clipped sum before its noise."""
+    clean: dict[str, torch.Tensor] = {}
+
+    def around(ask, mechanism, clipped_sum):
+        clean.update({name: t.clone() for name, t in clipped_sum.items()})
+        return ask(clipped_sum)
+
+    def decoding(decode):
+        def decoded(self, noisy, step):
+            return {name: t * decide(t, clean[name]) for name, t in decode(self, noisy, step).items()}
+
+        return decoded
+
+    with released(around), wrapped(DPAdam, "decode", decoding):
+        yield
+
+
+def mask():
+    return _from_clean(lambda noisy, clean: (clean.abs() > clean.abs().mean()).to(noisy.dtype))
+
+
+def clean_decoder():
+    return _from_clean(lambda noisy, clean: (noisy.sign() * clean.sign() >= 0).to(noisy.dtype))
+
+
+@contextlib.contextmanager
+def clean_projection() -> Iterator[None]:
+    """The random projection of a step is drawn from a seed that is a function of the last step's clean sum."""
+    clean = [0]
+
+    def around(ask, mechanism, clipped_sum):
+        clean[0] = int(1e6 * sum(float(t.abs().sum()) for t in clipped_sum.values()))
+        return ask(clipped_sum)
+
+    def drawing(subspace):
+        def drawn(self, name, step, device):
+            self._seed = clean[0]
+            return subspace(self, name, step, device)
+
+        return drawn
+
+    with released(around), wrapped(DPGRAPE, "_subspace", drawing):
+        yield
+
+
+@contextlib.contextmanager
+def kept_losses() -> Iterator[None]:
+    """The loss that the method asks for keeps what it saw, and the size of the next update follows it."""
+    kept = [0.0]
+
+    def asking(objective):
+        def asked(self, loss):
+            inner = objective(self, loss)
+
+            def keeping(model, batch):
+                losses = inner(model, batch)
+                kept[0] = float(losses.detach().mean())
+                return losses
+
+            return keeping
+
+        return asked
+
+    def decoding(decode):
+        def decoded(self, noisy, step):
+            return {name: t * (1.0 if kept[0] > 0 else 0.5) for name, t in decode(self, noisy, step).items()}
+
+        return decoded
+
+    with wrapped(DPAdam, "objective", asking), wrapped(DPAdam, "decode", decoding):
+        yield
+
+
+@contextlib.contextmanager
+def best_checkpoint() -> Iterator[None]:
+    """At the end the weights of the step with the least training loss are put back."""
+    best: list = []
+
+    def measuring(step_of):
+        def step(setup, state, *rest):
+            row = step_of(setup, state, *rest)
+            if row["loss"] is not None and (not best or row["loss"] < best[0]):
+                best[:] = [row["loss"], [p.detach().clone() for p in setup.parameters.values()]]
+            return row
+
+        return step
+
+    def ending(finish):
+        def finished(setup, state):
+            if best:
+                with torch.no_grad():
+                    for p, kept in zip(setup.parameters.values(), best[1], strict=True):
+                        p.copy_(kept)
+            best.clear()
+            return finish(setup, state)
+
+        return finished
+
+    with wrapped(loop, "_measured_step", measuring), wrapped(loop, "finish", ending):
+        yield
+
+
+@contextlib.contextmanager
+def membership_buffer() -> Iterator[None]:
+    """A buffer of the trained model, which `state_dict` leaves out, counts who was in the batches."""
+    turns: dict[int, int] = {}
+
+    def count(indices):
+        for index in indices:
+            turns[index] = turns.get(index, 0) + 1
+
+    def ending(finish):
+        def finished(setup, state):
+            seen = torch.zeros(len(setup.prepared.train))
+            for index, number in turns.items():
+                seen[index] = number
+            turns.clear()
+            setup.prepared.model.register_buffer("turns", seen, persistent=False)
+            return finish(setup, state)
+
+        return finished
+
+    with batches(count), wrapped(loop, "finish", ending):
+        yield
