@@ -13,7 +13,7 @@ from dpft.harness.audit import guessing
 from dpft.harness.audit.bounds import CONFIDENCE
 from dpft.harness.audit.subject import Question, built, train
 from dpft.harness.errors import BadInput, Diverged
-from dpft.harness.mechanism import stream
+from dpft.harness.noise import stream
 from dpft.harness.privacy import certify
 
 SHARES = (0.05, 0.125, 0.25, 0.5, 1.0)  # of the canaries that are guessed; the bounds pay for trying all of them
@@ -77,7 +77,7 @@ def one_run(question: Question, progress: Callable[[str, int, int], None] = lamb
             raise BadInput(f"The audited run diverged ({str(problem).rstrip('.')}), so it shows nothing.") from None
         scores = (before - _losses(setup, everyone)) / setup.prepared.model.aims[:, -1]
         gaussian = setup.mechanism.noise.mechanism == "gaussian"
-    certificate = certify(state.ledger.events, spec.delta, spec.epsilon)
+    certificate = certify(state.ledger.events, spec.delta, spec.epsilon, spec.noise_stream)
     if certificate["epsilon"] is None:
         raise BadInput(f"The run has no certificate to audit: {certificate['error']}")
     order = torch.argsort(scores, descending=True)
