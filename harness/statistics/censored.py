@@ -1,4 +1,7 @@
-"""Steps and epsilon to a threshold, where a run that never got there counts as infinitely late, not as absent."""
+"""Steps and epsilon to a threshold, where a run that never got there counts as infinitely late, not as absent.
+
+A run of which the evaluations cannot tell (harness/thresholds.py) is None: neither late nor absent.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +29,33 @@ def to_threshold(
     epsilons: Sequence[float | None],
     target: float,
     higher_is_better: bool = True,
-) -> Reached:
-    """Where one curve reaches `target` (rule: harness/thresholds.py). The three sequences have one entry per evaluation."""
+) -> Reached | None:
+    """Where one curve reaches `target` (rule: harness/thresholds.py); None where its evaluations cannot tell.
+
+    The three sequences have one entry per evaluation.
+    """
     hit = crossing(steps, values, target, higher_is_better)
+    if not hit.known:
+        return None
     if hit.step is None:
         return Reached(math.inf, None)
     return Reached(float(hit.step), epsilons[list(steps).index(hit.step)])
 
 
-def median_reached(found: Sequence[Reached]) -> Reached:
-    """The upper median by step: infinite as soon as half of the runs are censored, so that failures are not hidden."""
+def median_reached(found: Sequence[Reached | None]) -> Reached | None:
+    """The upper median by step: infinite as soon as half of the runs are censored, so that failures are not hidden.
+
+    None where it depends on runs that are unknown: it must be the same whether all of these came first or never.
+    """
     if not found:
         raise BadInput("A median needs at least one run; make some with `dpft run`.")
-    return sorted(found, key=lambda one: one.step)[len(found) // 2]
+    known = sorted((one for one in found if one is not None), key=lambda one: one.step)
+    middle, unknown = len(found) // 2, len(found) - len(known)
+    if not unknown:
+        return known[middle]
+    late, early = middle, middle - unknown
+    told = early >= 0 and late < len(known) and known[late].step == known[early].step
+    return known[late] if told else None
 
 
 def win_probability(first: Sequence[float], second: Sequence[float]) -> float:
