@@ -23,10 +23,10 @@ HINT = {"golden": "give it with --golden", "quality": "give it without --golden"
 class Run:
     """One finished run.
 
-    final: the metric on the whole validation split; steps_to_threshold: None when not reached or not known, `censored` says which
-    (None: not known, as in runs made by rule 1, which cannot tell the two apart, harness/thresholds.py); step_s: median seconds of a step,
-    None where too few were timed; peak_bytes; made_with: versions of the key packages and fingerprints of data and model;
-    hardware: machine and settings, which only time and memory depend on.
+    final: the metric on the whole validation split; steps_to_threshold: None when not reached, or when that is not known;
+    censored: whether it is known not to be reached (None: not known, as by rule 1 of harness/thresholds.py, which cannot tell the
+    two apart); step_s: median seconds of a step, None where too few were timed; peak_bytes; made_with: versions of the key
+    packages and fingerprints of data and model; hardware: machine and settings, which only time and memory depend on.
     """
 
     final: float

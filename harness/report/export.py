@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.report.reading import Curves
-from dpft.harness.report.tables import target_of
+from dpft.harness.report.tables import certified, target_of
 from dpft.harness.report.views import Group, hardware
 from dpft.harness.store import atomic
 
@@ -43,12 +43,11 @@ def csv(records: list[dict[str, Any]], groups: list[Group], curves: Curves, publ
 
 def _line(record: dict[str, Any], reached: dict[str, Any], public: bool) -> dict[str, Any]:
     privacy, result, cost = (record[section] or {} for section in ("privacy", "result", "cost"))
-    upper = (privacy.get("epsilon") or [None] * 3)[2]
     line = {
         "run_id": record["run_id"],
         "status": record["status"],
         **{k: json.dumps(v, sort_keys=True) if isinstance(v, dict) else v for k, v in record["spec"].items()},
-        "certified_epsilon": upper,
+        "certified_epsilon": certified(record),
         "certified_delta": privacy.get("delta"),
         "noise_multiplier": privacy.get("noise_multiplier"),
         "sampling_probability": privacy.get("sampling_probability"),

@@ -126,8 +126,8 @@ READING = (
     f"not cover the choice of learning rates. Interval: bootstrap; in parentheses, below {st.FEWEST} seeds, only their "
     "range. Detectable: the true difference that this test shows with power 80% at level 5% divided by the number of methods "
     f"(Holm's first step), simulated with {st.SIMULATED:,} sets of normal differences of the spread seen; none where that "
-    "many seeds cannot reach the level whatever the data. P(earlier): that a run reaches the threshold in fewer steps than one of the "
-    "baseline, ties half, runs that do not reach it infinitely late; – where the evaluations cannot tell."
+    "many seeds cannot reach the level whatever the data. P(earlier): that a run reaches the threshold in fewer steps than one "
+    "of the baseline, ties half, runs that do not reach it infinitely late; – where the evaluations cannot tell."
 )
 
 

@@ -29,8 +29,9 @@ def comparison(group: Group, curves: Curves, public: bool = False) -> list[Part]
         for rank, name, row in zip(group.ranks, group.names, group.rows, strict=True)
     ]
     parts: list[Part] = [f"### {group.title}", Table(cells)]
-    if group.private:
-        parts.append(_budget([r["privacy"] for row in group.private for r in row.records], group.view.steps_free))
+    privacies = [r["privacy"] for row in group.private for r in row.records if r["privacy"] and not r.get("rejected")]
+    if privacies:
+        parts.append(_budget(privacies, group.view.steps_free))
     if group.matched is not None:
         parts.append(group.matched)
     if group.left_out:
@@ -89,14 +90,14 @@ def measure_of(rows: Sequence[Row]) -> list[Row]:
 
 
 def _cells(row: Row, group: Group, curves: Curves, target: Target | None, public: bool) -> dict[str, str]:
-    records, privacy = row.records, row.records[0]["privacy"]
-    uppers = [r["privacy"]["epsilon"][2] for r in records if r["privacy"] and r["privacy"]["epsilon"]]
+    records = row.records
+    uppers = [upper for r in records if (upper := certified(r)) is not None]
     steps, spent = _steps(row, curves, target)
     cut = mean_cut(row)
     cells = {
         "trainable": f"{records[0]['cost']['trainable_parameters']:,}",
-        "ε [certified upper]": f"{max(uppers):.3f}" if uppers else "∞" if privacy is None else "not certified",
-        "σ": f"{privacy['noise_multiplier']:.3f}" if privacy else "0",
+        "ε [certified upper]": f"{max(uppers):.3f}" if uppers else "not certified" if row.private else "∞",
+        "σ": _noise(records[0]) if row.private else "0",
         f"final {group.result['metric']}": spread([r["result"]["final"] for r in records]),
     }
     if cut is not None:
@@ -122,7 +123,19 @@ def _steps(row: Row, curves: Curves, target: Target | None) -> tuple[str, str]:
     if found.step == float("inf"):
         cut = mean_cut(row)
         return f"> {row.spec['steps'] if cut is None else cut[0]:g}", "–"
-    return f"{found.step:g}", "∞" if not row.private else f"{found.epsilon:.2f}"
+    spent = "–" if found.epsilon is None else f"{found.epsilon:.2f}"
+    return f"{found.step:g}", spent if row.private else "∞"
+
+
+def certified(record: dict[str, Any]) -> float | None:
+    """The certified upper epsilon of a run; None where there is none, or the record of one that does not verify is malformed."""
+    values = record["privacy"].get("epsilon") if isinstance(record["privacy"], dict) else None
+    return values[2] if isinstance(values, list) and len(values) == 3 and isinstance(values[2], (int, float)) else None
+
+
+def _noise(record: dict[str, Any]) -> str:
+    value = record["privacy"].get("noise_multiplier") if isinstance(record["privacy"], dict) else None
+    return f"{value:.3f}" if isinstance(value, (int, float)) else "–"
 
 
 def _accountants(privacies: list[dict[str, Any]]) -> str:

@@ -127,9 +127,9 @@ def critical_shifts(n: int, rejecting: int) -> np.ndarray:
     """For SIMULATED sets of `n` standard normal differences the shift above which the sign-flip test rejects; sorted.
 
     rejecting: how many of the sign patterns may have a mean as large as the one observed, itself among them. Flipping the signs
-    of the set F of z + d raises the mean unless d > -mean(z over F): so all patterns are compared at once, for every shift, and the
-    test rejects exactly above the `rejecting`-th largest of -mean(z over F), F not empty. Above 12 pairs F is drawn at random,
-    as in `sign_flip`. Seeded: the same figures every time.
+    of the set F of z + d raises the mean unless d > -mean(z over F): so all patterns are compared at once, for every shift, and
+    the test rejects exactly above the `rejecting`-th largest of -mean(z over F), F not empty. Above 12 pairs F is drawn at
+    random, as in `sign_flip`. Seeded: the same figures every time.
     """
     rng = np.random.default_rng(0)
     if n <= EXACT_UP_TO:

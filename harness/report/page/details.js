@@ -4,7 +4,7 @@ let opened = 0; // counts openings, so that a slow block never overwrites a late
 
 function openRow(row) {
   byId("details-title").textContent = `${row.name}, ${row.task}`;
-  byId("seeds").replaceChildren(...row.runs.map((position, i) =>
+  byId("seeds").replaceChildren(...row.positions.map((position, i) =>
     make("button", { type: "button", text: `seed ${row.seed_of[i]}`, "aria-pressed": String(i === 0), onclick: () => showRun(row, i) })));
   byId("details-body").replaceChildren(make("p", { class: "quiet", text: "Unpacking …" }));
   byId("details").showModal();
