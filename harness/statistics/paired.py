@@ -37,8 +37,8 @@ class Comparison:
     """One method against a baseline over the seeds that both have.
 
     difference: mean of method minus baseline; interval: of it (None with too few seeds); std: of the paired differences
-    (ddof 1, None with one seed); adjusted: Holm's p over the methods compared; detectable: the smallest detectable difference,
-    infinite where these seeds can show none; wins: probability that the method is better on a seed, ties half.
+    (ddof 1, None with one seed); adjusted: Holm's p over the methods compared; holm_level: the level divided by their number, which Holm
+    asks of the smallest p; wins: probability that the method is better on a seed, ties half.
     verdict: `better`, `worse`, `no difference shown`, or `cannot tell with ...` where no data could have been significant.
     """
 
@@ -50,9 +50,14 @@ class Comparison:
     p: float
     adjusted: float
     exact: bool
-    detectable: float
+    holm_level: float
     wins: float
     verdict: str
+
+    @property
+    def detectable(self) -> float:
+        """The smallest detectable difference at `holm_level`, infinite where these seeds can show none."""
+        return math.inf if self.std is None else detectable_difference(self.std, len(self.seeds), self.holm_level)
 
 
 def smallest_p(n: int, alternative: Alternative = "two-sided") -> float:
@@ -182,7 +187,7 @@ def compare(
             p=tests[name].p,
             adjusted=adjusted[name],
             exact=tests[name].exact,
-            detectable=math.inf if std is None else detectable_difference(std, len(x), level / len(pairs)),
+            holm_level=level / len(pairs),
             wins=float(np.mean((signed > 0) + 0.5 * (signed == 0))),
             verdict=_verdict(gain, adjusted[name], tests[name].smallest, floors[name], len(x), len(pairs), level),
         )

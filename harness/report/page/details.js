@@ -15,7 +15,7 @@ function openRow(row) {
 async function showRun(row, i) {
   const mine = (opened += 1);
   [...byId("seeds").children].forEach((button, j) => button.setAttribute("aria-pressed", String(i === j)));
-  const run = await runAt(row.runs[i]);
+  const run = await runAt(row.positions[i]);
   if (mine !== opened) return;
   byId("details-body").replaceChildren(...sections(run));
   byId("details").scrollTo(0, 0);
