@@ -37,8 +37,8 @@ class Comparison:
     """One method against a baseline over the seeds that both have.
 
     difference: mean of method minus baseline; interval: of it (None with too few seeds); std: of the paired differences
-    (ddof 1, None with one seed); adjusted: Holm's p over the methods compared; holm_level: the level divided by their number, which Holm
-    asks of the smallest p; wins: probability that the method is better on a seed, ties half.
+    (ddof 1, None with one seed); adjusted: Holm's p over the methods compared; holm_level: the level divided by their number,
+    which Holm asks of the smallest p; wins: probability that the method is better on a seed, ties half.
     verdict: `better`, `worse`, `no difference shown`, or `cannot tell with ...` where no data could have been significant.
     """
 
