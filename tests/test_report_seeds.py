@@ -99,6 +99,14 @@ def test_pairs_are_of_seeds_that_both_have(tmp_path):
     assert [line["seeds"] for line in lines(text, 1)] == ["3", "3"]
 
 
+def test_the_baseline_is_the_one_with_the_most_seeds(tmp_path):
+    """Ranks are over seed 0 here, on which a baseline of one seed is ahead; the pairs are with the one of three seeds."""
+    chosen = sentences("dp-adam", "rmt")
+    one = [changed(r, final=0.79, momentum=0.5) for r in chosen if r["spec"]["seed"] == 0]
+    text = text_of(tmp_path, chosen + one + [changed(r, momentum=0.6) for r in one])
+    assert "Ranks are over seed 0." in text and "to `dp-adam (momentum=0.0)` over shared seeds" in text
+
+
 def test_settings_together_leave_out_methods_that_failed_in_one(tmp_path):
     chosen = [*sentences("dp-adam", "rmt", "rmt-momentum")]
     both = chosen + [changed(r, task="reviews") for r in chosen]

@@ -137,6 +137,14 @@ def test_the_median_is_told_only_where_unknown_runs_cannot_change_it():
     assert st.median_reached([four, six, None]) is None
     assert st.median_reached([late, late, None]) == late
     assert st.median_reached([None]) is None
+    assert st.median_reached([four, six, None], earliest=8) == six, "a run that is late at best"
+    assert st.median_reached([four, None, None], earliest=8) is None
+
+
+def test_seeds_that_are_late_at_best_leave_the_median_where_it_is(tmp_path):
+    """dp-grape at 1e-3 gets there at step 16, at step 20, and at the end, which nothing confirms; rmt once, then at the end."""
+    found = {line["method"]: line["steps to threshold"] for line in lines(text_of(tmp_path, records(task="sst2")))}
+    assert found["dp-grape (lr=0.001)"] == "20" and found["rmt (lr=0.0005)"] == DASH
 
 
 def test_the_gate_shows_a_dash_where_old_records_cannot_tell(tmp_path):

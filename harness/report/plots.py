@@ -104,9 +104,9 @@ def _several(rows: Named) -> bool:
 
 
 def _thresholds(rows: Named, group: Group, curves: Curves):
-    """A dot per seed, a bar to the median; runs that did not get there are open triangles at the right edge.
+    """A dot per seed, a bar to the median; at the right edge triangles: did not get there, and crosses: cannot be told.
 
-    Rows of which the evaluations cannot tell have a dash; there is no picture where they tell of none.
+    There is no picture where no seed is known to have got there.
     """
     target = target_of(group.rows, curves)
     if target is None:
@@ -123,25 +123,25 @@ def _thresholds(rows: Named, group: Group, curves: Curves):
             colour = look(i)["color"]
             if middle is not None and math.isfinite(middle.step):
                 axis.barh(place, middle.step, height=0.55, color=colour, alpha=0.25)
-            steps = sorted(one.step for one in seeds if one is not None)
-            if not steps:
-                axis.annotate("–", (0, place), (4, 0), textcoords="offset points", va="center", color="0.4")
-            for n, step in enumerate(steps):
-                shift = 0.3 * ((n + 0.5) / len(steps) - 0.5)
-                late = math.isinf(step)
-                axis.plot(
-                    edge if late else step, place + shift, ">" if late else "o", color=colour,
-                    markerfacecolor="none" if late else colour, clip_on=False,
-                )  # fmt: skip
+            marks = sorted((edge, "x") if one is None else (min(one.step, edge), _mark(one)) for one in seeds)
+            for n, (x, mark) in enumerate(marks):
+                shift = 0.3 * ((n + 0.5) / len(marks) - 0.5)
+                face = colour if mark == "o" else "none"
+                axis.plot(x, place + shift, mark, color=colour, markerfacecolor=face, clip_on=False)
         axis.set(
             xlim=(0, edge),
-            xlabel=f"steps to {group.result['metric']} {target.value:.3f}; bar: median; triangle: not within {end}; –: unknown",
+            xlabel=f"steps to {group.result['metric']} {target.value:.3f}; bar: median\n"
+            f"triangle: not within {end}; cross: the evaluations cannot tell",
             title=group.spec["task"],
         )
         _whole(axis)
         _names(axis, [name for _, name, _, _ in found])
 
     return 1, paint
+
+
+def _mark(one: st.Reached) -> str:
+    return ">" if math.isinf(one.step) else "o"
 
 
 def _names(axis, names: list[str]) -> None:

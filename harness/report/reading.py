@@ -16,6 +16,7 @@ from dpft.harness.errors import BadInput
 from dpft.harness.report.rows import Row
 from dpft.harness.statistics import Reached, median_reached, to_threshold
 from dpft.harness.store import Store, check
+from dpft.harness.thresholds import FEWEST
 
 COLUMNS = ("step", "metric", "epsilon", "alignment_noisy", "alignment_decoded")
 
@@ -148,13 +149,19 @@ class Curves:
             found.append(to_threshold(curve["step"], curve["metric"], curve["epsilon"], target.value, better))
         return found
 
+    def _earliest(self, row: Row, target: Target) -> float:
+        """The step before which no seed that cannot be told has reached the target: its last, if it has enough evaluations."""
+        steps = [self.of(record)["step"] for record in row.records]
+        told = row.spec["eval_examples"] == target.examples and all(len(one) >= FEWEST for one in steps)
+        return min(one[-1] for one in steps) if told else 0.0
+
     def median_reached(self, row: Row, target: Target | None) -> Reached | None:
         """The upper median over seeds; None without a target, and where it cannot be told.
 
         It cannot where half of the seeds miss a target that their mean ends at: the row that sets a target reaches it.
         """
         found = self.reached(row, target)
-        middle = median_reached(found) if found else None
+        middle = median_reached(found, self._earliest(row, target)) if found else None
         if middle is None or math.isfinite(middle.step):
             return middle
         sign, end = (1 if row.higher_is_better else -1), self.end(row)

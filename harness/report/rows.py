@@ -137,7 +137,10 @@ def _row(records: list[dict[str, Any]]) -> Row:
     if failed:
         why = ", ".join(f"seed {_seed(r)}: {r['status']}" for r in failed)
         flaws.append(f"{len(failed)} of {len(done) + len(failed)} seeds failed ({why})")
-    flaws += [f"run {r['run_id']} does not verify: {r['rejected'][0].rstrip('.')}" for r in done if r.get("rejected")]
+    rejected = [r for r in done if r.get("rejected")]
+    if rejected:
+        more = f" (and {len(rejected) - 1} more)" if len(rejected) > 1 else ""
+        flaws.append(f"run {rejected[0]['run_id']}{more} does not verify: {rejected[0]['rejected'][0].rstrip('.')}")
     return Row(records[0]["spec"], done, failed=failed, flaws=tuple(flaws))
 
 
@@ -216,6 +219,11 @@ def on(row: Row, seeds: Sequence[int]) -> Row:
         records=[r for r in row.records if _seed(r) in seeds],
         spare=tuple(r for r in row.records if _seed(r) not in seeds),
     )
+
+
+def over(seeds: Sequence[int]) -> str:
+    """What the ranks rest on, in one sentence."""
+    return f"Ranks are over seed{'s' if len(seeds) > 1 else ''} {said(seeds)}."
 
 
 def said(seeds: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpft.harness.report.reading import Curves, Target
-from dpft.harness.report.rows import Row, said
+from dpft.harness.report.rows import Row, over
 from dpft.harness.report.text import Part, Table
 from dpft.harness.report.views import MIB, Group, mean_cut
 from dpft.harness.thresholds import relative_target
@@ -171,9 +171,10 @@ def _notes(group: Group, target: Target | None, public: bool) -> str:
     text = _seeds(group)
     if target is not None:
         examples = examples_of({"eval_examples": target.examples})
+        best = "DP baseline" if any(row.baseline for row in measure_of(group.rows)) else "ranked row"
         text += (
             f"Threshold: {target.value:.4f}, {FRACTION:.0%} of the way from {group.result.get('chance_is', 'chance')} "
-            f"({group.result['chance']:g}) to where the curve of the best DP baseline ends, on {examples} like the curves; "
+            f"({group.result['chance']:g}) to where the curve of the best {best} ends, on {examples} like the curves; "
             "–: the evaluations cannot tell. "
         )
     grids = {row.grid for row in group.rows if row.grid}
@@ -191,7 +192,7 @@ def _notes(group: Group, target: Target | None, public: bool) -> str:
 def _seeds(group: Group) -> str:
     """Which seeds the ranks rest on, or how many seeds the rows have."""
     if group.seeds:
-        return f"Ranks are over seed{'s' if len(group.seeds) > 1 else ''} {said(group.seeds)}. "
+        return f"{over(group.seeds)} "
     fewest, most = (pick(len(row.records) for row in group.rows) for pick in (min, max))
     return f"{most} seed{'s' if most > 1 else ''}. " if fewest == most else f"{fewest} to {most} seeds a row. "
 

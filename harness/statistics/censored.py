@@ -42,20 +42,21 @@ def to_threshold(
     return Reached(float(hit.step), epsilons[list(steps).index(hit.step)])
 
 
-def median_reached(found: Sequence[Reached | None]) -> Reached | None:
+def median_reached(found: Sequence[Reached | None], earliest: float = 0.0) -> Reached | None:
     """The upper median by step: infinite as soon as half of the runs are censored, so that failures are not hidden.
 
-    None where it depends on runs that are unknown: it must be the same whether all of these came first or never.
+    None where it depends on runs that are unknown: it must be the same whether all of these got there at step `earliest`, before
+    which they are known not to have, or never.
     """
     if not found:
         raise BadInput("A median needs at least one run; make some with `dpft run`.")
-    known = sorted((one for one in found if one is not None), key=lambda one: one.step)
-    middle, unknown = len(found) // 2, len(found) - len(known)
-    if not unknown:
-        return known[middle]
-    late, early = middle, middle - unknown
-    told = early >= 0 and late < len(known) and known[late].step == known[early].step
-    return known[late] if told else None
+
+    def median(unknown: float) -> Reached:
+        filled = [Reached(unknown, None) if one is None else one for one in found]
+        return sorted(filled, key=lambda one: one.step)[len(filled) // 2]
+
+    late = median(math.inf)
+    return late if median(earliest).step == late.step else None
 
 
 def win_probability(first: Sequence[float], second: Sequence[float]) -> float:

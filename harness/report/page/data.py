@@ -191,7 +191,7 @@ def _budget(group: Group) -> float | None:
 
 def _group(group: Group, verdicts: paired.Verdicts | None) -> dict[str, Any]:
     result = group.result
-    lines = [f"Ranks are over seeds {making.said(group.seeds)}."] if group.seeds and group.reason is None else []
+    lines = [making.over(group.seeds)] if group.seeds and group.reason is None else []
     if verdicts is not None:
         lines.append(f"Verdicts: against {verdicts.base}, paired by seed.")
     lines += group.notes
