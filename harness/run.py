@@ -29,7 +29,7 @@ from dpft.harness.run_settings import MAX_TOKENS, Settings, exact_fp32, keep_fre
 from dpft.harness.sampling import PoissonSampler
 from dpft.harness.spec import RunSpec
 from dpft.harness.store import SCHEMA
-from dpft.harness.thresholds import crossing
+from dpft.harness.thresholds import RULE, crossing
 from dpft.tasks import model_files
 from dpft.tasks.base import ModelSpec
 
@@ -256,6 +256,7 @@ def _result(spec: RunSpec, state: loop.State) -> dict[str, Any]:
         "threshold": task.threshold,
         "steps_to_threshold": reached.step,
         "censored": reached.censored,
+        "threshold_rule": RULE,
     }
 
 

@@ -56,8 +56,15 @@ def suites() -> dict[str, dict]:
 
 
 def expand(settings: dict[str, Any]) -> list[RunSpec]:
-    """One RunSpec per point of the grid that the list-valued settings span, in the order they are written."""
+    """One RunSpec per point of the grid that the list-valued settings span, in the order they are written.
+
+    Raises BadInput where an axis has a value twice: its runs would count twice.
+    """
     axes = [key for key, value in settings.items() if isinstance(value, list)]
+    for key in axes:
+        for i, value in enumerate(settings[key]):
+            if value in settings[key][:i]:
+                raise BadInput(f"The grid of {key} has {value!r} twice; give each value once.")
     points = itertools.product(*(settings[key] for key in axes))
     return [resolve({**settings, **dict(zip(axes, point, strict=True))}) for point in points]
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from dpft.harness.spec import RunSpec, completed
 from dpft.harness.store import SECTIONS
 
 METHODS = (
@@ -40,11 +41,13 @@ def make(source: Path, folder: Path, count: int) -> None:
         original = originals[chosen]
         spec = {**original["spec"], "task": f"task-{task}", "method": METHODS[method], "lr": RATES[lr], "seed": seed}
         final = original["result"]["final"] + 0.01 * method + rng.gauss(0, 0.01)
-        record = {**original, "run_id": f"{i:016x}", "spec": spec, "result": {**original["result"], "final": final}}
+        run_id = RunSpec(**completed(spec)).run_id
+        result = {**original["result"], "final": final, "all_metrics": {original["result"]["metric"]: final}}
+        record = {**original, "run_id": run_id, "spec": spec, "result": result}
         record = {key: record.get(key, "@") for key in SECTIONS}
         text = json.dumps(record, indent=1).replace('"@"', bulk[chosen], 1)
-        (folder / f"{i:016x}.json").write_text(text)
-        shutil.copyfile(source / f"{original['run_id']}.parquet", folder / f"{i:016x}.parquet")
+        (folder / f"{run_id}.json").write_text(text)
+        shutil.copyfile(source / f"{original['run_id']}.parquet", folder / f"{run_id}.parquet")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from dpft.harness.spec import RunSpec, completed
 from dpft.harness.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -28,11 +29,14 @@ def clones(folder, count):
     for i in range(count):
         record, curve = sources[i % len(sources)]
         generation = i // len(sources)
-        spec = {**record["spec"], "seed": generation % 5, "task": f"{record['spec']['task']}-{generation // 5 % 20}"}
-        spec["lr"] = record["spec"]["lr"] * (1 + generation // 100)
-        clone = {**record, "run_id": f"{i:016x}", "spec": spec}
+        seed = record["spec"]["seed"] + 3 * (generation % 5)  # the originals have seeds 0 to 2
+        spec = {**record["spec"], "seed": seed, "task": f"{record['spec']['task']}-{generation // 5 % 20}"}
+        spec["lr"] = record["spec"]["lr"] * (1 + 0.07 * (generation // 100))
+        clone = {**record, "run_id": RunSpec(**completed(spec)).run_id, "spec": spec}
         if record["result"] is not None:
-            clone["result"] = {**record["result"], "final": record["result"]["final"] + (i * 7919 % 1000 - 500) / 2e4}
+            final = record["result"]["final"] + (i * 7919 % 1000 - 500) / 2e4
+            metrics = {record["result"]["metric"]: final}
+            clone["result"] = {**record["result"], "final": final, "all_metrics": metrics}
         if i % 50 == 49:
             clone |= {
                 "status": ("oom", "skipped", "error")[i // 50 % 3],

@@ -8,7 +8,8 @@ import time
 from base64 import b64decode
 
 import pytest
-from pages import HOSTILE, ROOT, clones, originals
+import report_cases
+from pages import HOSTILE, ROOT, clones
 
 from dpft.harness.report import page
 from dpft.harness.store import Store
@@ -62,6 +63,13 @@ def opened(browser, big):
 def unpacked(path, name):
     text = re.search(rf'id="{name}">([^<]*)<', path.read_text())[1]
     return json.loads(gzip.decompress(b64decode(text)))
+
+
+def index_of(folder, chosen):
+    """The index of the page of these records."""
+    store = report_cases.store_of(folder / "runs", chosen)
+    page.write(folder / "page.html", store, store.each())
+    return unpacked(folder / "page.html", "index")
 
 
 def column(tab, title):
@@ -180,18 +188,16 @@ def dpft_report(tmp_path):
 
 
 def test_unmatched_budgets_are_not_ranked_and_nan_is_no_number(tmp_path):
-    store = Store(tmp_path / "runs")
-    store.open_for_writing()
-    chosen = [(r, c) for r, c in originals() if r["spec"]["task"] == "sentences" and r["spec"]["seed"] == 0]
-    for i, (record, curve) in enumerate(chosen):
+    chosen = report_cases.records(task="sentences", lr=1e-4, seed=0)
+    chosen = [report_cases.shorter(r, 8) if r["spec"]["method"] == "dp-adam" else r for r in chosen]
+    for record in chosen:
         record["cost"]["step_s"] = float("nan")
-        if record["privacy"] and i == 1:
-            record["privacy"]["steps_run"] = 3
-        store.record_path(record["run_id"]).write_text(json.dumps(record))
-        store.curve_path(record["run_id"]).symlink_to(curve)
-    page.write(tmp_path / "page.html", store, store.each())
-    index = unpacked(tmp_path / "page.html", "index")
-    assert index["groups"][0]["reason"] and not any(row["rank"] for row in index["rows"])
+    index = index_of(tmp_path, chosen)
+    assert "differ in steps_planned" in index["groups"][0]["reason"]
+    assert not any(row["rank"] for row in index["rows"])
+    assert {row["verdict"] for row in index["rows"]} == {"not ranked"} and not any(
+        row["step_s"] for row in index["rows"]
+    )
 
 
 def test_public_leaves_out_what_epsilon_does_not_cover(tmp_path):
@@ -227,3 +233,62 @@ def test_no_runs_give_a_page_that_says_so(tmp_path, opened):
     page.write(tmp_path / "page.html", Store(tmp_path), [])
     tab = opened(tmp_path / "page.html")
     assert "none yet" in tab.locator("#summary").inner_text()
+
+
+def test_a_method_has_one_row_with_its_verdict_and_the_rates_it_tried(dpft_report):
+    text, index = dpft_report
+    for number in range(len(index["groups"])):
+        kept = [row for row in index["rows"] if row["kept"] and number in row["groups"]]
+        names = [(row["method"], row["settings"]) for row in kept]
+        assert len(names) == len(set(names)) and sum(row["method"] == "dp-adam" for row in kept) == 1
+        assert [row["rank"] for row in sorted(kept, key=lambda row: row["order"])] == list(range(1, len(kept) + 1))
+        tried = {row["method"]: row["tried"] for row in kept if not row["settings"]}
+        assert tried["dp-adam"] == (3, 4)[number] and tried["rmt"] == (1, 3)[number]
+        for row in kept:
+            cannot = "cannot tell with 3 seeds: smallest p is 0.25"
+            assert row["verdict"] == "the baseline" if row["method"] == "dp-adam" else row["verdict"].endswith(cannot)
+    others = [row for row in index["rows"] if not row["kept"]]
+    assert {row["verdict"] for row in others} == {"another learning rate"} and not any(row["rank"] for row in others)
+
+
+def test_memory_and_times_are_those_of_the_report(tmp_path):
+    chosen = report_cases.records(task="sentences", lr=1e-4)
+    for i, record in enumerate(chosen):  # seeds that differ
+        record["cost"]["peak_bytes"] = {"all": (100 + 7 * i * i) * 2**20}
+        record["cost"]["step_s"] = 1.0 + 0.1 * i * i
+    index = index_of(tmp_path, chosen)
+    text = report_cases.text_of(tmp_path / "again", chosen)
+    lines = {line["method"]: line for line in report_cases.lines(text)}
+    assert {row["name"] for row in index["rows"]} == set(lines)
+    for row in index["rows"]:
+        assert f"{row['peak'] / 2**20:,.0f} MiB" == lines[row["name"]]["peak memory"]
+        assert f"{row['step_s']:.2f} s" == lines[row["name"]]["step time"]
+
+
+def test_failures_and_what_does_not_verify_are_said_in_the_row(tmp_path):
+    chosen = report_cases.records(task="sentences", lr=1e-4)
+    lost = [r for r in chosen if r["spec"]["method"] == "rmt" and r["spec"]["seed"]]
+    spoilt = next(r for r in chosen if r["spec"]["method"] == "rmt-paper")
+    spoilt["privacy"]["within_budget"] = False
+    chosen = [report_cases.failed(r) if r in lost else r for r in chosen]
+    index = index_of(tmp_path, chosen)
+    rows = {row["name"]: row for row in index["rows"] if row["groups"]}
+    assert rows["rmt"]["rank"] is None and rows["rmt"]["runs"] == "1/3"
+    assert rows["rmt"]["verdict"] == "not ranked: 2 of 3 seeds failed (seed 1: diverged, seed 2: diverged)"
+    assert rows["rmt-paper"]["rank"] is None
+    assert f"run {spoilt['run_id']} does not verify" in rows["rmt-paper"]["verdict"]
+    assert sorted(row["rank"] for row in rows.values() if row["rank"]) == [1, 2, 3]
+
+
+def test_the_table_and_the_curves_say_what_they_are_measured_on(tmp_path, opened):
+    store = Store(ROOT / "results/full")
+    page.write(tmp_path / "page.html", store, store.each())
+    tab = opened(tmp_path / "page.html")
+    tab.wait_for_selector("#chart path.mean")
+    assert "accuracy on 218 validation examples" in tab.locator("#chart").text_content()
+    heads = tab.locator("#table thead th").all_inner_texts()
+    assert [head for head in heads if head.startswith(("Verdict", "Final, whole split", "Rates tried", "Runs"))]
+    assert "the baseline" in column(tab, "Verdict") and column(tab, "Rates tried")[0] == "3"
+    before = tab.locator("tr.row").count()
+    tab.locator("#rates").check()
+    assert tab.locator("tr.row").count() > before

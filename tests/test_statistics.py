@@ -60,14 +60,43 @@ def test_holm_on_a_worked_example():
     assert st.holm([0.9, 0.8]) == [1.0, 1.0] and st.holm([]) == [] and st.holm([0.2]) == [0.2]
 
 
-def test_the_detectable_difference_is_the_textbook_s_and_the_test_has_that_power():
-    assert st.detectable_difference(1.0, 10) == pytest.approx(0.996, abs=0.001), "paired t test, n = 10, power .8"
-    assert st.detectable_difference(1.0, 10, alternative="less") == pytest.approx(0.853, abs=0.001)
+def power_of(shift, n, level, sets=4000):
+    """How often the sign-flip test, from its definition, finds normal differences about `shift`, on the right side."""
+    x = np.random.default_rng(5).normal(shift, 1, (sets, n))
+    flips = np.array(list(itertools.product((1, -1), repeat=n)))
+    as_large = (x @ flips.T >= x.sum(axis=1, keepdims=True) - 1e-9).mean(axis=1)
+    return np.mean(2 * as_large <= level)
+
+
+@pytest.mark.parametrize("n, methods", [(6, 1), (7, 1), (7, 2), (8, 1), (8, 4), (9, 2), (10, 1), (12, 7)])
+def test_the_detectable_difference_is_seen_with_the_stated_power(n, methods):
+    """Holm's level is 5% over the number of methods; with 6 seeds, or 8 and 4 methods, only one pattern of signs rejects."""
+    level = st.LEVEL / methods
+    found = st.detectable_difference(1.0, n, level)
+    assert power_of(found, n, level) == pytest.approx(0.8, abs=0.025)
+    assert st.detectable_difference(0.02, n, level) == pytest.approx(0.02 * found)
+
+
+def test_where_only_one_pattern_rejects_all_differences_must_agree():
+    """Then the power is P(z < shift)^n in closed form, and the t test's figure (1.43 at 6 seeds) is seen with .62."""
+    for n, level in ((6, 0.05), (8, 0.05 / 4), (9, 0.05 / 8)):
+        shift = st.detectable_difference(1.0, n, level)
+        assert stats.norm.cdf(shift) ** n == pytest.approx(0.8, abs=0.015)
+    assert st.detectable_difference(1.0, 5, alternative="less") == pytest.approx(stats.norm.ppf(0.8**0.2), abs=0.03)
+
+
+def test_the_detectable_difference_of_many_seeds_is_the_textbook_s():
+    assert st.detectable_difference(1.0, 10) == pytest.approx(0.996, abs=0.03), "paired t test, n = 10, power .8"
+    assert st.detectable_difference(1.0, 20) == pytest.approx(0.660, abs=0.03)
+    rng, effect = np.random.default_rng(0), st.detectable_difference(1.0, 14)
+    seen = np.mean([st.sign_flip(rng.normal(effect, 1, 14)).p <= st.LEVEL for _ in range(250)])
+    assert seen == pytest.approx(0.8, abs=0.08), "patterns are drawn"
+
+
+def test_what_cannot_be_seen_has_no_detectable_difference():
     assert st.detectable_difference(0.02, 3) == INF and st.detectable_difference(0.02, 5) == INF
     assert st.detectable_difference(0.02, 6, level=0.05 / 4) == INF, "four methods ask a smaller p of the smallest"
-    rng, effect = np.random.default_rng(0), st.detectable_difference(1.0, 9)
-    seen = np.mean([st.sign_flip(rng.normal(effect, 1, 9)).p <= st.LEVEL for _ in range(600)])
-    assert seen == pytest.approx(0.8, abs=0.06)
+    assert st.detectable_difference(0.02, 30, level=1e-4) == INF, "4,096 patterns are drawn: none is so rare"
 
 
 def by_seed(values):

@@ -20,6 +20,9 @@ def grid(convert):
             values = [convert(part.strip()) for part in text.split(",")]
         except ValueError:
             raise click.BadParameter(f"{text!r} is not a number or a comma-separated list of numbers.") from None
+        twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+        if twice is not None:
+            raise click.BadParameter(f"{text!r} names {twice} twice; give each value once.")
         return values if len(values) > 1 else values[0]
 
     return callback

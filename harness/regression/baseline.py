@@ -23,9 +23,10 @@ HINT = {"golden": "give it with --golden", "quality": "give it without --golden"
 class Run:
     """One finished run.
 
-    final: the metric on the whole validation split; steps_to_threshold: None when not reached; step_s: median seconds of a step,
-    None where too few were timed; peak_bytes; made_with: versions of the key packages and fingerprints of data and model;
-    hardware: machine and settings, which only time and memory depend on.
+    final: the metric on the whole validation split; steps_to_threshold: None when not reached, or when that is not known;
+    censored: whether it is known not to be reached (None: not known, as by rule 1 of harness/thresholds.py, which cannot tell the
+    two apart); step_s: median seconds of a step, None where too few were timed; peak_bytes; made_with: versions of the key
+    packages and fingerprints of data and model; hardware: machine and settings, which only time and memory depend on.
     """
 
     final: float
@@ -34,6 +35,7 @@ class Run:
     peak_bytes: int
     made_with: dict[str, Any]
     hardware: dict[str, Any]
+    censored: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,16 @@ def _run(record: dict[str, Any]) -> Run:
             **{name: source["versions"].get(name) for name in PACKAGES},
             **{key: source[key] for key in ("data_fingerprint", "model_fingerprint")},
         },
+        censored=_censored(record["result"]),
         hardware={**source["hardware"], **{key: source["settings"].get(key) for key in SETTINGS}},
     )
+
+
+def _censored(result: dict[str, Any]) -> bool | None:
+    """Whether a run is known not to have reached the task's threshold; None where its rule could not tell."""
+    if result["steps_to_threshold"] is not None:
+        return False
+    return True if result.get("threshold_rule", 1) >= 2 and result["censored"] else None
 
 
 def bless(path: Path, records: Iterable[dict[str, Any]]) -> tuple[int, list[str]]:
@@ -134,6 +144,8 @@ def _configuration(entry: dict[str, Any], environments: list[dict[str, Any]]) ->
         for number in (run.final, run.peak_bytes, run.step_s, run.steps_to_threshold):
             if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
                 raise ValueError(f"{number!r} is no number")
+        if run.censored not in (True, False, None):
+            raise ValueError(f"{run.censored!r} is not whether a run is censored")
         if run.final is None or not math.isfinite(run.final):
             raise ValueError(f"seed {seed} has no final value")
         if not (isinstance(run.made_with, dict) and isinstance(run.hardware, dict)):

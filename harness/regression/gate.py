@@ -69,7 +69,8 @@ class Measure:
 class Outcome:
     """One configuration. verdict: a key of CODES, `cannot tell`, `not comparable` or `missing`; reason: what it rests on.
 
-    before, now: mean metric over `seeds`, those compared; interval: of now - before.
+    before, now: mean metric over `seeds`, those compared; interval: of now - before. steps: to the threshold, infinite when it
+    is not reached, None where that is not known.
     """
 
     spec: dict[str, Any]
@@ -80,7 +81,7 @@ class Outcome:
     before: float | None = None
     now: float | None = None
     interval: statistics.Interval | None = None
-    steps: tuple[float, float] | None = None
+    steps: tuple[float | None, float | None] | None = None
     measures: dict[str, Measure] = field(default_factory=dict)
     rate: float = 0.0
 
@@ -223,11 +224,15 @@ def _ratios(pairs: Mapping[int, tuple[Run, Run]], name: str) -> dict[int, float]
     return found
 
 
-def _median_steps(runs: Sequence[Run]) -> float:
-    reached = [
-        statistics.Reached(math.inf if r.steps_to_threshold is None else r.steps_to_threshold, None) for r in runs
-    ]
-    return statistics.median_reached(reached).step
+def _median_steps(runs: Sequence[Run]) -> float | None:
+    middle = statistics.median_reached([_reached(run) for run in runs])
+    return None if middle is None else middle.step
+
+
+def _reached(run: Run) -> statistics.Reached | None:
+    if run.steps_to_threshold is not None:
+        return statistics.Reached(run.steps_to_threshold, None)
+    return statistics.Reached(math.inf, None) if run.censored else None
 
 
 def _span(seeds: Sequence[int]) -> str:

@@ -35,7 +35,7 @@ def _row(name: str, one: Outcome) -> tuple[str, ...]:
         if one.interval is not None:
             gap += f" [{one.interval.low:+.4f}, {one.interval.high:+.4f}]"
         p = f"{main.p:.3g}" + ("" if main.confirmation is None else f", then {main.confirmation:.3g}")
-        steps = " -> ".join("never" if math.isinf(step) else f"{step:g}" for step in one.steps)
+        steps = " -> ".join(map(_steps, one.steps))
         figures = (f"{one.before:.4f}", f"{one.now:.4f}", gap, p, steps)
     extra = [
         f"{key} x{math.exp(sum(m.losses.values()) / len(m.losses)):.3f}"
@@ -46,6 +46,10 @@ def _row(name: str, one: Outcome) -> tuple[str, ...]:
     verdict = f"{one.verdict}: {why}" if why else one.verdict
     epsilon = "-" if one.spec["epsilon"] is None else f"{one.spec['epsilon']:g}"
     return name, one.spec["task"], one.spec["model"], epsilon, str(len(one.seeds)), *figures, verdict
+
+
+def _steps(step: float | None) -> str:
+    return "–" if step is None else "never" if math.isinf(step) else f"{step:g}"
 
 
 def _notes(outcomes: Sequence[Outcome], rule: Rule) -> str:
@@ -61,12 +65,12 @@ def _notes(outcomes: Sequence[Outcome], rule: Rule) -> str:
         "halves of them.\n"
         f"- Probability of a false alarm in this table: at most {min(1.0, sum(one.rate for one in outcomes)):.2g} "
         "(of the metric, by changes that alter nothing but chance; the same code on the same platform repeats bit for bit).\n"
-        "- steps: median to the task's threshold, baseline -> now; shown, not judged."
+        "- steps: median to the task's threshold, baseline -> now, – where the evaluations cannot tell; shown, not judged."
     )
 
 
 def document(outcomes: Sequence[Outcome], rule: Rule, code: int) -> dict[str, Any]:
-    """All of it as one JSON document; infinite steps are null."""
+    """All of it as one JSON document; steps are a number, `never` or, where it is not known, null."""
     return {
         "exit_code": code,
         "rule": {**vars(rule), "fewest_seeds": rule.fewest},
@@ -79,6 +83,10 @@ def _entry(one: Outcome) -> dict[str, Any]:
     return {
         **vars(one),
         "interval": None if one.interval is None else vars(one.interval),
-        "steps": None if one.steps is None else [None if math.isinf(step) else step for step in one.steps],
+        "steps": None if one.steps is None else [_told(step) for step in one.steps],
         "measures": {key: vars(measure) for key, measure in one.measures.items()},
     }
+
+
+def _told(step: float | None) -> float | str | None:
+    return "never" if step is not None and math.isinf(step) else step

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput, unknown
-from dpft.harness.report import decoders, export, figures, generation, overall, paired, plots, tables, text
+from dpft.harness.report import checks, decoders, export, figures, generation, overall, paired, plots, tables, text
 from dpft.harness.report.figures import Figures
 from dpft.harness.report.reading import Curves, summaries
 from dpft.harness.report.text import Part, latex
@@ -39,14 +41,19 @@ class Report:
     """Records arranged in matched groups, ready to be printed in several forms. Raises BadInput for a damaged curve."""
 
     def __init__(self, records: list[dict[str, Any]], store: Store, options: Options):
-        self.records = [{**record, "spec": completed(record["spec"])} for record in records]
         self.store, self.options = store, options
+        records, self.twice = _once(records)
+        wrong = checks.rejected(records)
+        self.records = [
+            {**record, "spec": completed(record["spec"]), "rejected": wrong.get(record["run_id"])} for record in records
+        ]
         done = [record for record in self.records if record["status"] == "done"]
         methods = {record["spec"]["method"] for record in done}
         if options.baseline is not None and done and options.baseline not in methods:
             raise unknown("method among these runs", options.baseline, methods)
         self.curves = Curves(store, done)
-        arranged = arrange(done, options.view, self.curves, options.rates)
+        counted = [record for record in self.records if record["status"] != "skipped"]
+        arranged = arrange(counted, options.view, self.curves, options.rates)
         self.groups: list[Group] = [group for group in arranged if group.rows]
         self.left_out = [line for group in arranged if not group.rows for line in group.left_out]
 
@@ -73,17 +80,30 @@ class Report:
             yield f"No table, as the view `{self.options.view.name}` admits no row: {'; '.join(self.left_out)}."
         if compared:
             yield paired.READING
-        failed = [record for record in self.records if record["status"] != "done"]
-        if failed:
-            lines = [
-                f"- `{r['run_id']}` {r['spec']['task']}/{r['spec']['method']}: **{r['status']}**: {r['error']}"
-                for r in failed
-            ]
+        lines = [
+            f"- `{r['run_id']}` {r['spec']['task']}/{r['spec']['method']}: **{r['status']}**: {r['error']}"
+            for r in self.records
+            if r["status"] != "done"
+        ]
+        lines += [
+            f"- `{one}` and `{other}` are the same configuration and seed; delete one of them, and both count once."
+            for one, other in self.twice
+        ]
+        if lines:
             yield "Not in a table:\n\n" + "\n".join(lines)
 
     def csv(self, path: Path) -> None:
         """One line per run, the groups' thresholds among them."""
         export.csv(self.records, self.groups, self.curves, self.options.public, path)
+
+
+def _once(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """(records, pairs of run ids): each run once, and none of two files that are one configuration and seed."""
+    by_spec: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for record in records:
+        by_spec[json.dumps(completed(record["spec"]), sort_keys=True)][record["run_id"]] = record
+    kept = [next(iter(found.values())) for found in by_spec.values() if len(found) == 1]
+    return kept, [tuple(sorted(found))[:2] for found in by_spec.values() if len(found) > 1]
 
 
 def markdown(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpft.harness import registry
-from dpft.harness.report.reading import Curves, spikes
+from dpft.harness.report.reading import Curves, Target, spikes
 from dpft.harness.report.rows import Row
 from dpft.harness.report.tables import median, spread, target_of
 from dpft.harness.report.text import Part, Table
@@ -20,8 +20,8 @@ def comparison(group: Group, curves: Curves, store: Store, public: bool = False)
     private = [(name, row) for name, row in zip(group.names, group.rows, strict=True) if row.private]
     if all(row.spec["decoder"] == "mean" for _, row in private):
         return []
-    targets = [target_of(group.rows, fraction) for fraction in FRACTIONS]
-    baselines = [row for _, row in private if row.baseline]
+    targets = [target_of(group.rows, curves, fraction) for fraction in FRACTIONS]
+    baselines = [row for _, row in private if row.baseline and row.ranked]
     first = [_first(baselines, curves, target) for target in targets]
     cells = []
     for name, row in private:
@@ -39,8 +39,8 @@ def comparison(group: Group, curves: Curves, store: Store, public: bool = False)
             }
         )
     text = (
-        "Decoders. Steps: to that share of the way from chance to the best baseline, median over seeds; ratio: steps of the "
-        "fastest baseline over these; decode: share of the step time."
+        "Decoders. Steps: to that share of the way from chance to where the curve of the best baseline ends, median over seeds; "
+        "–: the evaluations cannot tell; ratio: steps of the fastest baseline over these; decode: share of the step time."
     )
     return [text, Table(cells)]
 
@@ -54,12 +54,12 @@ def _diagnostics(row: Row, store: Store) -> dict[str, str]:
     }
 
 
-def _first(rows: list[Row], curves: Curves, target: float | None) -> float:
+def _first(rows: list[Row], curves: Curves, target: Target | None) -> float:
     found = [curves.median_reached(row, target) for row in rows]
     return min((one.step for one in found if one is not None), default=float("inf"))
 
 
-def _ratio(row: Row, curves: Curves, target: float | None, base: float) -> str:
+def _ratio(row: Row, curves: Curves, target: Target | None, base: float) -> str:
     found = curves.median_reached(row, target)
     if found is None:
         return "–"

@@ -7,27 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.report.reading import Curves
-from dpft.harness.report.tables import target_of
+from dpft.harness.report.tables import certified, target_of
 from dpft.harness.report.views import Group, hardware
 from dpft.harness.store import atomic
+
+THRESHOLD = ("threshold", "threshold_reached", "steps_to_threshold", "epsilon_at_threshold")
 
 
 def csv(records: list[dict[str, Any]], groups: list[Group], curves: Curves, public: bool, path: Path) -> None:
     """Write `path`: spec, budget, result, cost and hardware of every run, failed ones too; empty where there is nothing.
 
-    threshold, steps_to_threshold, epsilon_at_threshold: those of the run's table (`dpft report`), empty when censored.
+    threshold, steps_to_threshold, epsilon_at_threshold: those of the run's table (`dpft report`), empty when not reached;
+    threshold_reached: `yes`, `no`, or `–` where the evaluations cannot tell. verified: `no` for runs that are not ranked because
+    `dpft verify` rejects them.
     """
     import polars
 
     reached: dict[str, dict[str, Any]] = {}
     for group in groups:
-        target = target_of(group.rows)
+        target = target_of(group.rows, curves)
         for row in group.every:
             for record, one in zip(row.records, curves.reached(row, target), strict=bool(target)):
+                there = one is not None and one.step < float("inf")
                 reached[record["run_id"]] = {
-                    "threshold": target,
-                    "steps_to_threshold": None if one.step == float("inf") else int(one.step),
-                    "epsilon_at_threshold": one.epsilon,
+                    "threshold": target.value,
+                    "threshold_reached": "–" if one is None else "yes" if there else "no",
+                    "steps_to_threshold": int(one.step) if there else None,
+                    "epsilon_at_threshold": one.epsilon if there else None,
                 }
     lines = [_line(record, reached.get(record["run_id"], {}), public) for record in records]
     frame = polars.DataFrame(lines, infer_schema_length=None)
@@ -37,19 +43,19 @@ def csv(records: list[dict[str, Any]], groups: list[Group], curves: Curves, publ
 
 def _line(record: dict[str, Any], reached: dict[str, Any], public: bool) -> dict[str, Any]:
     privacy, result, cost = (record[section] or {} for section in ("privacy", "result", "cost"))
-    upper = (privacy.get("epsilon") or [None] * 3)[2]
     line = {
         "run_id": record["run_id"],
         "status": record["status"],
         **{k: json.dumps(v, sort_keys=True) if isinstance(v, dict) else v for k, v in record["spec"].items()},
-        "certified_epsilon": upper,
+        "certified_epsilon": certified(record),
         "certified_delta": privacy.get("delta"),
         "noise_multiplier": privacy.get("noise_multiplier"),
         "sampling_probability": privacy.get("sampling_probability"),
         **{key: result.get(key) for key in ("metric", "final", "best_step", "chance")},
-        **{key: reached.get(key) for key in ("threshold", "steps_to_threshold", "epsilon_at_threshold")},
+        **{key: reached.get(key) for key in THRESHOLD},
         "peak_bytes": sum(cost["peak_bytes"].values()) if cost.get("peak_bytes") else None,
         **{key: cost.get(key) for key in ("step_s", "train_s", "example_gradients", "trainable_parameters")},
+        "verified": ("no" if record.get("rejected") else "yes") if record["status"] == "done" else None,
         "hardware": hardware(record),
         "error": record["error"],
     }

@@ -10,7 +10,7 @@ from dpft.harness import statistics as st
 from dpft.harness.report import rows as making
 from dpft.harness.report.figures import Figures, look
 from dpft.harness.report.rows import Row
-from dpft.harness.report.tables import target_of
+from dpft.harness.report.tables import measure_of
 from dpft.harness.report.text import Part, Table
 from dpft.harness.report.views import Group
 
@@ -20,7 +20,7 @@ GRID = 241  # points of a profile
 
 def summary(groups: Sequence[Group], pictures: Figures | None) -> list[Part]:
     """A table of the methods that have a rank in every ranked group, and their profiles; nothing with fewer than two of each."""
-    scores = _scores([group for group in groups if group.reason is None and target_of(group.rows, 1.0) is not None])
+    scores = _scores([group for group in groups if group.reason is None and measure_of(group.rows)])
     if len(scores) < 2 or len(next(iter(scores.values()))) < 2:
         return []
     middle = {name: float(st.iqm(np.concatenate([*parts]))) for name, parts in scores.items()}
@@ -41,7 +41,8 @@ def summary(groups: Sequence[Group], pictures: Figures | None) -> list[Part]:
         )
     text = (
         "A run's score is its share of the way from chance (0) to the mean of the best DP baseline of its setting (1); of a "
-        "method the best learning rate by the final metric. IQM: mean of the middle half of all its runs, settings together."
+        "method the best learning rate by the final metric, on the seeds that the ranks are over. IQM: mean of the middle "
+        "half of all its runs, settings together; methods without a rank in one of the settings are left out."
     )
     if any(line["95% interval"] == "–" for line in cells):
         text += " No interval with fewer than 6 seeds a setting."
@@ -55,7 +56,7 @@ def _scores(groups: Sequence[Group]) -> dict[str, list[np.ndarray]]:
     """Method -> per group the scores of its seeds; of methods with one row in each group, baselines with their best one."""
     found: list[dict[str, np.ndarray]] = []
     for group in groups:
-        chance, one = group.result["chance"], target_of(group.rows, 1.0)
+        chance, one = group.result["chance"], making.ordered(measure_of(group.rows))[0].final
         ranked = [Row({**row.spec, "lr": 0.0}, row.records) for row in group.rows if row.ranked]
         first: dict[str, Row] = {}
         for row, name in zip(ranked, making.names(ranked), strict=True):  # best first: of a baseline's rates the best

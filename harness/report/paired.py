@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import dataclass
 
 from dpft.harness import statistics as st
 from dpft.harness.report import rows as making
@@ -17,35 +18,60 @@ SAME_MEMORY, SAME_TIME = 0.01, 0.05  # relative differences that are none
 MARGIN = 0.05  # of the way from chance to a method's best: within it a learning rate is as good
 
 
-def differences(group: Group, curves: Curves, baseline: str | None) -> list[Part]:
-    """Every competing method against the baseline, each at its best learning rate, over the seeds that both have.
+@dataclass(frozen=True)
+class Verdicts:
+    """The competing rows of a group against its baseline, over the seeds that both have, by the names of the rows."""
 
-    Nothing where the rows are not ranked, there is no baseline, or no method shares two seeds with it.
+    base: str
+    baseline: Row
+    rivals: dict[str, Row]
+    found: dict[str, st.Comparison]
+
+
+def verdicts(group: Group, baseline: str | None) -> Verdicts | None:
+    """Every competing method against the baseline, each at its best learning rate.
+
+    None where the rows are not ranked, there is no baseline, or no method shares two seeds with it. Rows with failed seeds, and
+    those whose records do not verify, are paired with nothing.
     """
     if group.reason is not None:
-        return []
+        return None
     free = FREE_SETTINGS if group.view.steps_free else ("lr",)
-    rivals = [making.ordered(making.finished(rows))[0] for rows in making.alike(group.rows, free) if rows[0].ranked]
-    base = baseline_of(rivals, baseline)
+    chosen = [making.ordered(rows)[0] for rows in making.complete(group.rows, free)]
+    base = baseline_of(chosen, baseline)
     if base is None:
-        return []
-    named = {name: row for name, row in zip(group.names, group.rows, strict=True) if any(row is r for r in rivals)}
+        return None
+    named = {name: row for name, row in zip(group.names, group.rows, strict=True) if any(row is r for r in chosen)}
     first = next(name for name, row in named.items() if row is base)
-    rivals_of = {
-        name: row for name, row in named.items() if row is not base and len(row.finals.keys() & base.finals.keys()) > 1
-    }
-    if not rivals_of:
-        return []
+    whole = base.whole
+    rivals = {name: row.whole for name, row in named.items() if row is not base}
+    rivals = {name: row for name, row in rivals.items() if len(row.finals.keys() & whole.finals.keys()) > 1}
+    if not rivals:
+        return None
     found = st.compare(
-        {name: row.finals for name, row in rivals_of.items()}, base.finals, higher_is_better=base.higher_is_better
+        {n: row.finals for n, row in rivals.items()}, whole.finals, higher_is_better=base.higher_is_better
     )
-    target = target_of(group.rows)
-    of_base = [one.step for one in curves.reached(base, target)]
+    return Verdicts(first, whole, rivals, found)
+
+
+def differences(group: Group, curves: Curves, baseline: str | None) -> list[Part]:
+    """The table of the group's verdicts; nothing where it has none."""
+    made = verdicts(group, baseline)
+    if made is None:
+        return []
+    target = target_of(group.rows, curves)
     cells = []
-    for name, row in rivals_of.items():
-        steps = [one.step for one in curves.reached(row, target)]
-        cells.append(_line(name, found[name], len(found), st.win_probability(steps, of_base)))
-    return [_heading(first, group, len(found)), Table(cells)]
+    for name, row in made.rivals.items():
+        shared = made.found[name].seeds
+        earlier = _earlier(*(curves.reached(making.on(one, shared), target) for one in (row, made.baseline)))
+        cells.append(_line(name, made.found[name], len(made.found), earlier))
+    return [_heading(made.base, group, len(made.found)), Table(cells)]
+
+
+def _earlier(steps: list[st.Reached | None], of_base: list[st.Reached | None]) -> str:
+    if not steps or None in steps or None in of_base:
+        return "–"
+    return f"{st.win_probability([one.step for one in steps], [one.step for one in of_base]):.2f}"
 
 
 def baseline_of(rows: list[Row], name: str | None) -> Row | None:
@@ -58,10 +84,11 @@ def baseline_of(rows: list[Row], name: str | None) -> Row | None:
             if row.baseline:
                 by_method[row.method].append(row)
         of_name = by_method["dp-adam"] or by_method["dp-sgd"]
-    return making.ordered(making.finished(of_name))[0] if of_name else None
+    whole = {id(row.whole.records[0]): row for row in of_name}  # by the most seeds, ranked on or not
+    return whole[id(making.ordered(making.finished([row.whole for row in of_name]))[0].records[0])] if of_name else None
 
 
-def _line(name: str, one: st.Comparison, methods: int, earlier: float) -> dict[str, str]:
+def _line(name: str, one: st.Comparison, methods: int, earlier: str) -> dict[str, str]:
     if one.interval is not None:
         interval = f"{one.interval.low:+.4f} to {one.interval.high:+.4f}"
     else:
@@ -74,7 +101,7 @@ def _line(name: str, one: st.Comparison, methods: int, earlier: float) -> dict[s
         "p": ("" if one.exact else "~") + f"{one.p:.3g}",
         "Holm's p": f"{one.adjusted:.3g}",
         "detectable": _detectable(one, methods),
-        "P(earlier)": f"{earlier:.2f}",
+        "P(earlier)": earlier,
         "verdict": one.verdict,
     }
 
@@ -83,7 +110,8 @@ def _detectable(one: st.Comparison, methods: int) -> str:
     if math.isfinite(one.detectable):
         return f"{one.detectable:.4f}"
     needed = st.fewest_seeds(st.LEVEL / methods)
-    return f"none; {st.detectable_difference(one.std, needed, st.LEVEL / methods):.4f} with {needed} seeds"
+    then = st.detectable_difference(one.std, needed, st.LEVEL / methods)
+    return f"none; {then:.4f} with {needed} seeds" if math.isfinite(then) else "none"
 
 
 def _heading(base: str, group: Group, methods: int) -> str:
@@ -97,29 +125,31 @@ def _heading(base: str, group: Group, methods: int) -> str:
 READING = (
     f"How to read the paired differences. p: two-sided sign-flip test over seeds, exact up to {st.EXACT_UP_TO} of them; it does "
     f"not cover the choice of learning rates. Interval: bootstrap; in parentheses, below {st.FEWEST} seeds, only their "
-    "range. Detectable: the true difference that is seen with power 80% at level 5% divided by the number of methods "
-    "(Holm's first step), from the spread of the paired differences; none where that many seeds cannot reach the level whatever "
-    "the data. P(earlier): that a run reaches the threshold in fewer steps than one of the baseline, ties half, runs that do "
-    "not reach it infinitely late."
+    "range. Detectable: the true difference that this test shows with power 80% at level 5% divided by the number of methods "
+    f"(Holm's first step), simulated with {st.SIMULATED:,} sets of normal differences of the spread seen; none where that "
+    "many seeds cannot reach the level whatever the data. P(earlier): that a run reaches the threshold in fewer steps than one "
+    "of the baseline, ties half, runs that do not reach it infinitely late; – where the evaluations cannot tell."
 )
 
 
 def learning_rates(group: Group) -> list[Part]:
     """How wide the range of good learning rates is, for methods that ran at two or more with the same number of seeds."""
-    grids = [making.finished(rows) for rows in making.alike(group.every) if rows[0].ranked]
+    grids = making.complete(group.every)
     if not any(len(rows) > 1 for rows in grids):
         return []
     names = making.names([Row({**rows[0].spec, "lr": None}, rows[0].records) for rows in grids])
-    cells = []
+    whole = {id(row): rows for rows in making.alike(group.every) for row in rows}
+    cells, tries = [], {}
     for name, rows in zip(names, grids, strict=True):
-        chance = rows[0].records[0]["result"]["chance"]
+        chance, tried = rows[0].records[0]["result"]["chance"], whole[id(rows[0])]
+        tries[name] = {row.spec["lr"] for row in tried} | set(rows[0].lost)
         scores = {row.spec["lr"]: row.final for row in rows}
         best = (max if rows[0].higher_is_better else min)(scores.values())
         width = st.lr_width(scores, MARGIN * abs(best - chance), rows[0].higher_is_better)
         cells.append(
             {
                 "method": name,
-                "learning rates": ", ".join(f"{lr:g}" for lr in sorted(scores)),
+                "learning rates": ", ".join(f"{lr:g}" for lr in sorted(scores)) + _failed(tried),
                 "best": f"{width.best:g}",
                 "as good": f"{width.low:g} to {width.high:g}" if len(scores) > 1 else "–",
                 "octaves": (("≥ " if width.open else "") + f"{width.octaves:.2g}") if len(scores) > 1 else "–",
@@ -129,8 +159,14 @@ def learning_rates(group: Group) -> list[Part]:
         f"Robustness to the learning rate. As good: neighbours of the best within {MARGIN:.0%} of the way from chance to it; "
         "≥: the grid ends there."
     )
-    uneven = st.uneven_grids({cell["method"]: list(range(len(rows))) for cell, rows in zip(cells, grids, strict=True)})
+    uneven = st.uneven_grids(tries)
     return [text if uneven is None else f"{text} {uneven}", Table(cells)]
+
+
+def _failed(rows: list[Row]) -> str:
+    """The rates of one configuration at which seeds failed."""
+    rates = sorted({row.spec["lr"] for row in rows if row.failed} | set(rows[0].lost))
+    return f"; failed: {', '.join(f'{lr:g}' for lr in rates)}" if rates else ""
 
 
 def pareto(group: Group) -> list[Part]:

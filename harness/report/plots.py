@@ -11,7 +11,7 @@ from dpft.harness.report.figures import COLOURS, Figures, look
 from dpft.harness.report.paired import SAME_MEMORY, SAME_TIME
 from dpft.harness.report.reading import Curves, diagnostics
 from dpft.harness.report.rows import Row
-from dpft.harness.report.tables import FRACTION, mean_curve, target_of
+from dpft.harness.report.tables import FRACTION, examples_of, mean_curve, target_of
 from dpft.harness.report.views import MIB, Group, hardware
 from dpft.harness.store import Store
 
@@ -22,7 +22,7 @@ Named = list[tuple[int, str, Row]]  # place in the order of colours, name, row
 def of_group(group: Group, stem: str, curves: Curves, store: Store, figures: Figures, public: bool) -> list[str]:
     """One line of links to the pictures of a group; the files are written where `figures` says."""
     rows = [(i, name, row) for i, (name, row) in enumerate(zip(group.names, group.rows, strict=True))]
-    rows = [entry for entry in rows if entry[2].ranked][:AT_MOST] + [e for e in rows if not e[2].ranked][:AT_MOST]
+    rows = [entry for entry in rows if entry[2].competes][:AT_MOST] + [e for e in rows if not e[2].competes][:AT_MOST]
     high = max(2.2, 0.34 * len(rows) + 1.2)
     made = [
         ("metric by step", "step", _curve(rows, group, curves, "step"), None),
@@ -64,6 +64,7 @@ def _curve(rows: Named, group: Group, curves: Curves, against: str):
             drawn.append((i, name, row, points, [step if against == "step" else x[step] for step in points]))
     if not drawn:
         return None
+    target = target_of(group.rows, curves)
 
     def paint(axes) -> None:
         axis = axes[0][0]
@@ -76,14 +77,14 @@ def _curve(rows: Named, group: Group, curves: Curves, against: str):
                     x, list(map(min, values)), list(map(max, values)), color=look(i)["color"], alpha=0.12, linewidth=0
                 )
         for value, said, line in (
-            (target_of(group.rows), f"threshold ({FRACTION:.0%})", (0, (5, 2))),
+            (target and target.value, f"threshold ({FRACTION:.0%})", (0, (5, 2))),
             (group.result["chance"], group.result.get("chance_is", "chance"), (0, (1, 2))),
         ):
             if value is not None:
                 axis.axhline(value, color="0.45", linewidth=1, linestyle=line, label=said, zorder=1)
         axis.set(
             xlabel="step" if against == "step" else "ε spent (PRV upper bound)",
-            ylabel=group.result["metric"],
+            ylabel=f"{group.result['metric']} on {examples_of(group.spec)}",
             title=f"{group.spec['task']}; band: range over seeds" if _several(rows) else group.spec["task"],
         )
         if against == "step":
@@ -103,39 +104,44 @@ def _several(rows: Named) -> bool:
 
 
 def _thresholds(rows: Named, group: Group, curves: Curves):
-    """A dot per seed, a bar to the median; runs that did not get there stand at the right edge as open triangles."""
-    target = target_of(group.rows)
+    """A dot per seed, a bar to the median; at the right edge triangles: did not get there, and crosses: cannot be told.
+
+    There is no picture where no seed is known to have got there.
+    """
+    target = target_of(group.rows, curves)
     if target is None:
         return None
-    found = [(i, name, [one.step for one in curves.reached(row, target)]) for i, name, row in rows]
+    found = [(i, name, curves.reached(row, target), curves.median_reached(row, target)) for i, name, row in rows]
     end = max(row.spec["steps"] for _, _, row in rows)
-    if all(math.isinf(step) for _, _, steps in found for step in steps):
+    if not any(one is not None and math.isfinite(one.step) for _, _, seeds, _ in found for one in seeds):
         return None
 
     def paint(axes) -> None:
         axis = axes[0][0]
         edge = 1.06 * end
-        for place, (i, _, steps) in enumerate(found):
+        for place, (i, _, seeds, middle) in enumerate(found):
             colour = look(i)["color"]
-            middle = st.median_reached([st.Reached(step, None) for step in steps]).step
-            if math.isfinite(middle):
-                axis.barh(place, middle, height=0.55, color=colour, alpha=0.25)
-            for n, step in enumerate(sorted(steps)):
-                shift = 0.3 * ((n + 0.5) / len(steps) - 0.5)
-                late = math.isinf(step)
-                axis.plot(
-                    edge if late else step, place + shift, ">" if late else "o", color=colour,
-                    markerfacecolor="none" if late else colour, clip_on=False,
-                )  # fmt: skip
+            if middle is not None and math.isfinite(middle.step):
+                axis.barh(place, middle.step, height=0.55, color=colour, alpha=0.25)
+            marks = sorted((edge, "x") if one is None else (min(one.step, edge), _mark(one)) for one in seeds)
+            for n, (x, mark) in enumerate(marks):
+                shift = 0.3 * ((n + 0.5) / len(marks) - 0.5)
+                face = colour if mark == "o" else "none"
+                axis.plot(x, place + shift, mark, color=colour, markerfacecolor=face, clip_on=False)
         axis.set(
             xlim=(0, edge),
-            xlabel=f"steps to {group.result['metric']} {target:.3f}; bar: median; triangle: not within {end}",
+            xlabel=f"steps to {group.result['metric']} {target.value:.3f}; bar: median\n"
+            f"triangle: not within {end}; cross: the evaluations cannot tell",
             title=group.spec["task"],
         )
         _whole(axis)
-        _names(axis, [name for _, name, _ in found])
+        _names(axis, [name for _, name, _, _ in found])
 
     return 1, paint
+
+
+def _mark(one: st.Reached) -> str:
+    return ">" if math.isinf(one.step) else "o"
 
 
 def _names(axis, names: list[str]) -> None:

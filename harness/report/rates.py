@@ -29,7 +29,7 @@ def picture(group: Group):
 
 def _grids(group: Group) -> Grids:
     """Method -> rate -> row, of ranked methods with more than one rate."""
-    found = [making.finished(rows) for rows in making.alike(group.every) if rows[0].ranked]
+    found = making.complete(group.every)
     names = making.names([Row({**rows[0].spec, "lr": None}, rows[0].records) for rows in found])
     grids = [(name, {row.spec["lr"]: row for row in rows}) for name, rows in zip(names, found, strict=True)]
     return [(name, dict(sorted(rows.items()))) for name, rows in grids if len(rows) > 1][:AT_MOST]

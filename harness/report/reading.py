@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import statistics
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from dpft.harness.errors import BadInput
 from dpft.harness.report.rows import Row
 from dpft.harness.statistics import Reached, median_reached, to_threshold
 from dpft.harness.store import Store, check
+from dpft.harness.thresholds import FEWEST
 
 COLUMNS = ("step", "metric", "epsilon", "alignment_noisy", "alignment_decoded")
 
@@ -96,12 +101,24 @@ def spikes(store: Store, record: dict[str, Any]) -> list[int]:
     return [one.spikes for one in seen if one.spikes is not None]
 
 
+@dataclass(frozen=True)
+class Target:
+    """value of the metric to be reached, on the `examples` of the validation split (None: all) that curves are measured on."""
+
+    value: float
+    examples: int | None
+
+
 class Curves:
-    """The evaluations of runs, read at once. Raises BadInput, naming the file, for a curve that is missing or damaged."""
+    """The evaluations of runs, read at once when first asked for. Raises BadInput, naming the file, for a damaged one."""
 
     def __init__(self, store: Store, records: Iterable[dict[str, Any]]):
-        run_ids = sorted({record["run_id"] for record in records})
-        self._evaluations = _scan(store, run_ids) if run_ids else {}
+        self._store = store
+        self._run_ids = sorted({record["run_id"] for record in records})
+
+    @functools.cached_property
+    def _evaluations(self) -> dict[str, dict[str, list]]:
+        return _scan(self._store, self._run_ids) if self._run_ids else {}
 
     def of(self, record: dict[str, Any]) -> dict[str, list]:
         """Column -> one value per evaluation; up to the step at which the record was cut, where a view did so."""
@@ -111,21 +128,44 @@ class Curves:
         kept = sum(step <= record["cut"]["step"] for step in found["step"])
         return {column: values[:kept] for column, values in found.items()}
 
-    def reached(self, row: Row, target: float | None) -> list[Reached]:
-        """Where each seed of a row reaches `target`; empty where there is no target."""
+    def end(self, row: Row) -> float | None:
+        """Mean over seeds of the curve's last value; None where a run has none."""
+        ends = [self.of(record)["metric"][-1:] for record in row.records]
+        return statistics.mean(end[0] for end in ends) if all(ends) else None
+
+    def reached(self, row: Row, target: Target | None) -> list[Reached | None]:
+        """Where each seed of a row reaches `target`, None where it cannot be told; empty where there is no target.
+
+        A curve on other examples than the target's tells nothing about it.
+        """
         if target is None:
             return []
+        if row.spec["eval_examples"] != target.examples:
+            return [None] * len(row.records)
         found = []
         for record in row.records:
             curve = self.of(record)
             better = record["result"]["higher_is_better"]
-            found.append(to_threshold(curve["step"], curve["metric"], curve["epsilon"], target, better))
+            found.append(to_threshold(curve["step"], curve["metric"], curve["epsilon"], target.value, better))
         return found
 
-    def median_reached(self, row: Row, target: float | None) -> Reached | None:
-        """The upper median over seeds, None without a target."""
+    def _earliest(self, row: Row, target: Target) -> float:
+        """The step before which no seed that cannot be told has reached the target: its last, if it has enough evaluations."""
+        steps = [self.of(record)["step"] for record in row.records]
+        told = row.spec["eval_examples"] == target.examples and all(len(one) >= FEWEST for one in steps)
+        return min(one[-1] for one in steps) if told else 0.0
+
+    def median_reached(self, row: Row, target: Target | None) -> Reached | None:
+        """The upper median over seeds; None without a target, and where it cannot be told.
+
+        It cannot where half of the seeds miss a target that their mean ends at: the row that sets a target reaches it.
+        """
         found = self.reached(row, target)
-        return median_reached(found) if found else None
+        middle = median_reached(found, self._earliest(row, target)) if found else None
+        if middle is None or math.isfinite(middle.step):
+            return middle
+        sign, end = (1 if row.higher_is_better else -1), self.end(row)
+        return middle if end is None or sign * end < sign * target.value else None
 
 
 def _scan(store: Store, run_ids: list[str]) -> dict[str, dict[str, list]]:

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from dpft.harness.report.reading import Curves
-from dpft.harness.report.rows import Row
+from dpft.harness.report.reading import Curves, Target
+from dpft.harness.report.rows import Row, over
 from dpft.harness.report.text import Part, Table
 from dpft.harness.report.views import MIB, Group, mean_cut
 from dpft.harness.thresholds import relative_target
@@ -18,20 +18,29 @@ FRACTION = 0.9
 
 def comparison(group: Group, curves: Curves, public: bool = False) -> list[Part]:
     """The table of one group: rank, budget, metric, steps to threshold, cost; whether and why it is not ranked."""
-    target = target_of(group.rows)
+    target = target_of(group.rows, curves)
     cells = [
-        {"#": "" if rank is None else str(rank), "method": name, **_cells(row, group, curves, target, public)}
+        {
+            "#": "" if rank is None else str(rank),
+            "method": name,
+            "runs": row.runs,
+            **_cells(row, group, curves, target, public),
+        }
         for rank, name, row in zip(group.ranks, group.names, group.rows, strict=True)
     ]
     parts: list[Part] = [f"### {group.title}", Table(cells)]
-    if group.private:
-        parts.append(_budget([r["privacy"] for row in group.private for r in row.records], group.view.steps_free))
+    privacies = [r["privacy"] for row in group.private for r in row.records if r["privacy"] and not r.get("rejected")]
+    if privacies:
+        parts.append(_budget(privacies, group.view.steps_free))
     if group.matched is not None:
         parts.append(group.matched)
     if group.left_out:
         parts.append(f"Left out: {'; '.join(group.left_out)}.")
     if group.reason is not None:
         parts.append(f"**Not ranked**: {group.reason}")
+    if group.unranked:
+        parts.append(f"**Without a rank**: {'; '.join(f'{name}: {why}' for name, why in group.unranked.items())}.")
+    parts += group.notes
     parts.append(_notes(group, target, public))
     return parts
 
@@ -44,7 +53,8 @@ def curve_table(group: Group, curves: Curves) -> list[Part]:
     steps = sorted({step for column in columns.values() for step in column})
     steps = sorted({steps[(i + 1) * len(steps) // min(12, len(steps)) - 1] for i in range(min(12, len(steps)))})
     cells = [{"step": str(step), **{name: column.get(step, "") for name, column in columns.items()}} for step in steps]
-    return [f"Curve: {group.result['metric']} on {_examples(group)}, by step.", Table(cells)]
+    on = " or ".join(dict.fromkeys(examples_of(row.spec) for row in group.rows))
+    return [f"Curve: {group.result['metric']} on {on}, by step.", Table(cells)]
 
 
 def mean_curve(row: Row, curves: Curves, column: str) -> dict[int, float]:
@@ -58,25 +68,36 @@ def mean_curve(row: Row, curves: Curves, column: str) -> dict[int, float]:
     return {step: statistics.mean(found[step]) for step in sorted(found)}
 
 
-def target_of(rows: Sequence[Row], fraction: float = FRACTION) -> float | None:
-    """The metric at `fraction` of the way from chance to the best DP baseline (to the best method, where there is none)."""
-    competing = [row for row in rows if row.ranked]
-    baselines = [row for row in competing if row.baseline] or competing
-    if not baselines:
+def target_of(rows: Sequence[Row], curves: Curves, fraction: float = FRACTION) -> Target | None:
+    """The metric at `fraction` of the way from chance to where the curve of the best DP baseline ends.
+
+    Of the best ranked row, where there is no baseline; None where nothing is ranked. It comes from the curves, on whose examples
+    it is looked for, not from the final values: these are of the whole split, which may be harder or easier.
+    """
+    competing = measure_of(rows)
+    ends = [(end, row) for row in competing if (end := curves.end(row)) is not None]
+    if not ends:
         return None
-    best = (max if baselines[0].higher_is_better else min)(row.final for row in baselines)
-    return relative_target(best, fraction, baselines[0].records[0]["result"]["chance"])
+    best, row = (max if competing[0].higher_is_better else min)(ends, key=lambda pair: pair[0])
+    value = relative_target(best, fraction, row.records[0]["result"]["chance"])
+    return Target(value, row.spec["eval_examples"])
 
 
-def _cells(row: Row, group: Group, curves: Curves, target: float | None, public: bool) -> dict[str, str]:
-    records, privacy = row.records, row.records[0]["privacy"]
-    uppers = [r["privacy"]["epsilon"][2] for r in records if r["privacy"] and r["privacy"]["epsilon"]]
+def measure_of(rows: Sequence[Row]) -> list[Row]:
+    """The rows that others are measured by: ranked baselines, else all ranked rows."""
+    competing = [row for row in rows if row.ranked]
+    return [row for row in competing if row.baseline] or competing
+
+
+def _cells(row: Row, group: Group, curves: Curves, target: Target | None, public: bool) -> dict[str, str]:
+    records = row.records
+    uppers = [upper for r in records if (upper := certified(r)) is not None]
     steps, spent = _steps(row, curves, target)
     cut = mean_cut(row)
     cells = {
         "trainable": f"{records[0]['cost']['trainable_parameters']:,}",
-        "ε [certified upper]": f"{max(uppers):.3f}" if uppers else "∞" if privacy is None else "not certified",
-        "σ": f"{privacy['noise_multiplier']:.3f}" if privacy else "0",
+        "ε [certified upper]": f"{max(uppers):.3f}" if uppers else "not certified" if row.private else "∞",
+        "σ": _noise(records[0]) if row.private else "0",
         f"final {group.result['metric']}": spread([r["result"]["final"] for r in records]),
     }
     if cut is not None:
@@ -95,14 +116,26 @@ def _cells(row: Row, group: Group, curves: Curves, target: float | None, public:
     return cells
 
 
-def _steps(row: Row, curves: Curves, target: float | None) -> tuple[str, str]:
+def _steps(row: Row, curves: Curves, target: Target | None) -> tuple[str, str]:
     found = curves.median_reached(row, target)
     if found is None:
         return "–", "–"
     if found.step == float("inf"):
         cut = mean_cut(row)
         return f"> {row.spec['steps'] if cut is None else cut[0]:g}", "–"
-    return f"{found.step:g}", "∞" if not row.private else f"{found.epsilon:.2f}"
+    spent = "–" if found.epsilon is None else f"{found.epsilon:.2f}"
+    return f"{found.step:g}", spent if row.private else "∞"
+
+
+def certified(record: dict[str, Any]) -> float | None:
+    """The certified upper epsilon of a run; None where there is none, or the record of one that does not verify is malformed."""
+    values = record["privacy"].get("epsilon") if isinstance(record["privacy"], dict) else None
+    return values[2] if isinstance(values, list) and len(values) == 3 and isinstance(values[2], (int, float)) else None
+
+
+def _noise(record: dict[str, Any]) -> str:
+    value = record["privacy"].get("noise_multiplier") if isinstance(record["privacy"], dict) else None
+    return f"{value:.3f}" if isinstance(value, (int, float)) else "–"
 
 
 def _accountants(privacies: list[dict[str, Any]]) -> str:
@@ -128,18 +161,21 @@ def _budget(privacies: list[dict[str, Any]], steps_free: bool) -> str:
     return f"{text}; {_accountants(privacies)}."
 
 
-def _examples(group: Group) -> str:
-    examples = group.spec["eval_examples"]
+def examples_of(spec: dict[str, Any]) -> str:
+    """What the curve of a run is measured on."""
+    examples = spec["eval_examples"]
     return "the whole validation split" if examples is None else f"{examples} validation examples"
 
 
-def _notes(group: Group, target: float | None, public: bool) -> str:
-    fewest, most = (pick(len(row.records) for row in group.rows) for pick in (min, max))
-    text = f"{most} seed{'s' if most > 1 else ''}. " if fewest == most else f"{fewest} to {most} seeds a row. "
+def _notes(group: Group, target: Target | None, public: bool) -> str:
+    text = _seeds(group)
     if target is not None:
+        examples = examples_of({"eval_examples": target.examples})
+        best = "DP baseline" if any(row.baseline for row in measure_of(group.rows)) else "ranked row"
         text += (
-            f"Threshold: {target:.4f}, {FRACTION:.0%} of the way from {group.result.get('chance_is', 'chance')} "
-            f"({group.result['chance']:g}) to the best DP baseline. "
+            f"Threshold: {target.value:.4f}, {FRACTION:.0%} of the way from {group.result.get('chance_is', 'chance')} "
+            f"({group.result['chance']:g}) to where the curve of the best {best} ends, on {examples} like the curves; "
+            "–: the evaluations cannot tell. "
         )
     grids = {row.grid for row in group.rows if row.grid}
     if grids:
@@ -148,9 +184,24 @@ def _notes(group: Group, target: float | None, public: bool) -> str:
         text += ". " if group.view.steps_free else ", of the baseline all of them. "
     diagnostics = "curves and times" if public else "alignment, curves and times"
     return text + (
-        "Unnumbered rows are controls. Choices made on validation data (lr, clip norm) are not covered by ε; "
+        f"{_unnumbered(group)}Choices made on validation data (lr, clip norm) are not covered by ε; "
         f"{diagnostics} are non-private diagnostics."
     )
+
+
+def _seeds(group: Group) -> str:
+    """Which seeds the ranks rest on, or how many seeds the rows have."""
+    if group.seeds:
+        return f"{over(group.seeds)} "
+    fewest, most = (pick(len(row.records) for row in group.rows) for pick in (min, max))
+    return f"{most} seed{'s' if most > 1 else ''}. " if fewest == most else f"{fewest} to {most} seeds a row. "
+
+
+def _unnumbered(group: Group) -> str:
+    others = any(
+        row.ranked and rank is None and group.reason is None for row, rank in zip(group.rows, group.ranks, strict=True)
+    )
+    return f"Unnumbered rows are controls{' and other learning rates of a method that has a rank' if others else ''}. "
 
 
 def spread(values: Sequence[float]) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpft.harness.errors import BadInput
 from dpft.harness.report import rows as making
+from dpft.harness.report import sources
 from dpft.harness.report.reading import Curves
 from dpft.harness.report.rows import Row
 
@@ -47,6 +48,8 @@ class Group:
 
     reason: why nothing is ranked, or None. matched: what the view holds equal, in one sentence (None: see the budget).
     every: all rows before the best of each method were chosen. left_out: rows that the view does not admit, and why.
+    seeds: that the ranks are over. unranked: name of a row that competes and has no rank of its own fault -> why. notes: what the
+    runs were made from, where that differs. stream: of the noise, where the same setting has tables of several, else None.
     """
 
     rows: list[Row]
@@ -57,6 +60,10 @@ class Group:
     every: list[Row]
     matched: str | None = None
     left_out: list[str] = field(default_factory=list)
+    seeds: tuple[int, ...] = ()
+    unranked: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    stream: int | None = None
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -75,7 +82,8 @@ class Group:
         spec, private = self.spec, self.private
         settings = "".join(f", {key}={value}" for key, value in spec["task_options"].items())
         text = f"{spec['task']} (v{spec['task_version']}{settings}), {spec['model']}, head `{spec['head']}`"
-        return text + ("" if not private else f", ε ≤ {private[0].spec['epsilon']:g}")
+        text += "" if not private else f", ε ≤ {private[0].spec['epsilon']:g}"
+        return text + ("" if self.stream is None else f", noise stream {self.stream}")
 
     @property
     def stem(self) -> str:
@@ -86,12 +94,22 @@ class Group:
 
 
 def arrange(records: list[dict[str, Any]], view: View, curves: Curves, rates: bool = False) -> list[Group]:
-    """The tables of finished `records`; rates: every learning rate, not only the best of each method.
+    """The tables of `records`, those that failed among them; rates: every learning rate, not only the best of each method.
 
     A group of which the view admits no row has none, and says in `left_out` why.
     """
     parts = list(_by_hardware(records).values()) if view.name == "time" else [records]
-    return [_group(rows, view, curves, rates) for part in parts for rows in making.groups(part)]
+    groups = [_group(rows, view, curves, rates) for part in parts for rows in making.groups(part)]
+    streams: dict[str, set[int]] = defaultdict(set)
+    for group in groups:
+        if group.private:
+            streams[group.title].add(sources.noise_stream(group.private[0].spec))
+    return [
+        replace(group, stream=sources.noise_stream(group.private[0].spec))
+        if group.private and len(streams[group.title]) > 1
+        else group
+        for group in groups
+    ]
 
 
 def _group(rows: list[Row], view: View, curves: Curves, rates: bool) -> Group:
@@ -115,9 +133,31 @@ def _group(rows: list[Row], view: View, curves: Curves, rates: bool) -> Group:
         left_out = [*left_out, *(f"{name}: too short to be timed" for name in making.names(untimed))]
     every = making.ordered(rows) if rows else []
     free = FREE_SETTINGS if view.steps_free else ("lr",)
-    shown = making.ordered(every if rates else making.best_rates(every, free, view.steps_free)) if rows else []
-    ranks, reason = making.places(shown, FREE_BUDGET if view.steps_free else ())
-    return Group(shown, making.names(shown), ranks, reason, view, every, matched, left_out)
+    if not rows:
+        return Group([], [], [], None, view, [], matched, left_out)
+    shown, seeds = making.on_equal_seeds(every if rates else making.best_rates(every, free, view.steps_free))
+    shown = making.ordered(shown)
+    ranks, reason = making.places(shown, FREE_BUDGET if view.steps_free else (), free)
+    names = making.names(shown)
+    made = [(record, name, row.private) for name, row in zip(names, shown, strict=True) for record in row.records]
+    unranked = {
+        name: "; ".join([*row.flaws, *([row.lacks] if row.lacks else [])])
+        for name, row in zip(names, shown, strict=True)
+        if row.competes and not row.ranked
+    }
+    return Group(
+        shown,
+        names,
+        ranks,
+        reason,
+        view,
+        every,
+        matched,
+        left_out,
+        seeds,
+        unranked,
+        sources.notes(*zip(*made, strict=True)),
+    )
 
 
 def _under(rows: list[Row], cap: float) -> tuple[list[Row], list[str]]:
@@ -143,7 +183,7 @@ def _cut(
         if None in records:
             left_out.append(f"{name}: no evaluation within its first {limit} steps")
         else:
-            kept.append(Row(row.spec, records))
+            kept.append(replace(row, records=records))
     return (
         kept,
         f"{said}: runs are read at their last evaluation by then, on the examples of the curve. "
@@ -162,10 +202,13 @@ def _until(record: dict[str, Any], limit: int, curves: Curves) -> dict[str, Any]
 
 
 def _by_hardware(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Finished runs by the hardware they were made on; runs that failed count on each."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
-        found[hardware(record)].append(record)
-    return dict(sorted(found.items()))
+        if record["status"] == "done":
+            found[hardware(record)].append(record)
+    failed = [record for record in records if record["status"] != "done"]
+    return {where: [*made, *failed] for where, made in sorted(found.items())}
 
 
 def hardware(record: dict[str, Any]) -> str:

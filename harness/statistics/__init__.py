@@ -9,6 +9,7 @@ from dpft.harness.statistics.censored import Reached, median_reached, restricted
 from dpft.harness.statistics.paired import (
     EXACT_UP_TO,
     LEVEL,
+    SIMULATED,
     Comparison,
     SignFlip,
     compare,
@@ -28,6 +29,7 @@ __all__ = [
     "Comparison",
     "Interval",
     "Reached",
+    "SIMULATED",
     "SignFlip",
     "Width",
     "compare",

@@ -1,4 +1,7 @@
-"""Steps and epsilon to a threshold, where a run that never got there counts as infinitely late, not as absent."""
+"""Steps and epsilon to a threshold, where a run that never got there counts as infinitely late, not as absent.
+
+A run of which the evaluations cannot tell (harness/thresholds.py) is None: neither late nor absent.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +29,34 @@ def to_threshold(
     epsilons: Sequence[float | None],
     target: float,
     higher_is_better: bool = True,
-) -> Reached:
-    """Where one curve reaches `target` (rule: harness/thresholds.py). The three sequences have one entry per evaluation."""
+) -> Reached | None:
+    """Where one curve reaches `target` (rule: harness/thresholds.py); None where its evaluations cannot tell.
+
+    The three sequences have one entry per evaluation.
+    """
     hit = crossing(steps, values, target, higher_is_better)
+    if not hit.known:
+        return None
     if hit.step is None:
         return Reached(math.inf, None)
     return Reached(float(hit.step), epsilons[list(steps).index(hit.step)])
 
 
-def median_reached(found: Sequence[Reached]) -> Reached:
-    """The upper median by step: infinite as soon as half of the runs are censored, so that failures are not hidden."""
+def median_reached(found: Sequence[Reached | None], earliest: float = 0.0) -> Reached | None:
+    """The upper median by step: infinite as soon as half of the runs are censored, so that failures are not hidden.
+
+    None where it depends on runs that are unknown: it must be the same whether all of these got there at step `earliest`, before
+    which they are known not to have, or never.
+    """
     if not found:
         raise BadInput("A median needs at least one run; make some with `dpft run`.")
-    return sorted(found, key=lambda one: one.step)[len(found) // 2]
+
+    def median(unknown: float) -> Reached:
+        filled = [Reached(unknown, None) if one is None else one for one in found]
+        return sorted(filled, key=lambda one: one.step)[len(filled) // 2]
+
+    late = median(math.inf)
+    return late if median(earliest).step == late.step else None
 
 
 def win_probability(first: Sequence[float], second: Sequence[float]) -> float:

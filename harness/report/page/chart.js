@@ -23,7 +23,7 @@ function plot(row, wanted) {
     const slot = [...Array(SLOTS).keys()].find((i) => !plotted.some((series) => series.slot === i));
     const series = { row, slot, seeds: [] };
     plotted.push(series);
-    Promise.all(row.runs.map(runAt)).then((runs) => {
+    Promise.all(row.positions.map(runAt)).then((runs) => {
       series.seeds = runs.map((run) => run.curve).filter(Boolean);
       draw();
     });
@@ -104,7 +104,8 @@ function draw() {
   }
   for (const x of ticks(x0, x1, width < 500 ? 4 : 8)) root.append(svg("text", { x: sx(x), y: height - bottom + 18, "text-anchor": "middle" }, significant(x)));
   const metrics = [...new Set(plotted.map((series) => series.row.metric))].filter(Boolean).join(" / ");
-  const yName = byId("chart-y").value === "metric" ? metrics || LABELS.metric : LABELS[byId("chart-y").value];
+  const measuredOn = [...new Set(plotted.map((series) => series.row.examples))].join(" or ");
+  const yName = byId("chart-y").value === "metric" ? `${metrics || LABELS.metric} on ${measuredOn}` : LABELS[byId("chart-y").value];
   root.append(svg("text", { x: (left + width - right) / 2, y: height - 7, "text-anchor": "middle" }, byId("chart-x").value === "step" ? "step" : "ε spent"), svg("text", { x: 8, y: 16 }, yName));
   for (const line of lines) root.append(...drawn(line, sx, sy));
   if (cursor.at !== null && scales.xs.includes(cursor.at)) root.append(svg("line", { class: "cursor", x1: sx(cursor.at), x2: sx(cursor.at), y1: top, y2: height - bottom }));
@@ -152,7 +153,8 @@ function legend(lines) {
     key.append(svg("path", { class: `mean c${series.slot}`, d: "M0,6H34", "stroke-dasharray": DASHES[series.slot] }), marker(series.slot, 17, 6));
     const missing = series.seeds.length && !means.length ? " (has no such values)" : "";
     const { row } = series;
-    return make("li", {}, key, make("span", { text: `${row.name}, ${row.task}${row.epsilon === null ? "" : `, ε ≤ ${BUDGET(row.epsilon)}`}${missing}` }),
+    const on = new Set(plotted.map((other) => other.row.examples)).size > 1 ? `, on ${row.examples}` : "";
+    return make("li", {}, key, make("span", { text: `${row.name}, ${row.task}${row.epsilon === null ? "" : `, ε ≤ ${BUDGET(row.epsilon)}`}${on}${missing}` }),
       make("button", { type: "button", text: "✕", "aria-label": `Remove ${row.name}`, onclick: () => plot(row, false) }));
   }));
 }

@@ -1,4 +1,7 @@
-"""Records -> what the page embeds: an index of rows (all that the table, the filters and the matrix need) and runs in blocks."""
+"""Records -> what the page embeds: an index of rows (all that the table, the filters and the matrix need) and runs in blocks.
+
+Groups, rows, ranks and verdicts are those of the report (`harness/report`): nothing is ranked or averaged here.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dpft.harness.report import rows as reading
-from dpft.harness.report.rows import Row, name_of
-from dpft.harness.report.tables import spread
+from dpft.harness.report import Options, Report, paired
+from dpft.harness.report import rows as making
+from dpft.harness.report.rows import Row
+from dpft.harness.report.tables import certified, examples_of, spread
+from dpft.harness.report.views import Group
 from dpft.harness.spec import completed
 from dpft.harness.store import Store
 
@@ -37,8 +42,7 @@ class Builder:
         """Base64 of the gzipped JSON of up to BLOCK runs."""
         block: list[dict[str, Any]] = []
         for record in records:
-            record = {**record, "spec": completed(record["spec"])}
-            block.append(self._run(record))
+            block.append(self._run({**record, "spec": completed(record["spec"])}))
             self.kept.append(_slim(record, len(self.kept), block[-1]["curve"] is not None))
             if len(block) == BLOCK:
                 yield packed(block)
@@ -61,17 +65,17 @@ class Builder:
         return CURVE if self.public else CURVE + DIAGNOSTIC_CURVE
 
     def index(self) -> dict[str, Any]:
-        """Groups and rows in the order and with the ranks of the markdown report, then runs that are not done."""
-        done = [r for r in self.kept if r["status"] == "done"]
-        groups, rows = [], {}
-        for number, group in enumerate(reading.groups(done)):
-            best = reading.ordered(reading.best_rates(group))
-            ranks, reason = reading.places(best)
-            groups.append(_group(best, reason))
-            self._add(rows, number, best, ranks, group)
-        found = list(rows.values()) + [
-            _failed(r, len(rows) + i) for i, r in enumerate(self.kept) if r["status"] != "done"
-        ]
+        """Groups and rows in the order and with the ranks of the markdown report, then runs that are in no table."""
+        report = Report(self.kept, self.store, Options(public=self.public))
+        groups, rows, shown = [], {}, set()
+        for number, group in enumerate(report.groups):
+            verdicts = paired.verdicts(group, None)
+            groups.append(_group(group, verdicts))
+            _add(rows, number, group, verdicts)
+        for row in rows.values():
+            shown |= set(row["ids"])
+        found = [{key: value for key, value in row.items() if key != "row"} for row in rows.values()]
+        found += [_alone(r, len(rows) + i) for i, r in enumerate(self.kept) if r["run_id"] not in shown]
         counted = {s: sum(r["status"] == s for r in self.kept) for s in sorted({r["status"] for r in self.kept})}
         return {
             "block": BLOCK,
@@ -82,19 +86,56 @@ class Builder:
             "rows": found,
         }
 
-    @staticmethod
-    def _add(rows: dict[int, dict], number: int, best: list[Row], ranks: list[int | None], group: list[Row]) -> None:
-        """Rows of one group; a control belongs to every group of its setting, and is one row."""
-        place = {id(row.records): (i, row, rank) for i, (row, rank) in enumerate(zip(best, ranks, strict=True))}
-        for row in reading.ordered(group):
-            i, named, rank = place.get(id(row.records), (len(best), row, None))
-            entry = rows.setdefault(id(row.records), _row(row, len(rows)))
-            entry["groups"].append(number)
-            if id(row.records) in place:
-                entry |= {"kept": True, "rank": rank, "order": number * 1e6 + i, "name": name_of(named, best)}
-            elif not entry["kept"]:
-                entry |= {"order": number * 1e6 + i, "name": name_of(row, group)}
-            entry["in_epsilon"].append(_budget(group))
+
+def _add(rows: dict[tuple, dict], number: int, group: Group, verdicts: paired.Verdicts | None) -> None:
+    """Rows of one group; a control belongs to every group of its setting, and is one row.
+
+    Of a method there is one row, at the best of its grid; its other learning rates are shown where a reader asks for them.
+    """
+    families = {id(row): i for i, grid in enumerate(making.alike(group.rows)) for row in grid}
+    names = {_key(row): name for name, row in zip(making.names(group.every), group.every, strict=True)}
+    taken, place = set(), {}
+    for i, (row, name, rank) in enumerate(zip(group.rows, group.names, group.ranks, strict=True)):
+        kept = families[id(row)] not in taken
+        taken.add(families[id(row)])
+        place[_key(row)] = (i, row, name, rank, kept)
+    for row in group.every:
+        other = (len(group.rows), row, names[_key(row)], None, False)  # a rate that is not its method's best
+        i, shown, name, rank, kept = place.get(_key(row), other)
+        entry = rows.setdefault(_key(row), _row(shown, len(rows)))
+        entry["groups"].append(number)
+        entry["in_epsilon"].append(_budget(group))
+        if kept or not entry["kept"]:
+            order = number * 1e6 + i + (0 if kept else 0.5)
+            entry |= {"kept": kept, "rank": rank, "order": order, "name": name}
+            entry |= {"verdict": _verdict(shown, name, group, verdicts), "tried": len(shown.grid) or 1}
+
+
+def _key(row: Row) -> tuple:
+    """Of a configuration: its first run, whichever of its seeds a table ranks on."""
+    return tuple(sorted(r["run_id"] for r in row.whole.records))
+
+
+def _verdict(row: Row, name: str, group: Group, verdicts: paired.Verdicts | None) -> str:
+    """What may be concluded of a row, or why nothing may."""
+    if not row.competes:
+        return "control"
+    if not row.ranked:
+        return f"not ranked: {'; '.join([*row.flaws, *([row.lacks] if row.lacks else [])])}"
+    if group.reason is not None:
+        return "not ranked"
+    if all(row is not one for one in group.rows):
+        return "another learning rate"
+    if verdicts is None:
+        return "not compared: no two seeds shared with a baseline"
+    if name == verdicts.base:
+        return "the baseline"
+    if name not in verdicts.found:
+        return "another learning rate" if row.baseline else "not compared: no two seeds shared with the baseline"
+    one = verdicts.found[name]
+    if one.verdict.startswith("cannot tell"):
+        return f"{one.difference:+.4f}, {one.verdict}"
+    return f"{one.verdict} ({one.difference:+.4f}, Holm's p {one.adjusted:.3g}, {len(one.seeds)} seeds)"
 
 
 def packed(value: Any) -> str:
@@ -128,17 +169,14 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _slim(record: dict[str, Any], position: int, curve: bool) -> dict[str, Any]:
-    """What is kept of a record until the index is made."""
-    cost, privacy = record["cost"] or {}, record["privacy"]
+    """What is kept of a record until the index is made: what the report reads of it, and where the page has it."""
+    diagnostics = record["diagnostics"] or {}
     return {
+        **{key: value for key, value in record.items() if key != "diagnostics"},
+        "diagnostics": {key: diagnostics[key] for key in SUMMARIES if key in diagnostics},
+        "result": _measured(record),
         "position": position,
         "curve": curve,
-        **{key: record[key] for key in ("run_id", "status", "spec", "error")},
-        "privacy": privacy and {key: value for key, value in privacy.items() if key not in ("ledger", "cross_checks")},
-        "result": _measured(record),
-        "step_s": cost.get("step_s"),
-        "peak": sum((cost.get("peak_bytes") or {}).values()) or None,
-        "trainable": cost.get("trainable_parameters"),
     }
 
 
@@ -147,73 +185,89 @@ def _measured(record: dict[str, Any]) -> dict[str, Any] | None:
     return record["result"] and {key: value for key, value in record["result"].items() if key != "samples"}
 
 
-def _budget(group: list[Row]) -> float | None:
-    return next((row.spec["epsilon"] for row in group if row.private), None)
+def _budget(group: Group) -> float | None:
+    return group.private[0].spec["epsilon"] if group.private else None
 
 
-def _group(rows: list[Row], reason: str | None) -> dict[str, Any]:
-    spec, result, epsilon = rows[0].spec, rows[0].records[0]["result"], _budget(rows)
-    title = f"{spec['task']} (v{spec['task_version']}), {spec['model']}, head {spec['head']}"
+def _group(group: Group, verdicts: paired.Verdicts | None) -> dict[str, Any]:
+    result = group.result
+    lines = [making.over(group.seeds)] if group.seeds and group.reason is None else []
+    if verdicts is not None:
+        lines.append(f"Verdicts: against {verdicts.base}, paired by seed.")
+    lines += group.notes
     return {
-        "title": title + ("" if epsilon is None else f", ε ≤ {epsilon:g}"),
-        "epsilon": epsilon,
-        "reason": reason,
+        "title": group.title.replace("`", ""),
+        "epsilon": _budget(group),
+        "reason": group.reason,
+        "note": " ".join(lines) or None,
         "chance": result["chance"],
         "higher_is_better": result["higher_is_better"],
     }
 
 
 def _row(row: Row, order: int) -> dict[str, Any]:
-    records = row.records
+    records = row.whole.records
     result = records[0]["result"]
-    known = [r["privacy"]["epsilon"][2] for r in records if r["privacy"] and r["privacy"]["epsilon"]]
+    known = [upper for r in records if (upper := certified(r)) is not None]
     return {
         **_common(records, order),
+        "runs": row.runs,
         "metric": result["metric"],
         "final": row.final,
-        "final_text": spread([r["result"]["final"] for r in records]),
+        "final_text": spread([r["result"]["final"] for r in row.records]),
         "certified": max(known) if known else None,
         "certified_text": f"{max(known):.3f}" if known else "not certified" if row.private else "∞",
         "in_epsilon": [],
+        "step_s": row.step_s,
+        "peak": row.peak_bytes,
     }
 
 
-def _failed(record: dict[str, Any], order: int) -> dict[str, Any]:
-    spec = record["spec"]
-    common = _common([record], 1e12 + order)
+def _alone(record: dict[str, Any], order: int) -> dict[str, Any]:
+    """A run that is in no table."""
+    spec = completed(record["spec"])
+    done = record["status"] == "done"
     return {
-        **common,
+        **_common([{**record, "spec": spec}], 1e12 + order),
         "kept": True,
-        "name": f"{common['method']} (lr={spec['lr']:g}, seed={spec['seed']})",
+        "name": f"{_method(spec)} (lr={spec['lr']:g}, seed={spec['seed']})",
+        "error": "The same configuration and seed as another run; delete one of them." if done else record["error"],
+        "runs": "1/1" if done else "0/1",
         "metric": None,
         "final": None,
         "final_text": "–",
         "certified": None,
         "certified_text": "–",
+        "step_s": None,
+        "peak": None,
     }
+
+
+def _method(spec: dict[str, Any]) -> str:
+    return spec["method"] + (
+        "" if spec["decoder"] == "mean" or spec["decoder"] in spec["method"] else f"+{spec['decoder']}"
+    )
 
 
 def _common(records: list[dict[str, Any]], order: float) -> dict[str, Any]:
     spec, first = records[0]["spec"], records[0]
-    decoder = "" if spec["decoder"] == "mean" or spec["decoder"] in spec["method"] else f"+{spec['decoder']}"
-    steps = [r["step_s"] for r in records if r["step_s"] is not None]
     return {
         "order": order,
         "groups": [],
         "rank": None,
+        "verdict": "",
+        "tried": None,
         "kept": False,
         "name": spec["method"],
-        "method": spec["method"] + decoder,
+        "method": _method(spec),
         **{key: spec[key] for key in ("task", "model", "epsilon", "lr")},
+        "examples": examples_of(spec),
         "settings": " ".join(f"{key}={value}" for key, value in (spec["task_options"] | spec["options"]).items()),
         "status": first["status"],
         "error": first["error"],
-        "seeds": len(records),
-        "step_s": sorted(steps)[len(steps) // 2] if steps else None,
-        "peak": max((r["peak"] for r in records if r["peak"]), default=None),
-        "trainable": first["trainable"],
+        "trainable": (first["cost"] or {}).get("trainable_parameters"),
         "ids": [r["run_id"] for r in records],
-        "runs": [r["position"] for r in records],
+        "positions": [r["position"] for r in records],
         "seed_of": [r["spec"]["seed"] for r in records],
         "curve": any(r["curve"] for r in records),
     }

@@ -4,7 +4,7 @@ let opened = 0; // counts openings, so that a slow block never overwrites a late
 
 function openRow(row) {
   byId("details-title").textContent = `${row.name}, ${row.task}`;
-  byId("seeds").replaceChildren(...row.runs.map((position, i) =>
+  byId("seeds").replaceChildren(...row.positions.map((position, i) =>
     make("button", { type: "button", text: `seed ${row.seed_of[i]}`, "aria-pressed": String(i === 0), onclick: () => showRun(row, i) })));
   byId("details-body").replaceChildren(make("p", { class: "quiet", text: "Unpacking …" }));
   byId("details").showModal();
@@ -15,7 +15,7 @@ function openRow(row) {
 async function showRun(row, i) {
   const mine = (opened += 1);
   [...byId("seeds").children].forEach((button, j) => button.setAttribute("aria-pressed", String(i === j)));
-  const run = await runAt(row.runs[i]);
+  const run = await runAt(row.positions[i]);
   if (mine !== opened) return;
   byId("details-body").replaceChildren(...sections(run));
   byId("details").scrollTo(0, 0);

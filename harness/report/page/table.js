@@ -5,14 +5,16 @@ const BUDGET = (value) => (value === null ? "∞" : significant(value, 6));
 const COLUMNS = [
   { key: "rank", title: "#", number: true },
   { key: "name", title: "Method" },
-  { key: "final", title: "Final metric", number: true, falls: true, show: (row) => (row.final === null ? "–" : `${row.metric} ${row.final_text}`) },
+  { key: "verdict", title: "Verdict" },
+  { key: "final", title: "Final, whole split", number: true, falls: true, show: (row) => (row.final === null ? "–" : `${row.metric} ${row.final_text}`) },
   { key: "task", title: "Task" },
   { key: "model", title: "Model" },
   { key: "epsilon", title: "Budget ε", number: true, show: (row) => BUDGET(row.epsilon) },
   { key: "status", title: "Status" },
   { key: "certified", title: "ε certified", number: true, show: (row) => row.certified_text },
   { key: "lr", title: "lr", number: true, show: (row) => significant(row.lr) },
-  { key: "seeds", title: "Seeds", number: true, falls: true },
+  { key: "tried", title: "Rates tried", number: true, show: (row) => row.tried ?? "–" },
+  { key: "runs", title: "Runs", number: true },
   { key: "step_s", title: "Step time", number: true, show: (row) => (row.step_s === null ? "–" : `${significant(row.step_s, 3)} s`) },
   { key: "peak", title: "Peak memory", number: true, show: (row) => megabytes(row.peak) },
   { key: "trainable", title: "Trainable", number: true, show: (row) => (row.trainable === null ? "–" : row.trainable.toLocaleString("en")) },
@@ -93,7 +95,7 @@ function grouped(rows) {
     lines.push({ group: index.groups[i] });
     members.sort((a, b) => a.order - b.order).forEach((row) => lines.push({ row }));
   });
-  if (failed.length) lines.push({ group: { title: "Failed and skipped runs", reason: null, note: "Not in a table; each with its reason." } });
+  if (failed.length) lines.push({ group: { title: "Runs in no table", reason: null, note: "Failed, skipped or there twice; each with its reason." } });
   return lines.concat(failed.map((row) => ({ row })));
 }
 
@@ -144,6 +146,8 @@ function rowLine(row) {
       if (row.error) cell.append(make("div", { class: "reason", text: row.error }));
     } else if (column.key === "status") {
       cell.append(make("span", { class: `status${row.status === "done" ? "" : " bad"}`, text: row.status }));
+    } else if (column.key === "verdict") {
+      cell.append(make("div", { class: "verdict", text: row.verdict }));
     } else cell.textContent = column.show ? column.show(row) : row[column.key] ?? "";
     return cell;
   });
