@@ -92,7 +92,7 @@ def audit(question: Question, progress: Callable[[str, int, int], None] = lambda
     except Diverged as problem:
         raise BadInput(f"The audited run diverged ({str(problem).rstrip('.')}), so it shows nothing.") from None
     progress("accounting", 0, 1)
-    certificate = _certified(json.dumps(seen.events), seen.spec.delta, seen.spec.epsilon)
+    certificate = _certified(json.dumps(seen.events), seen.spec.delta, seen.spec.epsilon, seen.spec.noise_stream)
     if certificate["epsilon"] is None:
         raise BadInput(f"The run has no certificate to audit: {certificate['error']}")
     bound, checks, booking = bounds.measured(seen), run_checks(seen), _booking(seen)
@@ -151,6 +151,6 @@ def _booking(seen: Observation) -> Booking:
 
 
 @lru_cache(maxsize=64)
-def _certified(events: str, delta: float, target: float) -> dict[str, Any]:
+def _certified(events: str, delta: float, target: float, noise_stream: int) -> dict[str, Any]:
     """`certify`, once for all audits of one ledger."""
-    return certify(json.loads(events), delta, target)
+    return certify(json.loads(events), delta, target, noise_stream)
