@@ -163,11 +163,12 @@ def test_an_empty_batch_still_adds_noise_steps_and_is_charged(method, setup_of):
 
 @pytest.mark.parametrize("method", [m for m in PRIVATE if m in DISTINCT])
 def test_noise_and_decode_happen_once_per_logical_step_whatever_the_microbatches(method, setup_of):
-    counts = []
-    for tokens in (16, 100_000):
+    counts, pieces = [], []
+    for tokens in (100, 100_000):  # some seven examples at once, or all of them
         setup = dataclasses.replace(setup_of(method), max_tokens=tokens)
-        calls = {"release": 0, "decode": 0}
-        for owner, name in ((setup.mechanism, "release"), (setup.method, "decode")):
+        calls = {"release": 0, "decode": 0, "accumulate": 0}
+        watched = ((setup.mechanism, "release"), (setup.method, "decode"), (setup.engine, "accumulate"))
+        for owner, name in watched:
             original = getattr(owner, name)
 
             def counted(*arguments, calls=calls, name=name, original=original):
@@ -176,8 +177,10 @@ def test_noise_and_decode_happen_once_per_logical_step_whatever_the_microbatches
 
             setattr(owner, name, counted)
         trained(setup)
+        pieces.append(calls.pop("accumulate"))
         counts.append(calls)
     assert counts == [{"release": 4, "decode": 4}] * 2
+    assert setup.method.query == "none" or pieces[0] > 4 * pieces[1] > 0, pieces
 
 
 @pytest.mark.parametrize("method", LEARNING)
