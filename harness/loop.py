@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from dpft.harness import buffers, chain, checkpoint, guard, journal, probes, spectra, updates
+from dpft.harness import buffers, chain, guard, journal, probes, resuming, spectra, updates
 from dpft.harness.digest import digest
 from dpft.harness.engine.base import Engine, RunningSums, Sums
 from dpft.harness.engine.encoding import Encoding
-from dpft.harness.errors import CannotRun, Diverged
+from dpft.harness.errors import Diverged
 from dpft.harness.evaluation import batch_of, evaluate, finish
 from dpft.harness.mechanism import Mechanism
 from dpft.harness.privacy import Ledger
@@ -103,8 +103,8 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
         state.untrained = evaluate(setup, state, spec.eval_examples)[setup.task.metric]
     state.chain = chain.start(spec, setup.prepared.data_fingerprint, setup.prepared.model_fingerprint)
     if setup.checkpoint_path is not None:
-        _restore(setup, state, optimizer)
-        _charge_lost(setup, state)
+        resuming.restore(setup, state, optimizer)
+        resuming.charge_lost(setup, state)
     if "before" not in state.samples:
         state.samples["before"] = setup.task.samples(setup.prepared, setup.device)
     saved = time.monotonic()
@@ -114,7 +114,7 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     begun = state.step
     while state.step + state.lost < spec.steps:
         if setup.deadline is not None and time.monotonic() > setup.deadline:
-            _keep(setup, state, optimizer)
+            resuming.keep(setup, state, optimizer)
             raise OutOfTime(f"The run passed its time limit at step {state.step} of {spec.steps}.")
         indices = setup.sampler.sample()
         if state.step == begun or state.step in setup.method.phases():
@@ -127,7 +127,7 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
         state.chain = chain.extended(state.chain, chain.booked(state.ledger.events, state.step - 1), row)
         observe(state.step, row)
         if time.monotonic() - saved > setup.checkpoint_seconds:
-            _keep(setup, state, optimizer)
+            resuming.keep(setup, state, optimizer)
             saved = time.monotonic()
     if state.curve[-1]["metric"] is None:  # a loss of releases made an earlier step the last
         state.curve[-1]["metric"] = evaluate(setup, state, spec.eval_examples)[setup.task.metric]
@@ -238,22 +238,6 @@ def _book(setup: Setup, ledger: Ledger, step: int) -> None:
         journal.note(journal.path_of(setup.checkpoint_path))
 
 
-def _charge_lost(setup: Setup, state: State) -> None:
-    """Book what an earlier process released after the checkpoint, with noise that cannot be drawn again: so many steps fewer."""
-    if setup.secure_noise and setup.epsilon_curve is not None:
-        made = journal.releases(journal.path_of(setup.checkpoint_path))
-        while state.ledger.steps < made:
-            entry = setup.mechanism.noise.entry("gradient")
-            state.ledger.append(state.ledger.steps, setup.sampler.sampling_probability, [entry])
-            state.lost += 1
-        if state.lost:
-            setup.note(f"{state.lost} releases of this run were lost with a process that was killed; they are charged.")
-        if state.step == 0 and state.lost >= setup.spec.steps:
-            raise CannotRun(
-                "All releases of this run were lost with the processes that made them; start it anew: --no-resume."
-            )
-
-
 def _apply(setup: Setup, optimizer, update: updates.Updates, step: int) -> None:
     """Hand the update to the optimizer at this step's learning rate."""
     if not update:
@@ -263,59 +247,3 @@ def _apply(setup: Setup, optimizer, update: updates.Updates, step: int) -> None:
     for group in optimizer.param_groups:
         group["lr"] = setup.spec.lr * group.get("lr_factor", 1.0) * setup.spec.lr_factor(step)
     updates.apply(optimizer, setup.parameters, update)
-
-
-def _keep(setup: Setup, state: State, optimizer) -> None:
-    """Write a checkpoint where one is wanted; a run is worth more than its checkpoint, so a full disk is no failure."""
-    if setup.checkpoint_path is not None:
-        try:
-            _save(setup, state, optimizer)
-        except OSError as error:
-            setup.note(f"No checkpoint can be written ({error.strerror or error}); the run goes on without.")
-
-
-def _save(setup: Setup, state: State, optimizer) -> None:
-    tensors = {f"parameter|{name}": p for name, p in setup.parameters.items()}
-    tensors |= {f"optimizer|{k}": t for k, t in checkpoint.optimizer_tensors(optimizer, setup.parameters).items()}
-    tensors |= {f"method|{k}": t for k, t in setup.method.state_dict().items()}
-    tensors |= {f"buffer|{k}": t for k, t in buffers.tensors(setup.prepared.model).items()}
-    if not setup.secure_noise:
-        tensors["sampler"] = setup.sampler.generator.get_state()
-        tensors["noise"] = setup.mechanism.state()
-    plain = {key: value for key, value in vars(state).items() if key != "ledger"}
-    plain |= {"ledger": state.ledger.events, "made_of": _made_of(setup)}
-    checkpoint.save(setup.checkpoint_path, setup.spec.run_id, tensors, plain)
-
-
-def _made_of(setup: Setup) -> list[str]:
-    return [setup.prepared.data_fingerprint, setup.prepared.model_fingerprint]
-
-
-def _restore(setup: Setup, state: State, optimizer) -> None:
-    found = checkpoint.load(setup.checkpoint_path, setup.spec.run_id)
-    if found is None:
-        return
-    tensors, plain = found
-    if plain.pop("made_of", None) != _made_of(setup):
-        return  # the steps so far saw other data, or started from other weights
-    if setup.secure_noise != ("noise" not in tensors):
-        return  # the steps so far had noise of the other kind: what the record says of it must hold for all of them
-    if "chain" not in plain:
-        return  # written before there was a chain: of the steps so far it could say nothing
-    groups: dict[str, Sums] = {"parameter": {}, "optimizer": {}, "method": {}, "buffer": {}}
-    for key, tensor in tensors.items():
-        kind, _, rest = key.partition("|")
-        if rest:
-            groups[kind][rest] = tensor
-    with torch.no_grad():
-        for name, p in setup.parameters.items():
-            p.copy_(groups["parameter"][name])
-    checkpoint.restore_optimizer(optimizer, setup.parameters, groups["optimizer"])
-    setup.method.load_state_dict(groups["method"])
-    buffers.restore(setup.prepared.model, groups["buffer"])
-    if not setup.secure_noise:
-        setup.sampler.generator.set_state(tensors["sampler"])
-        setup.mechanism.set_state(tensors["noise"])
-    for key, value in plain.items():
-        setattr(state, key, Ledger.from_events(value) if key == "ledger" else value)
-    setup.note(f"    continued from step {state.step} of {setup.spec.steps}", trouble=False)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dpft.harness import chain, loop, provenance, registry, spectra
+from dpft.harness import chain, loop, provenance, registry, sections, spectra
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import PlainEngine, ZeroEngine, zero_sums
 from dpft.harness.engine.clipping import Clipping
@@ -23,13 +22,11 @@ from dpft.harness.errors import BadInput, CannotRun, Diverged
 from dpft.harness.mechanism import Mechanism
 from dpft.harness.noise import secret_source, source, stream
 from dpft.harness.plan import PrivacyPlan, plan
-from dpft.harness.privacy import ADJACENCY, SAMPLING, certify
 from dpft.harness.probes import Clock
 from dpft.harness.run_settings import MAX_TOKENS, Settings, exact_fp32, keep_freed_memory
 from dpft.harness.sampling import PoissonSampler
 from dpft.harness.spec import RunSpec
 from dpft.harness.store import SCHEMA
-from dpft.harness.thresholds import RULE, crossing
 from dpft.tasks import model_files
 from dpft.tasks.base import ModelSpec
 
@@ -64,11 +61,11 @@ def execute(
         "run_id": spec.run_id,
         "status": status,
         "spec": spec.to_dict(),
-        "privacy": _privacy(spec, privacy_plan, state, settings),
-        "result": _result(spec, state) if status == "done" else None,
-        "cost": _cost(spec, setup, state, seconds),
-        "diagnostics": _diagnostics(state),
-        "provenance": {**provenance.collect(settings), "started": started, **_fingerprints(setup, files)},
+        "privacy": sections.privacy(spec, privacy_plan, state, settings),
+        "result": sections.result(spec, state) if status == "done" else None,
+        "cost": sections.cost(spec, setup, state, seconds),
+        "diagnostics": sections.diagnostics(state),
+        "provenance": {**provenance.collect(settings), "started": started, **sections.fingerprints(setup, files)},
         "chain": None,
         "error": error,
     }
@@ -197,109 +194,3 @@ def _loss(spec: RunSpec, task, device: torch.device):
             return task.loss(model, batch)
 
     return loss
-
-
-def _privacy(
-    spec: RunSpec, privacy_plan: PrivacyPlan | None, state: loop.State, settings: Settings
-) -> dict[str, Any] | None:
-    if privacy_plan is None or spec.epsilon is None:
-        return None
-    certificate = certify(state.ledger.events, privacy_plan.delta, spec.epsilon, spec.noise_stream)
-    reached = _crossing(spec, state)
-    return {
-        "target": spec.epsilon,
-        "delta": privacy_plan.delta,
-        "adjacency": ADJACENCY,
-        "sampling": SAMPLING,
-        "num_examples": privacy_plan.num_examples,
-        "sampling_probability": privacy_plan.sampling_probability,
-        "expected_batch_size": spec.batch_size,
-        "mechanism": privacy_plan.noise.mechanism,
-        "noise_multiplier": privacy_plan.noise_multiplier,
-        **({} if spec.noise_stream == 1 else {"noise_stream": spec.noise_stream}),
-        "noise_seed": "os" if settings.secure_noise else "seed of the run",
-        "releases_per_step": 1,
-        "steps_planned": spec.steps,
-        "steps_run": state.ledger.steps,
-        **({"steps_lost": state.lost} if state.lost else {}),
-        "ledger": state.ledger.events,
-        **certificate,
-        "epsilon_at_threshold": None
-        if reached is None or reached.step is None
-        else state.curve[reached.step - 1]["epsilon"],
-    }
-
-
-def _crossing(spec: RunSpec, state: loop.State):
-    task = registry.task(spec.task)
-    evaluated = [(row["step"], row["metric"]) for row in state.curve if row["metric"] is not None]
-    if not evaluated:
-        return None
-    steps, values = zip(*evaluated, strict=True)
-    return crossing(steps, values, task.threshold, task.higher_is_better)
-
-
-def _result(spec: RunSpec, state: loop.State) -> dict[str, Any]:
-    task, reached = registry.task(spec.task), _crossing(spec, state)
-    rows = [row for row in state.curve if row["metric"] is not None]
-    pick = max if task.higher_is_better else min
-    return {
-        "metric": task.metric,
-        "higher_is_better": task.higher_is_better,
-        "chance": task.chance if task.chance is not None else state.untrained,
-        **({"chance_is": "the model before training"} if task.chance is None else {}),
-        "final": state.final,
-        "all_metrics": state.metrics,
-        **({"definitions": state.definitions} if state.definitions else {}),
-        **({"samples": state.samples} if any(state.samples.values()) else {}),
-        "best_step": pick(rows, key=lambda row: row["metric"])["step"],
-        "threshold": task.threshold,
-        "steps_to_threshold": reached.step,
-        "censored": reached.censored,
-        "threshold_rule": RULE,
-    }
-
-
-def _cost(spec: RunSpec, setup: loop.Setup | None, state: loop.State, seconds: float) -> dict[str, Any]:
-    steps = [sum(phases.values()) for phases in state.step_seconds]
-    timed = state.step_seconds[loop.MEMORY_STEPS :]
-    phases = {key for row in timed for key in row}
-    return {
-        "total_s": seconds,
-        "train_s": sum(steps),
-        "eval_s": state.eval_seconds,
-        "warmup_s": sum(steps[: loop.MEMORY_STEPS]),
-        "step_s": statistics.median(steps[loop.MEMORY_STEPS :]) if timed else None,
-        "phase_s": {key: sum(row.get(key, 0.0) for row in timed) / len(timed) for key in sorted(phases)},
-        "peak_bytes": dict(sorted(state.peak_bytes.items())),
-        "example_gradients": spec.batch_size * spec.steps,
-        "trainable_parameters": None if setup is None else setup.method.trained(setup.parameters),
-        "total_parameters": None if setup is None else sum(p.numel() for p in setup.prepared.model.parameters()),
-    }
-
-
-def _diagnostics(state: loop.State) -> dict[str, Any]:
-    def mean(key: str) -> float | None:
-        values = [row[key] for row in state.curve if row[key] is not None]
-        return sum(values) / len(values) if values else None
-
-    return {
-        "private": False,
-        "alignment": {"noisy": mean("alignment_noisy"), "decoded": mean("alignment_decoded"), "snr": mean("snr")},
-        "alignment_by_parameter": spectra.shortened(state.alignment_by_parameter),
-        "decoder_by_parameter": spectra.shortened(state.decoder_by_parameter),
-        "spectra": state.spectra,
-        "clipped_fraction": mean("clipped_fraction"),
-        **({"selection": spectra.shortened(state.selection)} if state.selection else {}),
-    }
-
-
-def _fingerprints(setup: loop.Setup | None, files: str | None) -> dict[str, Any]:
-    prepared = setup.prepared if setup is not None else None
-    return {
-        "data_fingerprint": prepared.data_fingerprint if prepared else None,
-        "model_fingerprint": prepared.model_fingerprint if prepared else None,
-        "train_examples": len(prepared.train) if prepared else None,
-        "validation_examples": len(prepared.validation) if prepared else None,
-        "model_files": files if prepared else None,  # of a local folder or file: told apart without loading it
-    }
