@@ -180,7 +180,8 @@ def test_noise_and_decode_happen_once_per_logical_step_whatever_the_microbatches
         pieces.append(calls.pop("accumulate"))
         counts.append(calls)
     assert counts == [{"release": 4, "decode": 4}] * 2
-    assert setup.method.query == "none" or pieces[0] > 4 * pieces[1] > 0, pieces
+    # the comparison with autograd asks the engine as often in both: the difference is microbatches of the four steps
+    assert setup.method.query == "none" or pieces[0] - pieces[1] > 4 * 4, pieces
 
 
 @pytest.mark.parametrize("method", LEARNING)

@@ -137,6 +137,9 @@ def _section(name: str, content: Any) -> Iterator[str]:
             yield f"The {name} section lacks {key}."
         elif not check(content[key]):
             yield f"{key} in the {name} section must be {kind}, not {_short(content[key])}."
+    for key in ("train_examples", "validation_examples") if name == "provenance" else ():  # older records do not say
+        if content.get(key) is not None and not count(content[key]):
+            yield f"{key} in the {name} section must be a whole number, not {_short(content[key])}."
     if name == "provenance" and isinstance(content.get("versions"), dict):
         lacking = [package for package in PACKAGES if package not in content["versions"]]
         if lacking:
