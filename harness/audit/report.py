@@ -117,7 +117,7 @@ def of_repeated(found: Repeated, methods: Sequence[str]) -> str:
         f"{found.audits} audits of {', '.join(methods)}, each with a seed of its own: "
         f"{'as stated' if found.as_stated else 'NOT AS STATED'}",
         f"accused            {len(found.accused)}: rate {found.low:.2%} to {found.high:.2%} ({CONFIDENCE:.0%}, Clopper-Pearson); "
-        f"stated: at most {LEVEL:.0%}",
+        f"stated: at most {LEVEL:.1%}",
         *(f"                   {method}, seed {seed}: {verdict}" for method, seed, verdict in found.accused),
         "",
     ]
