@@ -56,7 +56,7 @@ class Mechanism:
         """The noisy sum over the expected batch size. Works in place: `clipped_sum` holds no clean values afterwards."""
         size = self.expected_batch_size
         if not all(map(has_values, clipped_sum.values())):
-            pass  # fakes have nothing that noise could be added to, and pieces of a fixed size take no room that grows
+            self._source.room(list(clipped_sum.values()))  # fakes have nothing that noise could be added to
         elif self.noise is not None:
             self._check(clipped_sum)
             kind = "laplace" if self._shape == "coordinates" else "gaussian"

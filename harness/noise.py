@@ -47,7 +47,6 @@ class KeyStream:
             raise ValueError(f"a key has 32 bytes, not {len(key)}")
         self._key, self._next = key, 0
         self._workers: ThreadPoolExecutor | None = None
-        self._scratch: list[Scratch] = []
 
     def add(self, tensors: Tensors, scale: float, divisor: float, kind: str) -> None:
         """`tensor.add_(scale * draws).div_(divisor)` for each tensor (contiguous); kind: `gaussian` or `laplace`."""
@@ -55,12 +54,12 @@ class KeyStream:
         first, self._next = self._next, self._next + len(pieces)
         count = min(THREADS, torch.get_num_threads(), len(pieces))
 
-        self._scratch += [Scratch(self._key) for _ in range(count - len(self._scratch))]
+        sizes = [sum(map(torch.Tensor.numel, piece)) for piece in pieces]
 
         def work(start: int) -> None:
-            scratch = self._scratch[start]
+            scratch = Scratch(self._key, max(sizes))
             for number in range(start, len(pieces), count):
-                draws = scratch.draw(kind, first + number, sum(map(torch.Tensor.numel, pieces[number])))
+                draws = scratch.draw(kind, first + number, sizes[number])
                 for part, own in zip(pieces[number], draws.split([p.numel() for p in pieces[number]]), strict=True):
                     part.add_(own.to(part.device), alpha=scale).div_(divisor)
 
@@ -68,6 +67,10 @@ class KeyStream:
             self._workers = ThreadPoolExecutor(THREADS)
         for _ in self._workers.map(work, range(count)) if count > 1 else map(work, range(count)):
             pass
+
+    def room(self, tensors: Tensors) -> list[torch.Tensor]:
+        """Buffers as large as `add` needs for them on one thread, for predicting memory."""
+        return _buffers(min(PIECE, sum(tensor.numel() for tensor in tensors)))
 
     def uniform(self, count: int = 1) -> numpy.ndarray:
         """[count] float64, each uniform on the 2^53 midpoints of (0, 1)."""
@@ -103,6 +106,11 @@ class DeviceStream:
             sizes = [part.numel() for part in parts]
             for part, own in zip(parts, draw(sum(sizes)).split(sizes), strict=True):
                 part.add_(own, alpha=scale).div_(divisor)
+
+    def room(self, tensors: Tensors) -> list[torch.Tensor]:
+        """As `KeyStream.room`: four float64 numbers for every two draws, and the draws."""
+        count = min(DEVICE_PIECE, sum(tensor.numel() for tensor in tensors))
+        return [torch.empty(3 * count, dtype=torch.float64, device=self._generator.device)]
 
     def uniform(self, count: int = 1) -> numpy.ndarray:
         """As `KeyStream.uniform`."""
@@ -231,13 +239,13 @@ def _zeros() -> memoryview:
 
 
 class Scratch:
-    """Buffers of one thread, for pieces of up to PIECE numbers."""
+    """Buffers of one thread, for pieces of up to `room` numbers."""
 
-    def __init__(self, key: bytes):
+    def __init__(self, key: bytes, room: int = PIECE):
         self._key = key
-        self._bytes = bytearray(8 * PIECE + 16)  # the cipher wants room for one block more
-        self._words = torch.frombuffer(self._bytes, dtype=torch.int32, count=PIECE)
-        self._radius, self._angle, self._draws = torch.empty(PIECE // 2), torch.empty(PIECE // 2), torch.empty(PIECE)
+        self._bytes = bytearray(8 * room + 32)  # the cipher wants room for one block more
+        self._words = torch.frombuffer(self._bytes, dtype=torch.int32, count=room + 1)
+        self._radius, self._angle, self._draws = _buffers(room)[:3]
 
     def draw(self, kind: str, number: int, count: int) -> torch.Tensor:
         """Piece `number`, [count], fp32; valid until the next call."""
@@ -264,6 +272,12 @@ class Scratch:
         bits = numpy.frombuffer(self._bytes, dtype="<i8", count=count) >> 10
         signed = (bits + 0.5) * 2.0**-53  # uniform on the midpoints of 2^54 cells of (-1, 1)
         return torch.from_numpy((-numpy.sign(signed) * numpy.log(numpy.abs(signed))).astype(numpy.float32))
+
+
+def _buffers(room: int) -> list[torch.Tensor]:
+    """Radii, angles and draws of `room` numbers, and words as many."""
+    pairs = (room + 1) // 2
+    return [torch.empty(pairs), torch.empty(pairs), torch.empty(2 * pairs), torch.empty(room + 1, dtype=torch.int32)]
 
 
 def gamma(uniform: Callable[[], float], shape: float) -> float:

@@ -71,7 +71,7 @@ def test_few_batches_are_not_called_regular(steps):
     assert stats.binom.sf(sum(p < 1e-3 for p in found) - 1, 400, 1e-3) > 1e-4
 
 
-@pytest.mark.parametrize("at, entries, seen", [(3.0, 3_000, True), (4.0, 130_000, True), (4.0, 13_000, False)])
+@pytest.mark.parametrize("at, entries, seen", [(3.0, 3_600, True), (4.0, 150_000, True), (4.0, 15_000, False)])
 def test_a_cut_tail_is_seen_with_as_many_entries_as_is_said(at, entries, seen):
     rng = numpy.random.default_rng(5)
     steps = entries // 320

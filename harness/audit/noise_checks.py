@@ -59,7 +59,7 @@ def _shape(seen: Observation) -> Check:
 def _extremes(seen: Observation) -> Check:
     """The largest magnitude of all n entries, in their own standard deviations: P(largest <= x) = (2 Phi(x) - 1)^n, two-sided.
 
-    It sees a tail that is cut at c sigma once n erfc(c / sqrt 2) is about 8: 3 sigma with 3,000 entries, 4 with 130,000, 5 with
+    It sees a tail that is cut at c sigma once n erfc(c / sqrt 2) is about 8: 3 sigma with 3,600 entries, 4 with 150,000, 5 with
     14 million, 5.77 with a thousand million.
     """
     draws = int(seen.noise.counts.sum())

@@ -132,6 +132,8 @@ def planted(rows: Sequence[tuple[str, Audit]], versions: dict[str, str]) -> str:
     """The table of planted bugs. rows: (what was planted, the audit of it), the first without a bug."""
     from tabulate import tabulate
 
+    from dpft.harness.audit.checks import LEVEL
+
     first = rows[0][1]
     asked = first.question
     table = [
@@ -144,7 +146,7 @@ def planted(rows: Sequence[tuple[str, Audit]], versions: dict[str, str]) -> str:
         f"q = {asked.sampling_rate:g}, {asked.steps} steps, delta {asked.delta:g}, "
         f"seed {asked.seed}; torch {versions['torch']}. Bounds at 95%; "
         f"expected of a correct method: {first.reachable.epsilon:.2f}.\n"
-        f"- `p`: under the threshold of a family of checks at 1%; `> x`: the accountant goes no further."
+        f"- `p`: under the threshold of a family of checks at {LEVEL:.1%}; `> x`: the accountant goes no further."
     )
     return f"{head}\n\n{tabulate(table, headers=headers, tablefmt='github', disable_numparse=True)}"
 
