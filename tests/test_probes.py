@@ -81,8 +81,9 @@ def test_clock_adds_up_and_starts_again():
         ([], 0.8, None),
     ],
 )
-def test_crossing(values, threshold, expected):
-    found = crossing([10 * (i + 1) for i in range(len(values))], values, threshold)
+def test_crossing_as_old_records_were_made(values, threshold, expected):
+    """Rule 1; that of new records, which knows what it cannot tell, has a file of its own."""
+    found = crossing([10 * (i + 1) for i in range(len(values))], values, threshold, rule=1)
     assert found.step == expected and found.censored == (expected is None)
 
 
