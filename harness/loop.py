@@ -15,7 +15,7 @@ from dpft.harness import buffers, chain, guard, journal, probes, resuming, spect
 from dpft.harness.digest import digest
 from dpft.harness.engine.base import Engine, RunningSums, Sums
 from dpft.harness.engine.encoding import Encoding
-from dpft.harness.errors import Diverged
+from dpft.harness.errors import CannotRun, Diverged
 from dpft.harness.evaluation import batch_of, evaluate, finish
 from dpft.harness.mechanism import Mechanism
 from dpft.harness.privacy import Ledger
@@ -104,7 +104,7 @@ def train(setup: Setup, state: State, observe: Observer) -> None:
     state.chain = chain.start(spec, setup.prepared.data_fingerprint, setup.prepared.model_fingerprint)
     if setup.checkpoint_path is not None:
         resuming.restore(setup, state, optimizer)
-        resuming.charge_lost(setup, state)
+        _charge_lost(setup, state)
     if "before" not in state.samples:
         state.samples["before"] = setup.task.samples(setup.prepared, setup.device)
     saved = time.monotonic()
@@ -236,6 +236,22 @@ def _book(setup: Setup, ledger: Ledger, step: int) -> None:
     ledger.append(step, setup.sampler.sampling_probability, [setup.mechanism.noise.entry("gradient")])
     if setup.secure_noise and setup.checkpoint_path is not None:
         journal.note(journal.path_of(setup.checkpoint_path))
+
+
+def _charge_lost(setup: Setup, state: State) -> None:
+    """Book what an earlier process released after the checkpoint, with noise that cannot be drawn again: so many steps fewer."""
+    if setup.secure_noise and setup.epsilon_curve is not None:
+        made = journal.releases(journal.path_of(setup.checkpoint_path))
+        while state.ledger.steps < made:
+            entry = setup.mechanism.noise.entry("gradient")
+            state.ledger.append(state.ledger.steps, setup.sampler.sampling_probability, [entry])
+            state.lost += 1
+        if state.lost:
+            setup.note(f"{state.lost} releases of this run were lost with a process that was killed; they are charged.")
+        if state.step == 0 and state.lost >= setup.spec.steps:
+            raise CannotRun(
+                "All releases of this run were lost with the processes that made them; start it anew: --no-resume."
+            )
 
 
 def _apply(setup: Setup, optimizer, update: updates.Updates, step: int) -> None:

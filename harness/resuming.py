@@ -1,4 +1,4 @@
-"""A run that was cut short and goes on: what its checkpoint holds, and what its releases cost that are lost."""
+"""A run that was cut short and goes on: what its checkpoint holds."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dpft.harness import buffers, checkpoint, journal
+from dpft.harness import buffers, checkpoint
 from dpft.harness.engine.base import Sums
-from dpft.harness.errors import CannotRun
 from dpft.harness.privacy import Ledger
 
 if TYPE_CHECKING:
@@ -70,19 +69,3 @@ def restore(setup: Setup, state: State, optimizer) -> None:
     for key, value in plain.items():
         setattr(state, key, Ledger.from_events(value) if key == "ledger" else value)
     setup.note(f"    continued from step {state.step} of {setup.spec.steps}", trouble=False)
-
-
-def charge_lost(setup: Setup, state: State) -> None:
-    """Book what an earlier process released after the checkpoint, with noise that cannot be drawn again: so many steps fewer."""
-    if setup.secure_noise and setup.epsilon_curve is not None:
-        made = journal.releases(journal.path_of(setup.checkpoint_path))
-        while state.ledger.steps < made:
-            entry = setup.mechanism.noise.entry("gradient")
-            state.ledger.append(state.ledger.steps, setup.sampler.sampling_probability, [entry])
-            state.lost += 1
-        if state.lost:
-            setup.note(f"{state.lost} releases of this run were lost with a process that was killed; they are charged.")
-        if state.step == 0 and state.lost >= setup.spec.steps:
-            raise CannotRun(
-                "All releases of this run were lost with the processes that made them; start it anew: --no-resume."
-            )

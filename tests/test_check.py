@@ -11,7 +11,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from dpft.harness import cli, execution, mechanism, progress, registry, spec
+from dpft.harness import cli, execution, noise, progress, registry, spec
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.regression import baseline, gate, golden
 from dpft.harness.run_settings import Settings
@@ -78,8 +78,8 @@ def blessed(clean, tmp_path):
 
 
 def too_much_noise(patch):
-    real = mechanism._add_noise
-    patch.setattr(mechanism, "_add_noise", lambda work: real((*work[:2], 1.2 * work[2], *work[3:])))
+    real = noise.KeyStream.add
+    patch.setattr(noise.KeyStream, "add", lambda self, parts, scale, *rest: real(self, parts, 1.2 * scale, *rest))
 
 
 def half_the_clip_norm(patch):
