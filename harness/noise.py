@@ -20,12 +20,12 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy
 import torch
 
-PIECE = 1 << 16  # numbers of a piece on a CPU: in the cache
-SERIAL = 1 << 15  # torch splits work on more numbers than this over threads of its own, inside ours
+PIECE = 1 << 18  # numbers of a piece on a CPU, part of what stream 2 is; each piece costs some twenty calls
 DEVICE_PIECE = 1 << 22  # on a GPU every piece costs some launches, and some buffers in float64
 RARE = (
     2.0**-10
@@ -52,7 +52,8 @@ class KeyStream:
         """`tensor.add_(scale * draws).div_(divisor)` for each tensor (contiguous); kind: `gaussian` or `laplace`."""
         pieces = list(_packed(tensors, PIECE))
         first, self._next = self._next, self._next + len(pieces)
-        count = min(THREADS, torch.get_num_threads(), len(pieces))
+        threads = torch.get_num_threads()
+        count = min(THREADS, threads, len(pieces))
 
         sizes = [sum(map(torch.Tensor.numel, piece)) for piece in pieces]
 
@@ -63,9 +64,9 @@ class KeyStream:
                 for part, own in zip(pieces[number], draws.split([p.numel() for p in pieces[number]]), strict=True):
                     part.add_(own.to(part.device), alpha=scale).div_(divisor)
 
-        if count > 1 and self._workers is None:
-            self._workers = ThreadPoolExecutor(THREADS)
-        for _ in self._workers.map(work, range(count)) if count > 1 else map(work, range(count)):
+        if threads > 1 and self._workers is None:
+            self._workers = _serial_workers(min(THREADS, threads))
+        for _ in self._workers.map(work, range(count)) if threads > 1 else map(work, range(count)):
             pass
 
     def room(self, tensors: Tensors) -> list[torch.Tensor]:
@@ -202,13 +203,32 @@ def _digest(key: Sequence[object]) -> bytes:
     return hashlib.sha256("/".join(map(str, key)).encode()).digest()
 
 
+def _serial_workers(count: int) -> ThreadPoolExecutor:
+    """Threads in which PyTorch computes on one thread each: it would split every call over others of its own.
+
+    The number of threads is a setting of the thread that sets it, and what threads started later begin with.
+    """
+    threads, started = torch.get_num_threads(), Barrier(count + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    workers = ThreadPoolExecutor(count)
+    for _ in range(count):
+        workers.submit(begin)
+    started.wait()
+    torch.set_num_threads(threads)
+    return workers
+
+
 def _packed(tensors: Tensors, size: int) -> Iterator[list[torch.Tensor]]:
     """The numbers of `tensors`, flat and in order, in pieces of `size` (the last may be shorter), each a list of parts."""
     parts, room = [], size
     for tensor in tensors:
         flat = tensor.view(-1)
         while len(flat):
-            parts.append(flat[: min(room, SERIAL)] if size == PIECE else flat[:room])
+            parts.append(flat[:room])
             flat, room = flat[len(parts[-1]) :], room - len(parts[-1])
             if room == 0:
                 yield parts
