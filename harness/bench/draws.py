@@ -17,7 +17,7 @@ import torch
 
 from dpft.harness import noise
 
-SIZE = 1 << 16  # numbers a call, as dpft draws them
+SIZE = noise.PIECE  # numbers a call, as dpft draws them
 EDGE = 4.0  # of the candidate that draws again what lies beyond
 
 
