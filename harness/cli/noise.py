@@ -150,12 +150,14 @@ TAIL_MARKERS = ("<!-- dpft noise tail: begin -->", "<!-- dpft noise tail: end --
 
 def _show_tails(rows, output):
     from importlib.metadata import version
+    from importlib.util import find_spec
 
     from tabulate import tabulate
 
     from dpft.harness import report
 
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "opacus", "numpy"))
+    here = [name for name in ("torch", "opacus", "numpy", "jax") if find_spec(name)]
+    packages = ", ".join(f"{name} {version(name)}" for name in here)
     cells = [
         {
             k: v if isinstance(v, str) else f"{v:.2f}" if "largest" in k else f"{v:.2g}"
