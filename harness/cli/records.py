@@ -101,7 +101,7 @@ def verify(folder, as_json):
         wrong = sum(bool(one.findings) for one in found.values())
         old = sum(any("stream 1" in notice for notice in one.notices) for one in found.values())
         told = f"; noise of stream 1, whose tail ends early: {old}" if old else ""
-        click.echo(f"{len(found)} records, {wrong} with something wrong{told}.", err=True)
+        click.echo(f"records: {len(found)}; with something wrong: {wrong}{told}.", err=True)
     return 1 if any(one.findings for one in found.values()) else 0
 
 

@@ -22,7 +22,6 @@ from dpft.harness.privacy.ledger import Ledger
 # sqrt(-2 log u) with u down to 2^-64, the Laplace is -log u with u down to 2^-53. 1: PyTorch's fp32 draws, by device.
 REACH = {"gaussian": 9.4, "laplace": 36.0}
 LEGACY_REACH = {"cpu": math.sqrt(2 * 24 * math.log(2)), "cuda": math.sqrt(2 * 33 * math.log(2))}
-LEGACY_LAPLACE = 24 * math.log(2)
 MOST_COORDINATES = 10**11  # of a release: what is charged does not depend on the model
 
 
