@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dpft.harness.noise import LegacyStream, Source, gamma
+from dpft.harness.noise import Source, gamma
+from dpft.harness.old_noise import LegacyStream
 from dpft.harness.privacy.calibration import Noise
 from dpft.harness.privacy.mechanisms import law_of
 from dpft.harness.privacy.scale_law import Term

@@ -25,6 +25,8 @@ from threading import Barrier
 import numpy
 import torch
 
+from dpft.harness.old_noise import LegacyStream
+
 PIECE = 1 << 18  # numbers of a piece on a CPU, part of what stream 2 is; each piece costs some twenty calls
 DEVICE_PIECE = 1 << 22  # on a GPU every piece costs some launches, and some buffers in float64
 RARE = (
@@ -138,45 +140,6 @@ class DeviceStream:
     def _laplace(self, count: int) -> torch.Tensor:
         signed = self._rand(count).mul_(2).sub_(1 - 2.0**-53)  # the midpoints of 2^53 cells of (-1, 1)
         return signed.sign().mul_(signed.abs_().log_().neg_())
-
-
-class LegacyStream:
-    """The noise of stream 1: PyTorch's fp32 draws, block by block from four generators on a CPU, one on a GPU."""
-
-    def __init__(self, generator: torch.Generator):
-        device = generator.device
-        self._block = 1 << (15 if device.type == "cpu" else 24)
-        seeds = torch.randint(2**62, (4 if device.type == "cpu" else 1,), generator=generator, device=device)
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
-
-    def add(self, tensors: Tensors, scale: float, divisor: float, kind: str) -> None:
-        """As `KeyStream.add`."""
-        blocks = [part for tensor in tensors for part in tensor.view(-1).split(self._block)]
-        for i, generator in enumerate(self._generators):
-            for block in blocks[i :: len(self._generators)]:
-                buffer = torch.empty(block.numel(), dtype=torch.float32, device=block.device)
-                if kind == "gaussian":
-                    buffer.normal_(generator=generator)
-                else:
-                    buffer.exponential_(generator=generator)
-                    buffer.sub_(torch.empty_like(buffer).exponential_(generator=generator))
-                block.add_(buffer, alpha=scale).div_(divisor)
-
-    @property
-    def generator(self) -> torch.Generator:
-        """Where the random scale of spherical noise comes from."""
-        return self._generators[0]
-
-    def state(self) -> torch.Tensor:
-        """[streams, bytes]."""
-        return torch.stack([generator.get_state() for generator in self._generators])
-
-    def set_state(self, state: torch.Tensor) -> None:
-        for generator, row in zip(self._generators, state, strict=True):
-            generator.set_state(row.clone())
-
-    def close(self) -> None:
-        """Nothing to end."""
 
 
 Source = KeyStream | DeviceStream | LegacyStream

@@ -11,7 +11,10 @@ from dpft.harness.spec import RunSpec, completed
 
 RESULTS = Path(__file__).parent.parent / "results"
 SST2 = "official/202fa8da841b6f51"  # dp-lora, evaluated on all of the validation split
-SENTENCES, OTHER = "official/951d1c0f453ceb7b", "official/94ff76265912c136"  # dp-adam, dp-lora; evaluated on a quarter
+SENTENCES, OTHER = (
+    "full/260fb9071b5fa7ba",
+    "full/16b43171a454e1f3",
+)  # dp-adam, dp-grape; evaluated on an eighth, no chain
 PUBLIC = "official/500ea459772969e9"  # non-private
 
 
