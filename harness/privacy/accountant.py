@@ -75,7 +75,9 @@ def calibrate(
 
     inputs = {"target": target, "delta": delta, "q": q, "steps": int(steps), "prv_accountant": library_version()}
     if noise_stream != 1:
-        inputs["noise_stream"] = noise_stream
+        from dpft.harness.privacy import tail
+
+        inputs |= tail.cache_key(noise_stream)
     return cached("sigma", inputs, valid, lambda: _search(target, delta, q, int(steps), noise_stream))
 
 

@@ -69,7 +69,7 @@ class Wanted:
             "steps": self.steps,
             "prv_accountant": library_version(),
             "dp_accounting": version("dp-accounting"),
-            **({} if self.noise_stream == 1 else {"noise_stream": self.noise_stream}),
+            **tail.cache_key(self.noise_stream),
         }
 
 

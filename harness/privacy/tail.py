@@ -27,6 +27,11 @@ LEGACY_REACH = {"cpu": math.sqrt(2 * 24 * math.log(2)), "cuda": math.sqrt(2 * 33
 MOST_COORDINATES = 10**11  # of a release: what is charged does not depend on the model
 
 
+def cache_key(noise_stream: int) -> dict[str, Any]:
+    """What a calibration for noise of that stream depends on; nothing for stream 1, of which nothing is charged."""
+    return {} if noise_stream == 1 else {"noise_stream": noise_stream, "reach": REACH}
+
+
 def missing(events: Sequence[Mapping[str, Any]], delta: float, noise_stream: int) -> float:
     """What must be added to the delta of a ledger's events, an upper bound; 0 for stream 1, whose `shortfall` is told instead.
 
