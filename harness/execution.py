@@ -118,6 +118,7 @@ def _make(spec: RunSpec, store: Store, settings, policy: Policy, reporter: Repor
     from dpft.harness.run import execute  # torch is imported when there is something to run
 
     path = store.checkpoint_path(spec.run_id)
+    store.sweep(spec.run_id)
     if not policy.resume:
         path.unlink(missing_ok=True)
         path_of(path).unlink(missing_ok=True)

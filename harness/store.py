@@ -89,6 +89,11 @@ class Store:
             self.checkpoint_path(run_id).unlink(missing_ok=True)
             path_of(self.checkpoint_path(run_id)).unlink(missing_ok=True)
 
+    def sweep(self, run_id: str) -> None:
+        """Remove what a killed process left half-written of a run; only who has claimed the run may."""
+        for path in self.folder.glob(f".{run_id}.*.tmp"):
+            path.unlink(missing_ok=True)
+
     def take_from(self, other: Store, record: dict[str, Any]) -> None:
         """Copy a run of another store, curve first."""
         curve = other.curve_path(record["run_id"])

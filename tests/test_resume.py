@@ -91,3 +91,19 @@ def test_a_checkpoint_that_cannot_be_written_is_said_once_and_costs_no_run(dpft)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 0 and err.count("No checkpoint can be written") == 1, err
     assert dpft.store.records()[0]["status"] == "done"
+
+
+def test_what_a_killed_process_left_half_written_is_removed_when_the_run_is_made(tiny_bert, settings, tmp_path):
+    """A checkpoint that kill -9 cut short is a whole model state that nobody would ever read."""
+    from small_runs import a_spec
+
+    from dpft.harness import execution
+    from dpft.harness.progress import Quiet
+    from dpft.harness.store import Store
+
+    one, other = a_spec("last-layer", tiny_bert), a_spec("last-layer", tiny_bert, seed=1)
+    left = [tmp_path / f".{spec.run_id}.{kind}.999999.tmp" for spec in (one, other) for kind in ("ckpt", "json")]
+    for path in left:
+        path.write_bytes(b"half")
+    execution.run_all([one], Store(tmp_path), settings, execution.Policy(), Quiet())
+    assert [path.exists() for path in left] == [False, False, True, True], "another run may be being written now"
