@@ -73,7 +73,8 @@ class KeyStream:
 
     def room(self, tensors: Tensors) -> list[torch.Tensor]:
         """Buffers as large as `add` needs for them on one thread, for predicting memory."""
-        return _buffers(min(PIECE, sum(tensor.numel() for tensor in tensors)))
+        count = min(PIECE, sum(tensor.numel() for tensor in tensors))
+        return [*_buffers(count), torch.empty(count + 1, dtype=torch.int32)]
 
     def uniform(self, count: int = 1) -> numpy.ndarray:
         """[count] float64, each uniform on the 2^53 midpoints of (0, 1)."""
@@ -228,7 +229,7 @@ class Scratch:
         self._key = key
         self._bytes = bytearray(8 * room + 32)  # the cipher wants room for one block more
         self._words = torch.frombuffer(self._bytes, dtype=torch.int32, count=room + 1)
-        self._radius, self._angle, self._draws = _buffers(room)[:3]
+        self._radius, self._angle, self._draws = _buffers(room)
 
     def draw(self, kind: str, number: int, count: int) -> torch.Tensor:
         """Piece `number`, [count], fp32; valid until the next call."""
@@ -258,9 +259,9 @@ class Scratch:
 
 
 def _buffers(room: int) -> list[torch.Tensor]:
-    """Radii, angles and draws of `room` numbers, and words as many."""
+    """Radii, angles and draws of `room` numbers."""
     pairs = (room + 1) // 2
-    return [torch.empty(pairs), torch.empty(pairs), torch.empty(2 * pairs), torch.empty(room + 1, dtype=torch.int32)]
+    return [torch.empty(pairs), torch.empty(pairs), torch.empty(2 * pairs)]
 
 
 def gamma(uniform: Callable[[], float], shape: float) -> float:

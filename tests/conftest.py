@@ -127,6 +127,24 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture
+def dpft(monkeypatch, capsys):
+    """Run the command in this process: dpft(*arguments) -> (exit code, stdout, stderr)."""
+
+    import sys
+
+    from dpft.harness import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dpft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """An empty cache of its own for each test."""
     monkeypatch.setenv("DPFT_CACHE", str(tmp_path / "cache"))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from dpft.harness import cli, execution, noise, progress, registry, spec
+from dpft.harness import execution, noise, progress, registry, spec
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.regression import baseline, gate, golden
 from dpft.harness.run_settings import Settings
@@ -49,20 +48,6 @@ def clean(tmp_path_factory, one_thread, load_once):
     """Folders of ten seeds of dp-sgd and five of rmt, made by the code as it is."""
     sizes = {"dp-sgd": SEEDS, "rmt": SEEDS[:5]}
     return {method: make(tmp_path_factory.mktemp(method), method, seeds) for method, seeds in sizes.items()}
-
-
-@pytest.fixture
-def dpft(monkeypatch, capsys):
-    """Run the command in this process: dpft(*arguments) -> (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dpft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -10,25 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dpft.harness import cli
 from dpft.harness.store import Store
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--steps", "4", "--batch-size", "60", "--epsilon", "3", "--set", "eval_every=2", "--set", "max_length=32"]
-
-
-@pytest.fixture
-def dpft(monkeypatch, capsys):
-    """Run the command in this process: dpft(*arguments) -> (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dpft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

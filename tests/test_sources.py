@@ -3,32 +3,17 @@
 import json
 import os
 import shutil
-import sys
 import time
 
 import polars
 import pytest
 
-from dpft.harness import cli, registry, run, spec
+from dpft.harness import registry, run, spec
 from dpft.harness.run_settings import Settings
 from dpft.harness.store import Store
 
 SMALL = ["--steps", "2", "--batch-size", "60", "--epsilon", "3", "--set", "eval_every=2", "--set", "max_length=16"]
 TRAIN = "nyu-mll/glue/sst2/train.parquet"
-
-
-@pytest.fixture
-def dpft(monkeypatch, capsys):
-    """dpft(*arguments) -> (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dpft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

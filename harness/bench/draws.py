@@ -120,13 +120,13 @@ def _jax() -> Way:
     )  # fmt: skip
 
 
-def largest(way: Way, draws: int, progress: Callable[[int], None] = lambda done: None) -> float:
-    """The largest magnitude in about that many draws."""
+def largest(way: Way, draws: int, progress: Callable[[int], None] = lambda drawn: None) -> float:
+    """The largest magnitude in about that many draws; progress: told how many more there are."""
     seen = 0.0
     for done in range(0, draws, SIZE):
         low, high = way.fill().aminmax()
         seen = max(seen, -float(low), float(high))
-        progress(min(draws, done + SIZE))
+        progress(min(SIZE, draws - done))
     return seen
 
 

@@ -118,14 +118,7 @@ def _tails(epsilon, q, steps, delta, draws):
     ]
     for way in libraries():
         with click.progressbar(length=draws, label=way.name, file=sys.stderr) as bar:
-            seen, done = 0.0, 0
-
-            def progress(now, bar=bar):
-                nonlocal done
-                bar.update(now - done)
-                done = now
-
-            seen = largest(way, draws, progress)
+            seen = largest(way, draws, bar.update)
         row = {"library": way.name, "draws by": way.how, "largest possible": way.reach, f"largest of {draws:.2g}": seen}
         for budget, sigma in zip(budgets, sigmas, strict=True):
             event = {

@@ -91,6 +91,7 @@ def verify(folder, as_json):
     from dpft.harness.verifying import verify_folder
 
     found = verify_folder(folder)
+    wrong = sum(bool(one.findings) for one in found.values())
     if as_json:
         click.echo(json.dumps({name: one.findings for name, one in found.items()}, indent=1))
     else:
@@ -98,11 +99,10 @@ def verify(folder, as_json):
             fine = "fine (of another program: its ledger gives its epsilon)" if one.foreign else "fine"
             noted = f"; {'; '.join(one.notices)}" if one.notices else ""
             click.echo(f"{name}: {' '.join(one.findings) if one.findings else fine + noted}")
-        wrong = sum(bool(one.findings) for one in found.values())
         old = sum(any("stream 1" in notice for notice in one.notices) for one in found.values())
         told = f"; noise of stream 1, whose tail ends early: {old}" if old else ""
         click.echo(f"records: {len(found)}; with something wrong: {wrong}{told}.", err=True)
-    return 1 if any(one.findings for one in found.values()) else 0
+    return 1 if wrong else 0
 
 
 @click.command()
