@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dpft.harness.engine.base import Loss
-    from dpft.harness.engine.encoding import Encoding
-    from dpft.harness.mechanism import NoisySum
-    from dpft.harness.spec import RunSpec
-    from dpft.harness.updates import Updates
+    from dpft.harness.query.encoding import Encoding
+    from dpft.harness.query.updates import Updates
+    from dpft.harness.runs.spec import RunSpec
+    from dpft.harness.train.mechanism import NoisySum
 
 
 class Method:

@@ -10,10 +10,10 @@ from dpft.methods.subspace import Subspace
 if TYPE_CHECKING:
     import torch
 
-    from dpft.harness.engine.encoding import Encoding
-    from dpft.harness.mechanism import NoisySum
-    from dpft.harness.spec import RunSpec
-    from dpft.harness.updates import LazyUpdates
+    from dpft.harness.query.encoding import Encoding
+    from dpft.harness.query.updates import LazyUpdates
+    from dpft.harness.runs.spec import RunSpec
+    from dpft.harness.train.mechanism import NoisySum
 
 
 class DPGaLore(Subspace):
@@ -64,7 +64,7 @@ class DPGaLore(Subspace):
         return torch.linalg.eigh(gram).eigenvectors[:, -self.settings["rank"] :].contiguous()
 
     def _subspace(self, name: str, device: torch.device) -> Encoding:
-        from dpft.harness.engine.encoding import Encoding
+        from dpft.harness.query.encoding import Encoding
 
         basis = self._bases[name] = self._bases[name].to(device)  # from a checkpoint
         return Encoding(right=basis) if self.sides[name] else Encoding(left=basis)

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from dpft.harness.engine.encoding import Encoding
-    from dpft.harness.mechanism import NoisySum
-    from dpft.harness.updates import LazyUpdates
+    from dpft.harness.query.encoding import Encoding
+    from dpft.harness.query.updates import LazyUpdates
+    from dpft.harness.train.mechanism import NoisySum
 
 
 class DPGRAPE(Subspace):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from dpft.harness.engine.encoding import Encoding
+    from dpft.harness.query.encoding import Encoding
 
 KINDS = ("gaussian", "rows", "srht", "identity")
 SCALES = ("unbiased", "code")
@@ -33,7 +33,7 @@ def draw(kind: str, shape: torch.Size, side: int, rank: int, scale: str, generat
     """
     import torch
 
-    from dpft.harness.engine.encoding import Encoding
+    from dpft.harness.query.encoding import Encoding
 
     device = generator.device
     size = (shape[0], shape[1:].numel())[side]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.errors import BadInput
-from dpft.harness.updates import LazyUpdates
+from dpft.harness.query.updates import LazyUpdates
 from dpft.methods.base import freeze_all_but
 from dpft.methods.decoders.matrices import matrices_of
 from dpft.methods.decoders.moments import Adam
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from dpft.harness.engine.encoding import Encoding
-    from dpft.harness.mechanism import NoisySum
-    from dpft.harness.spec import RunSpec
+    from dpft.harness.query.encoding import Encoding
+    from dpft.harness.runs.spec import RunSpec
+    from dpft.harness.train.mechanism import NoisySum
 
 
 class SparseRows(DPAdam):
@@ -69,7 +69,7 @@ class SparseRows(DPAdam):
         return {name: score.topk(self.count(name)).indices.sort().values for name, score in scores.items()}
 
     def encoding(self, name: str, parameter: nn.Parameter, step: int) -> Encoding | None:
-        from dpft.harness.engine.encoding import Encoding
+        from dpft.harness.query.encoding import Encoding
 
         if name not in self.matrices:
             return None

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from dpft.harness.engine.encoding import Encoding
-    from dpft.harness.mechanism import NoisySum
-    from dpft.harness.spec import RunSpec
-    from dpft.harness.updates import Updates
+    from dpft.harness.query.encoding import Encoding
+    from dpft.harness.query.updates import Updates
+    from dpft.harness.runs.spec import RunSpec
+    from dpft.harness.train.mechanism import NoisySum
 
 
 class Sparta(SparseRows):
@@ -68,7 +68,7 @@ class Sparta(SparseRows):
     def encoding(self, name: str, parameter: nn.Parameter, step: int) -> Encoding | None:
         import torch
 
-        from dpft.harness.engine.encoding import Encoding
+        from dpft.harness.query.encoding import Encoding
 
         if step >= self._train:
             return super().encoding(name, parameter, step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.errors import BadInput
-from dpft.harness.updates import LazyUpdates
+from dpft.harness.query.updates import LazyUpdates
 from dpft.methods.decoders.matrices import matrices_of
 from dpft.methods.decoders.moments import Adam
 from dpft.methods.full import DPAdam
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from dpft.harness.engine.encoding import Encoding
-    from dpft.harness.spec import RunSpec
+    from dpft.harness.query.encoding import Encoding
+    from dpft.harness.runs.spec import RunSpec
 
 
 class Subspace(DPAdam):

@@ -56,15 +56,15 @@ class TextClassification(Classification):
         Encoded examples hold int32 arrays `input_ids` (and `token_type_ids`) of at most `spec.max_length` tokens, an
         int `labels`, and an int `mask_position` with the `mlm` head. Raises CannotRun when the model cannot be used.
         """
-        from dpft.tasks import encoding, models, prompts
+        from dpft.tasks import models, prompts, tokens
 
         source = models.resolve(spec.model)
         tokenizer = models.load_tokenizer(source)
         prompt = prompts.Prompt.of(self.template, self.label_words, tokenizer) if spec.head == "mlm" else None
         words = prompt.words if prompt else None
         model, weights = models.load_model(source, spec.head, self.classes, generator, words)
-        fields = encoding.Fields.of(model, tokenizer)
-        encode = encoding.Encoder(tokenizer, fields, fields.checked_length(spec.max_length, spec.model), prompt)
+        fields = tokens.Fields.of(model, tokenizer)
+        encode = tokens.Encoder(tokenizer, fields, fields.checked_length(spec.max_length, spec.model), prompt)
         train, validation = encode(data.train), encode(data.validation)
         return Prepared(
             model=model,
@@ -72,7 +72,7 @@ class TextClassification(Classification):
             validation=validation,
             train_lengths=[len(example["input_ids"]) for example in train],
             validation_lengths=[len(example["input_ids"]) for example in validation],
-            collate=encoding.Collator(fields, prompted=prompt is not None),
+            collate=tokens.Collator(fields, prompted=prompt is not None),
             data_fingerprint=data.fingerprint,
             model_fingerprint=weights,
         )

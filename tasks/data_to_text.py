@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpft.harness.errors import CannotRun
-from dpft.tasks import mirror, tables
+from dpft.tasks import frames, mirror
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.downloads import data_root
 from dpft.tasks.generation import TextGeneration, split
@@ -76,7 +76,7 @@ class E2E(DataToText):
         columns = {"prompt": "meaning_representation", "response": "human_reference"}
         return [
             {"prompt": e2e_prompt(row["prompt"]), "response": f" {' '.join(row['response'].split())}"}
-            for row in tables.texts(table, columns, where)
+            for row in frames.texts(table, columns, where)
         ]
 
 

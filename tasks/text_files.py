@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dpft.harness.errors import BadInput
-from dpft.tasks import tables
+from dpft.tasks import frames
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.downloads import data_root
 from dpft.tasks.generation import TextGeneration, split
@@ -46,7 +46,7 @@ class TextFile(TextGeneration):
         path, root = Path(name).expanduser(), data_root(data_dir)
         if not path.is_file() and root is not None and (root / path).is_file():
             path = root / path
-        return self.rows(tables.texts(tables.from_file(path), self.columns(), str(path)))
+        return self.rows(frames.texts(frames.from_file(path), self.columns(), str(path)))
 
     def columns(self) -> dict[str, str]:
         """Key -> column of the file."""

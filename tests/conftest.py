@@ -71,7 +71,7 @@ def tiny_bert(tmp_path_factory):
 
 @pytest.fixture
 def settings(mirror):
-    from dpft.harness.run_settings import Settings
+    from dpft.harness.train.settings import Settings
 
     return Settings(data_dir=mirror)
 
@@ -81,8 +81,8 @@ def setup_of(tiny_bert, settings):
     """method name -> a fresh Setup of a small run, as `execute` makes it."""
     from small_runs import a_spec
 
-    from dpft.harness import run
-    from dpft.harness.plan import plan
+    from dpft.harness.runs.plan import plan
+    from dpft.harness.train import run
 
     made = []
 

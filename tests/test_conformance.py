@@ -8,14 +8,15 @@ import pytest
 import torch
 from small_runs import a_spec, quiet, trained, weights
 
-from dpft.harness import checkpoint, evaluation, journal, loop, registry, run
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import PlainEngine, zero_sums
-from dpft.harness.mechanism import GaussianMechanism
-from dpft.harness.noise import source
-from dpft.harness.plan import plan
 from dpft.harness.privacy import Ledger, matched, verify_record
-from dpft.harness.store import Store
+from dpft.harness.records.store import Store
+from dpft.harness.runs import registry
+from dpft.harness.runs.plan import plan
+from dpft.harness.train import checkpoint, evaluation, journal, loop, run
+from dpft.harness.train.mechanism import GaussianMechanism
+from dpft.harness.train.noise import source
 
 METHODS = sorted(registry.methods())
 PRIVATE = [name for name in METHODS if registry.methods()[name].private]

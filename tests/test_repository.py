@@ -35,17 +35,17 @@ def test_dependencies_point_one_way():
                 n for n in found if n.startswith(("dpft.harness.errors", "dpft.harness.cache"))
             }, path
         if room(path).startswith("harness/report/") or room(path) in (
-            "harness/store.py",
-            "harness/thresholds.py",
-            "harness/spec.py",
-            "harness/plan.py",
+            "harness/records/store.py",
+            "harness/statistics/thresholds.py",
+            "harness/runs/spec.py",
+            "harness/runs/plan.py",
             "harness/regression/baseline.py",
             "harness/regression/gate.py",
             "harness/regression/show.py",
         ):
-            assert not [n for n in found if "engine" in n or n.startswith("dpft.harness.loop")], path
+            assert not [n for n in found if "engine" in n or n.startswith("dpft.harness.train.loop")], path
         if room(path).startswith("harness/statistics/"):
-            allowed = ("dpft.harness.statistics", "dpft.harness.errors", "dpft.harness.thresholds")
+            allowed = ("dpft.harness.statistics", "dpft.harness.errors", "dpft.harness.statistics.thresholds")
             assert not [n for n in found if not n.startswith(allowed)], path
             assert {"torch", "polars"}.isdisjoint(n.split(".")[0] for n in imports(path)), path
         if room(path).startswith("harness/privacy/"):
@@ -64,7 +64,7 @@ def calls(path):
             yield node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
 
-READERS = ("harness/report/", "harness/audit/", "harness/verifying/")  # of ledgers that are written
+READERS = ("harness/report/", "harness/audit/", "harness/records/verifying/")  # of ledgers that are written
 
 
 def test_only_the_loop_releases_and_books():
@@ -72,11 +72,11 @@ def test_only_the_loop_releases_and_books():
     for path in SOURCES:
         found, name = set(calls(path)), room(path)
         # bench calls it as the loop does, on weights that are thrown away
-        assert ("release" in found) == (name in ("harness/loop.py", "harness/bench/peers.py")), path
-        assert ("NoisySum" in found) == (name == "harness/mechanism.py"), path
+        assert ("release" in found) == (name in ("harness/train/loop.py", "harness/bench/peers.py")), path
+        assert ("NoisySum" in found) == (name == "harness/train/mechanism.py"), path
         if "append" in found and "ledger" in path.read_text().lower() and not name.startswith("harness/privacy"):
             # audits read it, and plant a loop that books too little
-            assert name in ("harness/loop.py",) or name.startswith(READERS), path
+            assert name in ("harness/train/loop.py",) or name.startswith(READERS), path
         if name.startswith("methods/"):
             assert not found & {"accumulate", "sample", "GaussianMechanism", "stream", "source", "backward", "grad"}, (
                 path
@@ -100,8 +100,9 @@ def test_the_readme_opens_with_the_two_commands_and_ci_calls_the_second():
 
 
 def test_the_readme_example_method_runs(tmp_path, tiny_bert, mirror, monkeypatch, capsys):
-    from dpft.harness import cli, registry
-    from dpft.harness.store import Store
+    from dpft.harness import cli
+    from dpft.harness.records.store import Store
+    from dpft.harness.runs import registry
 
     (example,) = (block for block in blocks("python") if "(Method)" in block)
     assert len(example.splitlines()) <= 20

@@ -12,7 +12,7 @@ from typing import Any
 from dpft.harness.audit import batch_checks, bounds
 from dpft.harness.audit.checks import LEVEL, Check, alarms, run_checks
 from dpft.harness.audit.observe import Observation, observe
-from dpft.harness.audit.replay import Replay, replay
+from dpft.harness.audit.replayed import Replay, replay
 from dpft.harness.audit.sensitivity import MATCH, ROUNDING, Sensitivity, sensitivity
 from dpft.harness.audit.subject import MOST, Question
 from dpft.harness.errors import BadInput, Diverged

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from dpft.harness import loop
 from dpft.harness.engine.clipping import Clipping
-from dpft.harness.spec import RunSpec
+from dpft.harness.runs.spec import RunSpec
+from dpft.harness.train import loop
 
 GAMMA = 0.01  # of auto-s and psac, as published
 

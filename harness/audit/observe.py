@@ -10,13 +10,13 @@ from typing import Any
 import numpy
 import torch
 
-from dpft.harness import loop
 from dpft.harness.audit.directions import Directions, directions
-from dpft.harness.audit.noise import FEW, Noise, Notes
+from dpft.harness.audit.noise_notes import FEW, Noise, Notes
 from dpft.harness.audit.subject import Question, Watched, aim, built, fingerprints, train, watch
 from dpft.harness.errors import BadInput, CannotRun
-from dpft.harness.plan import PrivacyPlan
-from dpft.harness.spec import RunSpec
+from dpft.harness.runs.plan import PrivacyPlan
+from dpft.harness.runs.spec import RunSpec
+from dpft.harness.train import loop
 
 KEPT = 1 << 28  # bytes of releases that are kept for the replays
 FAR = 20.0  # clip norms: from there on a canary is one of those whose gradients are far above

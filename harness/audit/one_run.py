@@ -13,8 +13,8 @@ from dpft.harness.audit import guessing
 from dpft.harness.audit.bounds import CONFIDENCE
 from dpft.harness.audit.subject import Question, built, train
 from dpft.harness.errors import BadInput, Diverged
-from dpft.harness.noise import stream
 from dpft.harness.privacy import certify
+from dpft.harness.train.noise import stream
 
 SHARES = (0.05, 0.125, 0.25, 0.5, 1.0)  # of the canaries that are guessed; the bounds pay for trying all of them
 MOST = 2000

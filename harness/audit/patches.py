@@ -10,9 +10,9 @@ from unittest.mock import patch
 
 import torch
 
-from dpft.harness import loop
 from dpft.harness.engine import agreement
-from dpft.harness.mechanism import Mechanism
+from dpft.harness.train import loop
+from dpft.harness.train.mechanism import Mechanism
 
 Sums = dict[str, torch.Tensor]
 

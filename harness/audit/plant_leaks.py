@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from dpft.harness import loop
 from dpft.harness.audit.patches import batches, released, wrapped
+from dpft.harness.train import loop
 from dpft.methods.full import DPAdam
 from dpft.methods.grape import DPGRAPE
 

@@ -8,11 +8,11 @@ from unittest.mock import patch
 
 import torch
 
-from dpft.harness import loop
 from dpft.harness.audit.patches import released, wrapped
 from dpft.harness.engine.base import RunningSums
 from dpft.harness.privacy import Release
-from dpft.harness.sampling import PoissonSampler
+from dpft.harness.train import loop
+from dpft.harness.train.sampling import PoissonSampler
 
 
 def shuffled():

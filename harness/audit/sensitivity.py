@@ -11,7 +11,7 @@ import torch
 
 from dpft.harness.audit.directions import directions
 from dpft.harness.audit.observe import Observation
-from dpft.harness.audit.replay import Enough, hand_out
+from dpft.harness.audit.replayed import Enough, hand_out
 from dpft.harness.audit.subject import Question, aim, built, near_canaries, train
 
 PAIRS = 24  # neighbouring batches of each phase that has so many steps

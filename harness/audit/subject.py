@@ -12,12 +12,12 @@ from typing import Any
 import numpy
 import torch
 
-from dpft.harness import loop, run
 from dpft.harness.audit.directions import directions
 from dpft.harness.errors import BadInput
-from dpft.harness.plan import PrivacyPlan, plan
-from dpft.harness.run_settings import Settings
-from dpft.harness.spec import RunSpec, resolve
+from dpft.harness.runs.plan import PrivacyPlan, plan
+from dpft.harness.runs.spec import RunSpec, resolve
+from dpft.harness.train import loop, run
+from dpft.harness.train.settings import Settings
 
 MICROBATCH = 4  # canaries per microbatch, so that a step has several
 MOST = 256  # canaries of which every step's directions are computed

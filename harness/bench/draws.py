@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy
 import torch
 
-from dpft.harness import noise
+from dpft.harness.train import noise
 
 SIZE = noise.PIECE  # numbers a call, as dpft draws them
 EDGE = 4.0  # of the candidate that draws again what lies beyond

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dpft.harness.bench.cells import Job
-from dpft.harness.bench.subject import Batch, loss_of
+from dpft.harness.bench.workload import Batch, loss_of
 from dpft.harness.engine import NAMES, engine_class
 from dpft.harness.engine.base import Engine, Loss
 from dpft.harness.probes import Clock
@@ -69,8 +69,8 @@ def non_private_step(job: Job, model: nn.Module, loss: Loss | None = None) -> St
 
 def _prepared(name: str, model: nn.Module, examples: int = 1, decoder: str | None = None):
     """(spec, method, model as it trains it). Raises Skipped."""
-    from dpft.harness import registry
-    from dpft.harness.spec import resolve
+    from dpft.harness.runs import registry
+    from dpft.harness.runs.spec import resolve
 
     spec = resolve({"task": "sentences", "method": name, "batch_size": examples, "decoder": decoder})
     method = registry.make(spec.method, spec.decoder, spec.options)
@@ -104,10 +104,10 @@ def dpft_step(
 
     kind, loss: in place of the job's engine and of the cross entropy of its classes.
     """
-    from dpft.harness import updates
     from dpft.harness.engine.base import RunningSums, ZeroEngine
-    from dpft.harness.mechanism import GaussianMechanism
-    from dpft.harness.noise import source
+    from dpft.harness.query import updates
+    from dpft.harness.train.mechanism import GaussianMechanism
+    from dpft.harness.train.noise import source
     from dpft.methods.base import Method
 
     method, optimizer = method or Method(), optimizer or _optimizer(job, model)

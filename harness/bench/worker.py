@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from dpft.harness.bench import floor, peers, subject
+from dpft.harness.bench import floor, peers, workload
 from dpft.harness.bench.cells import BASELINE, WARMUP, Job
 from dpft.harness.errors import BadInput
-from dpft.harness.run_settings import exact_fp32, keep_freed_memory
+from dpft.harness.train.settings import exact_fp32, keep_freed_memory
 
 PR_SET_PDEATHSIG = 1
 
@@ -38,11 +38,11 @@ def run(job: Job) -> dict[str, Any]:
     torch.manual_seed(0)
     try:
         if job.plugins:
-            from dpft.harness.registry import load_plugin
+            from dpft.harness.runs.registry import load_plugin
 
             for plugin in job.plugins:
                 load_plugin(plugin)
-        model, source = subject.build(job)
+        model, source = workload.build(job)
     except BadInput as error:
         return {"status": "bad input", "reason": str(error)}
     try:
@@ -56,7 +56,7 @@ def run(job: Job) -> dict[str, Any]:
         return {"status": "failed", "reason": f"{type(error).__name__}: {text}"}
 
 
-def measure(job: Job, model: torch.nn.Module, source: subject.Source) -> dict[str, Any]:
+def measure(job: Job, model: torch.nn.Module, source: workload.Source) -> dict[str, Any]:
     """Warm up, time the steps, read the peak; the baseline also counts the floor, after everything else."""
     before = memory(job.device)[0]
     step = peers.step_of(job, model)
@@ -85,8 +85,8 @@ def measure(job: Job, model: torch.nn.Module, source: subject.Source) -> dict[st
     return result
 
 
-def _floor(job: Job, model: torch.nn.Module, batch: subject.Batch) -> dict[str, float]:
-    loss = subject.loss_of(job)
+def _floor(job: Job, model: torch.nn.Module, batch: workload.Batch) -> dict[str, float]:
+    loss = workload.loss_of(job)
     work = floor.count(model, lambda one: loss(model, one), batch)
     dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
     rate = floor.matmul_rate(work.shapes, job.batch_size, job.device, dtype)

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from dpft.harness.cli import auditing, catalogue, checking, measuring, memory, noise, records, running
+from dpft.harness.cli import auditing, checking, listing, measuring, memory, noise, records, running
 from dpft.harness.errors import BadInput
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -39,7 +39,7 @@ def main() -> None:
 def cli(plugins: tuple[str, ...]) -> None:
     """Compare differentially private fine-tuning methods under one matched, PRV-accounted budget."""
     if plugins:
-        from dpft.harness.registry import load_plugin
+        from dpft.harness.runs.registry import load_plugin
 
         for plugin in plugins:
             load_plugin(plugin)
@@ -52,8 +52,8 @@ for command in (
     checking.check,
     records.verify,
     records.merge,
-    catalogue.list_,
-    catalogue.describe,
+    listing.list_,
+    listing.describe,
     measuring.bench,
     memory.memory,
     noise.noise,

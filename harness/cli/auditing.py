@@ -103,10 +103,10 @@ def _repeated(question, methods, times, quiet, as_json):
 
 def _planted(question, only, output, check, quiet, as_json):
     """The table; exit code 1 when a bug is not caught, the honest method is accused, or the file is stale."""
-    from dpft.harness import provenance
     from dpft.harness import report as reporting
     from dpft.harness.audit import planted, report
-    from dpft.harness.run_settings import Settings
+    from dpft.harness.records import provenance
+    from dpft.harness.train.settings import Settings
 
     bugs = planted.choose(only)
     if output is not None:

@@ -58,7 +58,7 @@ def check(folder, baseline, bless, golden, as_json, quiet, data_dir, device, **r
         raise BadInput("Level and margins must be finite numbers; correct them.")
     if golden:
         return _golden(baseline, bless, as_json, quiet)
-    from dpft.harness.store import Store
+    from dpft.harness.records.store import Store
 
     store = Store(folder)
     if bless:
@@ -117,10 +117,12 @@ def _confirm(store, data_dir, device, quiet):
     """Makes runs of one configuration and returns it with all that the store then holds."""
 
     def confirm(specs):
-        from dpft.harness import execution, progress, registry
+        from dpft.harness.execution import local as execution
+        from dpft.harness.execution import progress
         from dpft.harness.regression.baseline import Configuration, configurations
-        from dpft.harness.run_settings import Settings, pick_device
-        from dpft.harness.spec import RunSpec
+        from dpft.harness.runs import registry
+        from dpft.harness.runs.spec import RunSpec
+        from dpft.harness.train.settings import Settings, pick_device
 
         runs = [RunSpec(**spec) for spec in specs]
         one = runs[0]

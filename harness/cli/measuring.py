@@ -39,10 +39,11 @@ from dpft.harness.errors import BadInput
 @click.pass_context
 def bench(context, as_json, output, rounds, cells, **options):
     """Measure step time and peak memory of engines and peers side by side, as ratios to the non-private step."""
-    from dpft.harness import provenance, report
+    from dpft.harness import report
     from dpft.harness.bench import launch, table
     from dpft.harness.bench.cells import DEFAULT_CELLS, interleave, parse_cells
-    from dpft.harness.run_settings import Settings
+    from dpft.harness.records import provenance
+    from dpft.harness.train.settings import Settings
 
     if options.pop("noise"):
         from dpft.harness.bench import draws
@@ -80,9 +81,9 @@ def bench(context, as_json, output, rounds, cells, **options):
 
 def _rows(options, plugins):
     """The jobs of one round of one cell, the baseline first. Raises BadInput before anything is measured."""
-    from dpft.harness import registry
     from dpft.harness.bench import cells
-    from dpft.harness.run_settings import pick_device
+    from dpft.harness.runs import registry
+    from dpft.harness.train.settings import pick_device
     from dpft.tasks import models
 
     chosen = (options["engines"], options["methods"], options["decoders"] or None, options["text"] or None)

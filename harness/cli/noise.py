@@ -11,7 +11,7 @@ import click
 
 from dpft.harness.cli.options import grid
 from dpft.harness.errors import BadInput
-from dpft.harness.spec import NOISE_STREAM
+from dpft.harness.runs.spec import NOISE_STREAM
 
 
 @click.command()
@@ -171,7 +171,7 @@ def _show_tails(rows, output):
 
 def _published(text, q, steps, delta):
     from dpft.harness.privacy import published
-    from dpft.harness.privacy.mechanisms import family_law
+    from dpft.harness.privacy.noise_kinds import family_law
 
     try:
         law = family_law("lmo", text)

@@ -37,8 +37,8 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 def report(folder, output, check, figures, latex, csv, theory, html, section, **options):
     """Print the tables of the runs in FOLDER, or put them between the markers of a markdown file."""
     from dpft.harness import report as reporting
+    from dpft.harness.records.store import Store
     from dpft.harness.report.text import markdown
-    from dpft.harness.store import Store
 
     if check and output is None:
         raise BadInput("--check needs a file to compare with; give it with -o.")
@@ -88,7 +88,7 @@ def verify(folder, as_json):
     Epsilon follows from the ledger alone; curve, result and chain from the run's settings and each other.
     Records of other programs need privacy.ledger, target, delta and epsilon; only what they declare is checked.
     """
-    from dpft.harness.verifying import verify_folder
+    from dpft.harness.records.verifying import verify_folder
 
     found = verify_folder(folder)
     wrong = sum(bool(one.findings) for one in found.values())
@@ -110,7 +110,7 @@ def verify(folder, as_json):
 @click.argument("target", type=click.Path(path_type=Path))
 def merge(sources, target):
     """Copy the runs of the SOURCES folders into TARGET; refuses records that contradict each other."""
-    from dpft.harness.store import merge as merge_folders
+    from dpft.harness.records.store import merge as merge_folders
 
     copied, same = merge_folders(list(sources), target)
     click.echo(f"{copied} runs copied to {target}, {same} were there already.", err=True)

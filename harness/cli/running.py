@@ -48,13 +48,15 @@ from dpft.harness.errors import BadInput
 def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, jobs, executor, timeout,
         checkpoint_every, resume, retry_failed, secure_noise, overwrite, replay, quiet, as_json):  # fmt: skip
     """Make the missing runs of SUITE (or of --task/--method ...) and print the table."""
-    from dpft.harness import cluster, execution, progress, report
     from dpft.harness import engine as engines
-    from dpft.harness import jobs as processes
+    from dpft.harness import report
     from dpft.harness.errors import unknown
-    from dpft.harness.run_settings import Settings, pick_device
-    from dpft.harness.sources import Sources
-    from dpft.harness.store import Store
+    from dpft.harness.execution import cluster, progress
+    from dpft.harness.execution import jobs as processes
+    from dpft.harness.execution import local as execution
+    from dpft.harness.records.store import Store
+    from dpft.harness.runs.sources import Sources
+    from dpft.harness.train.settings import Settings, pick_device
 
     if replay is not None:
         if suite is not None or overrides:
@@ -90,7 +92,7 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
 
 
 def _replay(run_id: str, store, data_dir, reporter, as_json: bool) -> int:
-    from dpft.harness.replay import replay
+    from dpft.harness.records.replay import replay
 
     found = replay(store, run_id, data_dir, reporter)
     if as_json:
@@ -127,9 +129,9 @@ def _shard(text: str) -> tuple[int, int]:
 @click.option("--json", "as_json", is_flag=True)
 def plan(suite, overrides, data_dir, results, tries, as_json):
     """Show every run of SUITE: what it will spend, whether it is there, and what it should cost. Trains nothing."""
-    from dpft.harness.planning import overview
     from dpft.harness.privacy.selection import check_tries
-    from dpft.harness.store import Store
+    from dpft.harness.records.store import Store
+    from dpft.harness.runs.forecast import overview
 
     if tries is not None:
         check_tries(tries)
@@ -143,7 +145,7 @@ def plan(suite, overrides, data_dir, results, tries, as_json):
 
 
 def _runs(suite: str | None, overrides: dict[str, Any]):
-    from dpft.harness import suites
+    from dpft.harness.runs import suites
 
     if suite is not None:
         return list(suites.load_suite(suite, overrides).runs)

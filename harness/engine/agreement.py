@@ -17,9 +17,9 @@ from contextlib import contextmanager
 import torch
 
 from dpft.harness.engine.base import Batch, Engine, RunningSums, Sums, example_gradient
-from dpft.harness.engine.encoding import Encoding
 from dpft.harness.engine.mixing import depends_on_others
 from dpft.harness.errors import CannotRun
+from dpft.harness.query.encoding import Encoding
 
 ROWS, LATER = 16, 4
 # What rounding can explain. Of a clipped sum: the length of the difference, relative to the largest contribution of one example

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from dpft.harness.engine.clipping import FLAT, Clipping, overall
-from dpft.harness.engine.encoding import IDENTITY, Encoding
 from dpft.harness.errors import BadInput
+from dpft.harness.query.encoding import IDENTITY, Encoding
 
 Batch = dict[str, torch.Tensor]
 Loss = Callable[[nn.Module, Batch], torch.Tensor]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dpft.harness.spec import CLIPPINGS
+from dpft.harness.runs.spec import CLIPPINGS
 
 GAMMA = 0.01  # the stabiliser of auto-s and psac, as published
 TINY = 1e-30

@@ -14,14 +14,14 @@ from torch import nn
 from dpft.harness.engine.agreement import agree
 from dpft.harness.engine.base import Engine, unused
 from dpft.harness.engine.clipping import overall
-from dpft.harness.engine.encoding import IDENTITY
+from dpft.harness.engine.fakes import has_values
 from dpft.harness.engine.hidden import refuse_parameter_hooks
 from dpft.harness.engine.pieces import Grams, Measured, Piece, absolute, charged, measured
 from dpft.harness.engine.rules import rule_for
 from dpft.harness.engine.taps import Recorder, Use
 from dpft.harness.errors import CannotRun
 from dpft.harness.probes import uncounted
-from dpft.harness.values import has_values
+from dpft.harness.query.encoding import IDENTITY
 
 
 class FactoredEngine(Engine):

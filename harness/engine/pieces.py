@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dpft.harness.engine.fakes import has_values
 from dpft.harness.errors import CannotRun
-from dpft.harness.values import has_values
 
 # In units of the roundoff: what a gram's squared norm is raised by, times (sum_t |a_t||e_t|)^2 (the largest error seen on
 # random factors is 0.034), and what the norm is raised by, times sum_t |a_t||e_t|, for the rounding of the sum itself.

@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from dpft.harness.engine.cost import cheaper_kept
-from dpft.harness.engine.encoding import Encoding
+from dpft.harness.engine.fakes import has_values
 from dpft.harness.engine.hidden import ordinary, refuse_hidden
 from dpft.harness.engine.pieces import EmbeddingPiece, KeptPiece, LinearPiece, Piece, RecomputedPiece
 from dpft.harness.engine.taps import Use
 from dpft.harness.errors import CannotRun
-from dpft.harness.values import has_values
+from dpft.harness.query.encoding import Encoding
 
 Rule = Callable[[list[Use], str, Encoding], Piece]
 

@@ -94,13 +94,13 @@ def state(model: str, head: str | None = None) -> str:
     from tabulate import tabulate
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from dpft.harness import registry
-    from dpft.harness.memory import models
+    from dpft.harness.memory import skeletons
+    from dpft.harness.runs import registry
 
     lines = []
     for rank in RANKS:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            net = models.build(model, head)
+            net = skeletons.build(model, head)
         method = registry.make("dp-grape", "mean", {"rank": rank})
         method.prepare(net, torch.Generator())
         full = kept = least = 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from dpft.harness.engine.encoding import IDENTITY
 from dpft.harness.engine.factored import FactoredEngine
 from dpft.harness.engine.pieces import KeptPiece, LinearPiece, Measured, Piece, measured
+from dpft.harness.query.encoding import IDENTITY
 
 
 class Materialised(FactoredEngine):

@@ -16,15 +16,15 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from dpft.harness import registry
 from dpft.harness.bench.cells import Job
 from dpft.harness.bench.peers import dpft_step, non_private_step, trainable
-from dpft.harness.engine.encoding import IDENTITY
 from dpft.harness.errors import BadInput, CannotRun, unknown
-from dpft.harness.memory import models
+from dpft.harness.memory import skeletons
 from dpft.harness.memory.engines import Materialised, TwoPasses
 from dpft.harness.probes import LiveBytes
-from dpft.harness.spec import resolve
+from dpft.harness.query.encoding import IDENTITY
+from dpft.harness.runs import registry
+from dpft.harness.runs.spec import resolve
 
 ENGINES = {"materialised": Materialised, "ghost": TwoPasses}
 ZEROTH = "zeroth-order"
@@ -100,8 +100,8 @@ def _peak(question: Question, mode: FakeTensorMode | None) -> Answer:
     inside = contextlib.nullcontext() if mode is None else mode
     with inside:
         logits = "whole" if question.method in ENGINES else question.logits
-        model = models.build(question.model, question.head, logits)
-        batch = models.batch(model, question.batch, question.length)
+        model = skeletons.build(question.model, question.head, logits)
+        batch = skeletons.batch(model, question.batch, question.length)
     step, model, shapes = _step(question, model, mode)
     live = LiveBytes(getattr(step, "clock", _Idle()), shapes)
     live.label("parameters", model.parameters())
@@ -121,7 +121,7 @@ def _peak(question: Question, mode: FakeTensorMode | None) -> Answer:
 def _step(question: Question, model: nn.Module, mode: FakeTensorMode | None):
     """(step, the model as it is trained, categories of shapes). Outside of the fake mode: seeds are drawn here."""
     job = Job(question.method, "factored", question.batch, question.length, precision=question.precision)
-    loss = models.loss(question.precision)
+    loss = skeletons.loss(question.precision)
     if question.method in ROWS:
         shapes = _shapes(trainable(model), {}, question.batch)
         if question.method == ZEROTH:

@@ -8,8 +8,8 @@ from dpft.harness.privacy.accountant import calibrate, tolerance
 from dpft.harness.privacy.certificate import ADJACENCY, SAMPLING, certify, matched
 from dpft.harness.privacy.curve import epsilon_curve
 from dpft.harness.privacy.ledger import Ledger, Release, merged_noise_multiplier
+from dpft.harness.privacy.recompute import verify_record
 from dpft.harness.privacy.spent import epsilon
-from dpft.harness.privacy.verify import verify_record
 
 __all__ = [
     "ADJACENCY",

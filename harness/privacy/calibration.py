@@ -11,7 +11,7 @@ from typing import Any
 
 from dpft.harness.cache import cached
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy import mechanisms, mixtures, tail
+from dpft.harness.privacy import mixtures, noise_kinds, tail
 from dpft.harness.privacy.accountant import Unmet, bracket, calibrate, check_numbers, library_version, tolerance
 from dpft.harness.privacy.curve import epsilon_curve
 from dpft.harness.privacy.ledger import Release
@@ -44,7 +44,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The budget that noise is calibrated to; noise_stream: how it will be drawn (harness/noise.py)."""
+    """The budget that noise is calibrated to; noise_stream: how it will be drawn (harness/train/noise.py)."""
 
     target: float
     delta: float
@@ -83,7 +83,7 @@ def fit(wanted: Wanted, mechanism: str, shape: str, law: str | None, dimension: 
         sigma = _gaussian(wanted)
         if mechanism == "gaussian":
             return Noise(mechanism, sigma)
-        return Noise(mechanism, sigma * mechanisms.LAPLACE_TO_GAUSSIAN, {"shape": shape})
+        return Noise(mechanism, sigma * noise_kinds.LAPLACE_TO_GAUSSIAN, {"shape": shape})
     if mechanism == "laplace":
         return _spherical(wanted, mechanism, None, dimension)
     if law is not None:
@@ -145,14 +145,14 @@ def _spherical(wanted: Wanted, mechanism: str, law: str | None, dimension: int |
 
 def _to_spread(mechanism: str, law: str, dimension: int, multiplier: float) -> ScaleLaw:
     """The law scaled so that one coordinate of the noise has that standard deviation."""
-    found = mechanisms.family_law(mechanism, law)
-    return found.scaled(mechanisms.spread(found, dimension) / multiplier)
+    found = noise_kinds.family_law(mechanism, law)
+    return found.scaled(noise_kinds.spread(found, dimension) / multiplier)
 
 
 def _least(at: Any, wanted: Wanted, mechanism: str, law: str | None, dimension: int) -> float:
     """The noise multiplier that meets `wanted`, searched from where its Fisher information is that of the right Gaussian."""
     sigma = _gaussian(wanted)
-    found = None if law is None else mechanisms.family_law(mechanism, law)
+    found = None if law is None else noise_kinds.family_law(mechanism, law)
     ratio = 1.0 if found is None else math.sqrt(found.mean_square * found.inverse_mean_square)
     try:
         return bracket(at, sigma * ratio, wanted.target)
@@ -172,7 +172,7 @@ def _kind(noise: Noise, wanted: Wanted) -> tuple[float, tuple[str, float]]:
 
 def curve_of(noise: Noise, wanted: Wanted) -> list[float]:
     """Upper epsilon after 0, 1, ..., T steps; as `epsilon_curve`, for any noise that can be certified."""
-    sigma = mechanisms.covering_gaussian(noise.mechanism, noise.noise_multiplier, noise.parameters)
+    sigma = noise_kinds.covering_gaussian(noise.mechanism, noise.noise_multiplier, noise.parameters)
     q, steps, delta, target = wanted.sampling_probability, wanted.steps, wanted.delta_for(noise), wanted.target
     if sigma is not None:
         return epsilon_curve(sigma, q, steps, delta, target)

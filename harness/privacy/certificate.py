@@ -7,13 +7,7 @@ from typing import Any
 
 from dpft.harness.errors import CannotRun
 from dpft.harness.privacy import tail
-from dpft.harness.privacy.accountant import (
-    SLACK,
-    Composition,
-    check_numbers,
-    guarded,
-    tolerance,
-)
+from dpft.harness.privacy.accountant import SLACK, Composition, check_numbers, guarded, tolerance
 from dpft.harness.privacy.ledger import Ledger
 from dpft.harness.privacy.spent import covering, epsilon, fisher_epsilon, kinds_of, mixture_check
 

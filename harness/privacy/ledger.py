@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpft.harness.errors import BadInput
-from dpft.harness.privacy import mechanisms
+from dpft.harness.privacy import noise_kinds
 
 EVENT_KEYS = ("step_from", "step_to", "sampling_probability", "mechanism", "noise_multiplier", "releases")
 RELEASE_KEYS = ("name", "mechanism", "noise_multiplier", "sensitivity_ratio")
@@ -19,7 +19,7 @@ class Release:
     """One noisy quantity computed on a batch; its noise has std `noise_multiplier * sensitivity` of that quantity.
 
     `sensitivity_ratio`: the sensitivity in units of the clip norm (information only, the accounting does not use it).
-    `parameters`: what else defines the mechanism (harness/privacy/mechanisms.py); none for a Gaussian.
+    `parameters`: what else defines the mechanism (harness/privacy/noise_kinds.py); none for a Gaussian.
     Raises ValueError for an unknown mechanism, parameters it has not, or a number that is not finite and positive.
     """
 
@@ -34,7 +34,7 @@ class Release:
             raise ValueError(f"a release needs a name, not {self.name!r}")
         for key in ("noise_multiplier", "sensitivity_ratio"):
             object.__setattr__(self, key, _positive(getattr(self, key), f"{key} of release {self.name!r}"))
-        parameters = mechanisms.check(self.mechanism, self.noise_multiplier, self.parameters)
+        parameters = noise_kinds.check(self.mechanism, self.noise_multiplier, self.parameters)
         object.__setattr__(self, "parameters", parameters)
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy import mechanisms, mixtures
+from dpft.harness.privacy import mixtures, noise_kinds
 from dpft.harness.privacy.accountant import MAX_EPSILON, Composition, check_numbers, guarded, prv_epsilon, tolerance
 from dpft.harness.privacy.ledger import Ledger
 
@@ -40,7 +40,7 @@ def epsilon(events: Sequence[dict[str, Any]], delta: float, target: float) -> tu
 
 def covering(ledger: Ledger) -> Composition | None:
     """(q, sigma, steps) of the Gaussians that cover the ledger's events; None where one has noise of random scale."""
-    return _counted(ledger, mechanisms.covering_gaussian)
+    return _counted(ledger, noise_kinds.covering_gaussian)
 
 
 def _counted(ledger: Ledger, of_release: Any) -> Composition | None:
@@ -65,12 +65,12 @@ def kinds_of(ledger: Ledger) -> mixtures.Kinds:
     """The ledger's distinct events with their step counts, as mixtures."""
     counts: dict[tuple[float, tuple[str, float]], int] = {}
     for event in ledger.events:
-        sigma = _event_sigma(event, mechanisms.covering_gaussian)
+        sigma = _event_sigma(event, noise_kinds.covering_gaussian)
         if sigma is not None:
             mechanism = ("", sigma)
         else:
             (release,) = event["releases"]
-            law = mechanisms.law_of(release["mechanism"], release["noise_multiplier"], release["parameters"])
+            law = noise_kinds.law_of(release["mechanism"], release["noise_multiplier"], release["parameters"])
             mechanism = (str(law), release["parameters"]["dimension"])
         kind = (event["sampling_probability"], mechanism)
         counts[kind] = counts.get(kind, 0) + event["step_to"] - event["step_from"]
@@ -110,10 +110,10 @@ def _numbers(kinds: mixtures.Kinds, delta: float, target: float) -> Composition:
 def fisher_epsilon(ledger: Ledger, delta: float, target: float) -> float | None:
     """Lower PRV epsilon of the Gaussians with the ledger's Fisher informations; None where it cannot be had.
 
-    No certificate may be under it (mechanisms.fisher_gaussian says why).
+    No certificate may be under it (noise_kinds.fisher_gaussian says why).
     """
     try:
-        found = _counted(ledger, mechanisms.fisher_gaussian)
+        found = _counted(ledger, noise_kinds.fisher_gaussian)
         return None if found is None else prv_epsilon(found, delta, target)[0]
     except CannotRun:
         return None

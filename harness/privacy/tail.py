@@ -15,10 +15,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dpft.harness.privacy import mechanisms
+from dpft.harness.privacy import noise_kinds
 from dpft.harness.privacy.ledger import Ledger
 
-# The largest standard draw by stream (harness/noise.py). 2: at least this on every device. A Gaussian pair lies in a disc of
+# The largest standard draw by stream (harness/train/noise.py). 2: at least this on every device. A Gaussian pair lies in a
 # radius sqrt(2 * 64 * log 2) = 9.42, which is left more easily than a square of that half-width, by a factor under 7; a
 # square of 9.1 is charged more than that (a test integrates the disc). The Laplace is -log u with u down to 2^-53.
 # 1: PyTorch's fp32 draws, by device.
@@ -54,7 +54,7 @@ def checked(events: Sequence[Mapping[str, Any]], delta: float, noise_stream: int
 
 
 def of_noise(entry: Any, sampling_probability: float, steps: int, delta: float, noise_stream: int) -> float:
-    """`checked` for `steps` equal steps of one release (harness/privacy/ledger.Release)."""
+    """`checked` for `steps` equal steps of one release (harness/privacy/ledger.py, Release)."""
     ledger = Ledger()
     ledger.append(0, sampling_probability, [entry])
     return checked([{**ledger.events[0], "step_to": steps}], delta, noise_stream)
@@ -108,7 +108,7 @@ def _shifts(release: Mapping[str, Any]) -> list[tuple[float, float]]:
         return [(math.sqrt(2) / sigma, 1.0)]  # the variance of Laplace(b) is 2 b^2
     from dpft.harness.privacy.mixtures import scales
 
-    found, masses, lost = scales(mechanisms.law_of(release["mechanism"], sigma, parameters), parameters["dimension"])
+    found, masses, lost = scales(noise_kinds.law_of(release["mechanism"], sigma, parameters), parameters["dimension"])
     return [(1 / float(s), float(mass)) for s, mass in zip(found, masses, strict=True)] + [(math.inf, float(lost))]
 
 

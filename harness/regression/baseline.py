@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput
-from dpft.harness.spec import RunSpec, completed
-from dpft.harness.store import atomic
+from dpft.harness.records.store import atomic
+from dpft.harness.runs.spec import RunSpec, completed
 
 SCHEMA = 1
 PACKAGES = ("torch", "transformers", "peft", "numpy", "evaluate")  # those that can change what a run comes to
@@ -24,9 +24,10 @@ class Run:
     """One finished run.
 
     final: the metric on the whole validation split; steps_to_threshold: None when not reached, or when that is not known;
-    censored: whether it is known not to be reached (None: not known, as by rule 1 of harness/thresholds.py, which cannot tell the
-    two apart); step_s: median seconds of a step, None where too few were timed; peak_bytes; made_with: versions of the key
-    packages and fingerprints of data and model; hardware: machine and settings, which only time and memory depend on.
+    censored: whether it is known not to be reached (None: not known, as by rule 1 of harness/statistics/thresholds.py,
+    which cannot tell the two apart); step_s: median seconds of a step, None where too few were timed; peak_bytes;
+    made_with: versions of the key packages and fingerprints of data and model; hardware: machine and settings, which only
+    time and memory depend on.
     """
 
     final: float

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpft.harness import registry
 from dpft.harness.errors import BadInput
 from dpft.harness.regression import baseline
-from dpft.harness.spec import completed, resolve
+from dpft.harness.runs import registry
+from dpft.harness.runs.spec import completed, resolve
 
 # A task with its own model: nothing to download. The batch is large enough for the signal to stand out of the noise, so that
 # spectral decoders do something; 20 steps reach every branch that depends on the step.
@@ -39,7 +39,7 @@ def platform() -> dict[str, Any]:
     import numpy
     import torch
 
-    from dpft.harness.provenance import cpu
+    from dpft.harness.records.provenance import cpu
 
     capability = torch.backends.cpu.get_cpu_capability()
     return {
@@ -64,9 +64,9 @@ def trace(method: str) -> dict[str, Any]:
 
 
 def _trace(method: str, model: str) -> dict[str, Any]:
-    from dpft.harness import loop, run
-    from dpft.harness.plan import plan
-    from dpft.harness.run_settings import Settings, exact_fp32
+    from dpft.harness.runs.plan import plan
+    from dpft.harness.train import loop, run
+    from dpft.harness.train.settings import Settings, exact_fp32
 
     exact_fp32()
     targets = {"targets": TARGETS} if "targets" in registry.method(method).options else {}

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput, unknown
-from dpft.harness.report import checks, decoders, export, figures, generation, overall, paired, plots, tables, text
+from dpft.harness.records.store import Store, atomic
+from dpft.harness.report import checks, decoders, export, figures, overall, pairs, plots, tables, text, texts
 from dpft.harness.report.figures import Figures
 from dpft.harness.report.reading import Curves, summaries
 from dpft.harness.report.text import Part, latex
 from dpft.harness.report.views import Group, View, arrange
-from dpft.harness.spec import completed
-from dpft.harness.store import Store, atomic
+from dpft.harness.runs.spec import completed
 
 __all__ = ["Figures", "Options", "Report", "View", "latex", "markdown", "markers", "summaries", "theory", "write"]
 
@@ -64,13 +64,13 @@ class Report:
         stems, compared = figures.stems(self.groups), False
         for group, stem in zip(self.groups, stems, strict=True):
             yield from tables.comparison(group, self.curves, self.options.public)
-            differences = paired.differences(group, self.curves, self.options.baseline)
+            differences = pairs.differences(group, self.curves, self.options.baseline)
             compared = compared or bool(differences)
             yield from differences
-            yield from paired.learning_rates(group)
-            yield from paired.pareto(group)
+            yield from pairs.learning_rates(group)
+            yield from pairs.pareto(group)
             yield from decoders.comparison(group, self.curves, self.store, self.options.public)
-            yield from generation.comparison(group, self.options.public)
+            yield from texts.comparison(group, self.options.public)
             if self.options.curves:
                 yield from tables.curve_table(group, self.curves)
             if pictures is not None:
@@ -79,7 +79,7 @@ class Report:
         if self.left_out:
             yield f"No table, as the view `{self.options.view.name}` admits no row: {'; '.join(self.left_out)}."
         if compared:
-            yield paired.READING
+            yield pairs.READING
         lines = [
             f"- `{r['run_id']}` {r['spec']['task']}/{r['spec']['method']}: **{r['status']}**: {r['error']}"
             for r in self.records

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpft.harness import privacy, thresholds
+from dpft.harness import privacy
 from dpft.harness.cache import cached
 from dpft.harness.privacy import verify_record
-from dpft.harness.spec import RunSpec, completed
+from dpft.harness.runs.spec import RunSpec, completed
+from dpft.harness.statistics import thresholds
 
 
 def rejected(records: Sequence[dict[str, Any]]) -> dict[str, list[str]]:

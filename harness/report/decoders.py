@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpft.harness import registry
+from dpft.harness.records.store import Store
 from dpft.harness.report.reading import Curves, Target, spikes
 from dpft.harness.report.rows import Row
 from dpft.harness.report.tables import median, spread, target_of
 from dpft.harness.report.text import Part, Table
 from dpft.harness.report.views import Group
-from dpft.harness.store import Store
+from dpft.harness.runs import registry
 
 FRACTIONS = (0.9, 0.95)
 

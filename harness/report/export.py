@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dpft.harness.records.store import atomic
 from dpft.harness.report.reading import Curves
 from dpft.harness.report.tables import certified, target_of
 from dpft.harness.report.views import Group, hardware
-from dpft.harness.store import atomic
 
 THRESHOLD = ("threshold", "threshold_reached", "steps_to_threshold", "epsilon_at_threshold")
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpft.harness.records.store import atomic
 from dpft.harness.report.views import Group
-from dpft.harness.store import atomic
 
 # Okabe and Ito's colours, told apart with any colour vision; without their yellow, which is faint on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

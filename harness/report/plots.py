@@ -6,14 +6,14 @@ import math
 from typing import Any
 
 from dpft.harness import statistics as st
+from dpft.harness.records.store import Store
 from dpft.harness.report import rates
 from dpft.harness.report.figures import COLOURS, Figures, look
-from dpft.harness.report.paired import SAME_MEMORY, SAME_TIME
+from dpft.harness.report.pairs import SAME_MEMORY, SAME_TIME
 from dpft.harness.report.reading import Curves, diagnostics
 from dpft.harness.report.rows import Row
 from dpft.harness.report.tables import FRACTION, examples_of, mean_curve, target_of
 from dpft.harness.report.views import MIB, Group, hardware
-from dpft.harness.store import Store
 
 AT_MOST = 14  # rows in one picture, the best and the controls; more cannot be told apart
 Named = list[tuple[int, str, Row]]  # place in the order of colours, name, row

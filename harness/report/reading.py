@@ -13,10 +13,10 @@ from typing import Any
 import msgspec
 
 from dpft.harness.errors import BadInput
+from dpft.harness.records.store import Store, check
 from dpft.harness.report.rows import Row
 from dpft.harness.statistics import Reached, median_reached, to_threshold
-from dpft.harness.store import Store, check
-from dpft.harness.thresholds import FEWEST
+from dpft.harness.statistics.thresholds import FEWEST
 
 COLUMNS = ("step", "metric", "epsilon", "alignment_noisy", "alignment_decoded")
 
@@ -30,7 +30,7 @@ class _Summary(msgspec.Struct):
 
 
 class _Slim(msgspec.Struct, omit_defaults=True):
-    """A record, as harness/store.py knows it."""
+    """A record, as harness/records/store.py knows it."""
 
     schema: Any = msgspec.UNSET
     run_id: Any = msgspec.UNSET

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpft.harness import registry
 from dpft.harness.privacy import matched
-from dpft.harness.report import sources
+from dpft.harness.report import origins
+from dpft.harness.runs import registry
 
 BASELINES = ("dp-sgd", "dp-adam")  # the target of steps-to-threshold is the best of these, as SPECTRAL.md's rule says
 SETTING = ("task", "task_version", "task_options", "model", "head", "max_length")
@@ -127,7 +127,7 @@ def _seed(record: dict[str, Any]) -> int:
 
 
 def _budget(row: Row) -> tuple[float, int]:
-    return row.spec["epsilon"], sources.noise_stream(row.spec)
+    return row.spec["epsilon"], origins.noise_stream(row.spec)
 
 
 def _row(records: list[dict[str, Any]]) -> Row:
@@ -250,7 +250,7 @@ def places(
     reason = None
     if counted:
         called, records = zip(*counted, strict=True)
-        reason = matched([r["privacy"] for r in records], called, free) or sources.difference(records, called)
+        reason = matched([r["privacy"] for r in records], called, free) or origins.difference(records, called)
     competing = [row for row in rows if row.ranked]
     best = {id(grid[0]) for grid in alike(competing, settings)}
     ranks = itertools.count(1)

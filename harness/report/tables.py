@@ -11,7 +11,7 @@ from dpft.harness.report.reading import Curves, Target
 from dpft.harness.report.rows import Row, over
 from dpft.harness.report.text import Part, Table
 from dpft.harness.report.views import MIB, Group, mean_cut
-from dpft.harness.thresholds import relative_target
+from dpft.harness.statistics.thresholds import relative_target
 
 FRACTION = 0.9
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpft.harness.errors import BadInput
+from dpft.harness.report import origins
 from dpft.harness.report import rows as making
-from dpft.harness.report import sources
 from dpft.harness.report.reading import Curves
 from dpft.harness.report.rows import Row
 
@@ -103,9 +103,9 @@ def arrange(records: list[dict[str, Any]], view: View, curves: Curves, rates: bo
     streams: dict[str, set[int]] = defaultdict(set)
     for group in groups:
         if group.private:
-            streams[group.title].add(sources.noise_stream(group.private[0].spec))
+            streams[group.title].add(origins.noise_stream(group.private[0].spec))
     return [
-        replace(group, stream=sources.noise_stream(group.private[0].spec))
+        replace(group, stream=origins.noise_stream(group.private[0].spec))
         if group.private and len(streams[group.title]) > 1
         else group
         for group in groups
@@ -156,7 +156,7 @@ def _group(rows: list[Row], view: View, curves: Curves, rates: bool) -> Group:
         left_out,
         seeds,
         unranked,
-        sources.notes(*zip(*made, strict=True)),
+        origins.notes(*zip(*made, strict=True)),
     )
 
 

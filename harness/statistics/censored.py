@@ -1,6 +1,6 @@
 """Steps and epsilon to a threshold, where a run that never got there counts as infinitely late, not as absent.
 
-A run of which the evaluations cannot tell (harness/thresholds.py) is None: neither late nor absent.
+A run of which the evaluations cannot tell (harness/statistics/thresholds.py) is None: neither late nor absent.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpft.harness.errors import BadInput
-from dpft.harness.thresholds import crossing
+from dpft.harness.statistics.thresholds import crossing
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def to_threshold(
     target: float,
     higher_is_better: bool = True,
 ) -> Reached | None:
-    """Where one curve reaches `target` (rule: harness/thresholds.py); None where its evaluations cannot tell.
+    """Where one curve reaches `target` (rule: harness/statistics/thresholds.py); None where its evaluations cannot tell.
 
     The three sequences have one entry per evaluation.
     """

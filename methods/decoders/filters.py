@@ -11,7 +11,7 @@ from dpft.methods.decoders.moments import EPSILON, Moment
 if TYPE_CHECKING:
     import torch
 
-    from dpft.harness.mechanism import NoisySum
+    from dpft.harness.train.mechanism import NoisySum
 
 BELOW_ONE = 1 - 1e-9
 

@@ -15,7 +15,7 @@ from dpft.methods.decoders.moments import EPSILON, Moment, mean_noise_factor
 if TYPE_CHECKING:
     import torch
 
-    from dpft.harness.mechanism import NoisySum
+    from dpft.harness.train.mechanism import NoisySum
 
 
 class RMT(Decoder):

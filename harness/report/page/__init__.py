@@ -10,8 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from dpft.harness.records.store import Store, atomic
 from dpft.harness.report.page.data import Builder, packed
-from dpft.harness.store import Store, atomic
 
 SCRIPTS = ("data.js", "table.js", "chart.js", "details.js", "main.js")
 

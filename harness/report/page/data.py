@@ -12,13 +12,13 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dpft.harness.report import Options, Report, paired
+from dpft.harness.records.store import Store
+from dpft.harness.report import Options, Report, pairs
 from dpft.harness.report import rows as making
 from dpft.harness.report.rows import Row
 from dpft.harness.report.tables import certified, examples_of, spread
 from dpft.harness.report.views import Group
-from dpft.harness.spec import completed
-from dpft.harness.store import Store
+from dpft.harness.runs.spec import completed
 
 BLOCK = 64  # runs that are packed together, and unpacked together when one of them is looked at
 POINTS = 120  # of one curve; evaluations always stay
@@ -69,7 +69,7 @@ class Builder:
         report = Report(self.kept, self.store, Options(public=self.public))
         groups, rows, shown = [], {}, set()
         for number, group in enumerate(report.groups):
-            verdicts = paired.verdicts(group, None)
+            verdicts = pairs.verdicts(group, None)
             groups.append(_group(group, verdicts))
             _add(rows, number, group, verdicts)
         for row in rows.values():
@@ -87,7 +87,7 @@ class Builder:
         }
 
 
-def _add(rows: dict[tuple, dict], number: int, group: Group, verdicts: paired.Verdicts | None) -> None:
+def _add(rows: dict[tuple, dict], number: int, group: Group, verdicts: pairs.Verdicts | None) -> None:
     """Rows of one group; a control belongs to every group of its setting, and is one row.
 
     Of a method there is one row, at the best of its grid; its other learning rates are shown where a reader asks for them.
@@ -116,7 +116,7 @@ def _key(row: Row) -> tuple:
     return tuple(sorted(r["run_id"] for r in row.whole.records))
 
 
-def _verdict(row: Row, name: str, group: Group, verdicts: paired.Verdicts | None) -> str:
+def _verdict(row: Row, name: str, group: Group, verdicts: pairs.Verdicts | None) -> str:
     """What may be concluded of a row, or why nothing may."""
     if not row.competes:
         return "control"
@@ -189,7 +189,7 @@ def _budget(group: Group) -> float | None:
     return group.private[0].spec["epsilon"] if group.private else None
 
 
-def _group(group: Group, verdicts: paired.Verdicts | None) -> dict[str, Any]:
+def _group(group: Group, verdicts: pairs.Verdicts | None) -> dict[str, Any]:
     result = group.result
     lines = [making.over(group.seeds)] if group.seeds and group.reason is None else []
     if verdicts is not None:

@@ -1,0 +1,1 @@
+"""Records on disk, what ties their parts together, and their verification."""

@@ -1,0 +1,207 @@
+"""Records and curves on disk: one JSON and one parquet file per run, written atomically, merged by name."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dpft.harness.errors import BadInput
+from dpft.harness.runs.spec import completed
+from dpft.harness.train.journal import path_of
+
+SCHEMA = 1
+STATUSES = ("done", "diverged", "oom", "timeout", "error", "skipped")
+SECTIONS = ("schema", "run_id", "status", "spec", "privacy", "result", "cost", "diagnostics", "provenance", "error")
+
+
+class Store:
+    """A folder of runs: `<run id>.json` (record), `<run id>.parquet` (curve), `<run id>.ckpt` (run in flight)."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def open_for_writing(self) -> None:
+        """Make the folder. Raises BadInput when it cannot be written to."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise BadInput(
+                f"Results cannot be written to {self.folder} ({error.strerror}); choose --results DIR."
+            ) from error
+
+    def record_path(self, run_id: str) -> Path:
+        return self.folder / f"{run_id}.json"
+
+    def curve_path(self, run_id: str) -> Path:
+        return self.folder / f"{run_id}.parquet"
+
+    def checkpoint_path(self, run_id: str) -> Path:
+        return self.folder / f"{run_id}.ckpt"
+
+    def read(self, run_id: str) -> dict[str, Any] | None:
+        """The record of `run_id`, or None when there is none. Raises BadInput when it is damaged."""
+        path = self.record_path(run_id)
+        return read_record(path) if path.exists() else None
+
+    def records(self) -> list[dict[str, Any]]:
+        """All records, by run id. Raises BadInput for a missing folder or a damaged file."""
+        return list(self.each())
+
+    def each(self) -> Iterator[dict[str, Any]]:
+        """The records one by one, by run id, for folders that do not fit in memory. Raises as `records`."""
+        if not self.folder.is_dir():
+            raise BadInput(f"There is no results folder {self.folder}; make one with `dpft run`.")
+        return map(read_record, sorted(self.folder.glob("*.json")))
+
+    def curve(self, run_id: str):
+        """The curve as a polars frame, one row per step. Raises BadInput when it is missing or damaged."""
+        import polars
+
+        try:
+            return polars.read_parquet(self.curve_path(run_id))
+        except Exception as error:
+            raise BadInput(
+                f"The curve {self.curve_path(run_id)} cannot be read; delete {run_id}.json and run again."
+            ) from error
+
+    def write(self, record: dict[str, Any], curve: list[dict[str, Any]]) -> None:
+        """Curve first, then the record, each by rename: a record that exists has its curve."""
+        import pyarrow
+        import pyarrow.parquet
+
+        check(record, "the record to be written")
+        run_id = record["run_id"]
+        if curve:
+            table = pyarrow.Table.from_pylist(curve).replace_schema_metadata({"schema": str(SCHEMA)})
+            with atomic(self.curve_path(run_id)) as path:
+                pyarrow.parquet.write_table(table, path)
+        self._write_record(record)
+        # --retry-failed goes on where time or memory was short; after an error the code may change, and the steps with it
+        if record["status"] not in ("timeout", "oom"):
+            self.checkpoint_path(run_id).unlink(missing_ok=True)
+            path_of(self.checkpoint_path(run_id)).unlink(missing_ok=True)
+
+    def sweep(self, run_id: str) -> None:
+        """Remove what a killed process left half-written of a run; only who has claimed the run may."""
+        for path in self.folder.glob(f".{run_id}.*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def take_from(self, other: Store, record: dict[str, Any]) -> None:
+        """Copy a run of another store, curve first."""
+        curve = other.curve_path(record["run_id"])
+        if curve.exists():
+            with atomic(self.curve_path(record["run_id"])) as path:
+                path.write_bytes(curve.read_bytes())
+        self._write_record(record)
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        with atomic(self.record_path(record["run_id"])) as path:
+            path.write_text(json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @contextmanager
+    def claim(self, run_id: str, wait: bool = False) -> Iterator[bool]:
+        """True when this process may make the run; False when another is at it. Released also when the process dies."""
+        path = self.folder / ".locks" / run_id  # never unlinked: a waiter would be left holding a file without a name
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """One record file. Raises BadInput, naming the file, when it is damaged or of an unknown schema."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"The record {path} is damaged ({error}); delete it and run again.") from error
+    check(record, str(path))
+    if record["run_id"] != path.stem:
+        raise BadInput(f"The record {path} is of run {record['run_id']}; rename or delete it.")
+    return record
+
+
+def check(record: Any, where: str) -> None:
+    """Raises BadInput unless `record` has this schema's sections and a known status."""
+    if not isinstance(record, dict) or "schema" not in record:
+        raise BadInput(f"The file {where} is no dpft record; take it out of the results folder.")
+    if record["schema"] != SCHEMA:
+        raise BadInput(
+            f"The record {where} has schema {record['schema']}, not {SCHEMA}; read it with the dpft that wrote it."
+        )
+    missing = [section for section in SECTIONS if section not in record]
+    if missing or record["status"] not in STATUSES:
+        raise BadInput(f"The record {where} lacks {missing or 'a known status'}; delete it and run again.")
+
+
+def merge(sources: list[Path], target: Path) -> tuple[int, int]:
+    """Copy the runs of `sources` into `target`; returns (copied, already there).
+
+    Raises BadInput, before anything is copied, when two records of one run differ in more than cost and provenance, or were
+    made of different data.
+    """
+    into = Store(target)
+    into.open_for_writing()
+    known = {r["run_id"]: r for r in into.records()}
+    todo: dict[str, tuple[Store, dict]] = {}
+    same = 0
+    for source in sources:
+        store = Store(source)
+        for record in store.records():
+            other = known.get(record["run_id"])
+            if other is None:
+                known[record["run_id"]] = record
+                todo[record["run_id"]] = (store, record)
+            elif other_data := _other_data(other, record):
+                raise BadInput(
+                    f"Run {record['run_id']} was made of other data or another model in {source} than elsewhere (fingerprint "
+                    f"{' against '.join(other_data)}); delete one of the records, or keep the folders apart."
+                )
+            elif _outcome(other) == _outcome(record):
+                same += 1
+            else:
+                raise BadInput(
+                    f"Run {record['run_id']} has different outcomes in {source} and elsewhere; delete one of the records."
+                )
+    for store, record in todo.values():
+        into.take_from(store, record)
+    return len(todo), same
+
+
+def _other_data(one: dict[str, Any], two: dict[str, Any]) -> tuple[str, str] | None:
+    """The first digits of two fingerprints of what the two records were made of, None where those that both have are equal."""
+    for key in ("data_fingerprint", "model_files"):
+        first, second = (record["provenance"].get(key) for record in (one, two))
+        if first is not None and second is not None and first != second:
+            return first[:12], second[:12]
+    return None
+
+
+def _outcome(record: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: record[key] for key in ("status", "privacy", "result")}
+    return {**kept, "spec": completed(record["spec"])}
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it, flushed to disk, when the block ends well."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""What a run is: spec, names, suites, what it will spend."""

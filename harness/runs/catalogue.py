@@ -1,0 +1,84 @@
+"""What there is: methods, decoders, tasks and suites, for `dpft list` and `dpft describe`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dpft.harness.errors import unknown
+from dpft.harness.runs import registry, suites
+
+if TYPE_CHECKING:
+    from dpft.tasks.base import Task
+
+
+def listing(kind: str) -> list[dict[str, Any]]:
+    """One row per method, decoder, task or suite."""
+    if kind == "methods":
+        return [
+            {"name": name, "reference": m.reference, "private": m.private, "summary": m.summary}
+            for name, m in registry.methods().items()
+        ]
+    if kind == "decoders":
+        return [
+            {"name": name, "reference": d.reference, "summary": d.summary} for name, d in registry.decoders().items()
+        ]
+    if kind == "tasks":
+        return [
+            {"name": name, "kind": t.kind, "metric": t.metric, "data": _data(t), "description": t.description}
+            for name, t in registry.tasks().items()
+        ]
+    return [
+        {"name": n, "runs": len(suites.load_suite(n).runs), "description": s.get("description", "")}
+        for n, s in suites.suites().items()
+    ]
+
+
+def description(name: str) -> dict[str, Any]:
+    """All there is to say of the method, decoder, task or suite called `name`. Raises BadInput with the nearest match."""
+    if name in registry.methods():
+        m = registry.methods()[name]
+        decoder = registry.decoder(m.defaults.get("decoder", "mean"))
+        releases = "one Gaussian release per step: the sum of clipped per-example gradients, L2 sensitivity clip_norm"
+        return {
+            "method": name,
+            "version": m.version,
+            "summary": m.summary,
+            "about": " ".join((m.__doc__ or "").split()),
+            "reference": m.reference or "none",
+            "releases": releases if m.private else "everything: not private",
+            "ranked": m.private and not m.control,
+            "defaults": m.defaults,
+            "decoder": decoder.name,
+            "options": registry.options(m, decoder),
+        }
+    if name in registry.decoders():
+        d = registry.decoders()[name]
+        return {
+            "decoder": name,
+            "version": d.version,
+            "summary": d.summary,
+            "about": " ".join((d.__doc__ or "").split()),
+            "reference": d.reference or "none",
+            "options": d.options,
+            "choices": d.choices,
+            "used by": [n for n, m in registry.methods().items() if m.defaults.get("decoder", "mean") == name],
+        }
+    if name in registry.tasks():
+        t = registry.tasks()[name]
+        keys = ("version", "kind", "description", "source", "metric", "higher_is_better", "chance", "threshold")
+        options = {"options": t.options} if t.options else {}
+        return {"task": name, **{key: getattr(t, key) for key in keys}, "data": _data(t), **options}
+    if name in suites.suites():
+        suite = suites.load_suite(name)
+        return {
+            "suite": name,
+            "description": suite.description,
+            "runs": [f"{s.run_id} {s.label()}" for s in suite.runs],
+        }
+    known = [*registry.methods(), *registry.decoders(), *registry.tasks(), *suites.suites()]
+    raise unknown("method, decoder, task or suite", name, known)
+
+
+def _data(task: type[Task]) -> str:
+    """Where the rows come from: a hub id, a package, or a file of the user's own."""
+    return task.hub or ("your own file" if "file" in task.options else "package")

@@ -1,0 +1,101 @@
+"""What `dpft plan` shows: every run, what it will spend, and what it should cost by runs already made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dpft.harness.errors import CannotRun
+from dpft.harness.privacy import selection
+from dpft.harness.privacy.noise_kinds import covering_gaussian
+from dpft.harness.records.store import Store
+from dpft.harness.runs.plan import PrivacyPlan, plan
+from dpft.harness.runs.sources import Sources, differences
+from dpft.harness.runs.spec import RunSpec, completed
+
+
+def overview(
+    runs: list[RunSpec], store: Store, data_dir: Path | None, tries: float | None = None
+) -> list[dict[str, Any]]:
+    """One row per run; tries: also what the best of about so many such runs costs (harness/privacy/selection.py).
+
+    Time and memory come from a record of the same task, model, method and batch size, else null."""
+    records = store.records() if store.folder.is_dir() else []
+    by_id = {r["run_id"]: r for r in records}
+    sources = Sources(data_dir)
+    rows = []
+    for spec in runs:
+        record = by_id.get(spec.run_id)
+        row = {
+            "run": spec.run_id,
+            "task": spec.task,
+            "model": spec.model,
+            "method": spec.method,
+            "seed": spec.seed,
+            "state": "missing" if record is None else _state(record, spec, sources),
+        }
+        row |= _budget(spec, sources, tries) | _estimate(spec, records)
+        rows.append(row)
+    return rows
+
+
+def _state(record: dict[str, Any], spec: RunSpec, sources: Sources) -> str:
+    """The status, or that the run was made of something else; data on the hub are not fetched for it."""
+    try:
+        found = differences(record, spec, sources) if sources.local(spec) else []
+    except CannotRun:
+        return f"{record['status']}, data or model not here"
+    return f"{record['status']}, {found[0][0]} changed" if found else record["status"]
+
+
+def _budget(spec: RunSpec, sources: Sources, tries: float | None) -> dict[str, Any]:
+    row = {"epsilon": None, "delta": None, "sigma": None, "q": None, "T": spec.steps, "problem": None}
+    try:
+        size = sources.train_size(spec)
+        found = plan(spec, sources.data_dir, lambda: _dimension(spec, sources.data_dir), size)
+    except CannotRun as error:
+        return row | {"problem": str(error)}
+    curve = found.epsilon_curve
+    if tries is not None and found.noise is not None:
+        row |= _choice(spec, found, tries)
+    return row | {
+        "epsilon": curve[-1] if curve else None,
+        "delta": found.delta,
+        "sigma": found.noise_multiplier,
+        "q": found.sampling_probability,
+    }
+
+
+def _choice(spec: RunSpec, found: PrivacyPlan, tries: float) -> dict[str, Any]:
+    """What the best of about `tries` runs costs, by the law of their number that costs least, and what each may cost."""
+    noise, q = found.noise, found.sampling_probability
+    sigma = noise.noise_multiplier
+    if noise.mechanism != "gaussian":
+        sigma = covering_gaussian(noise.mechanism, sigma, noise.parameters)
+    if sigma is None:
+        return {"problem": f"No charge for a choice is known with noise of mechanism {noise.mechanism}."}
+    law, epsilon = selection.cheapest(((q, sigma, spec.steps),), found.delta, tries)
+    each = selection.epsilon_each(spec.epsilon, found.delta, q, spec.steps, tries)
+    return {"law of tries": law, "epsilon of the best": round(epsilon, 3), "epsilon for each": round(each - 5e-4, 3)}
+
+
+def _dimension(spec: RunSpec, data_dir: Path | None) -> int:
+    from dpft.harness.train.run import (
+        release_dimension,  # torch and the model, for noise whose epsilon depends on them alone
+    )
+    from dpft.harness.train.settings import Settings
+
+    return release_dimension(spec, Settings(data_dir))
+
+
+def _estimate(spec: RunSpec, records: list[dict[str, Any]]) -> dict[str, Any]:
+    same = ("task", "model", "method", "batch_size", "max_length", "precision", "decoder", "options", "task_options")
+    mine = spec.to_dict()
+    for record in records:
+        cost, other = record["cost"], completed(record["spec"])
+        if cost["step_s"] and all(other[key] == mine[key] for key in same):
+            return {
+                "seconds": round(cost["step_s"] * spec.steps + cost["eval_s"]),
+                "peak_bytes": sum(cost["peak_bytes"].values()),
+            }
+    return {"seconds": None, "peak_bytes": None}

@@ -1,0 +1,1 @@
+"""The training core: one run from its spec to its record."""

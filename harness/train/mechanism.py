@@ -1,0 +1,133 @@
+"""The privacy boundary as a type: a clipped sum goes in, a NoisySum comes out, and only the loop may ask for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from dpft.harness.engine.fakes import has_values
+from dpft.harness.privacy.calibration import Noise
+from dpft.harness.privacy.noise_kinds import law_of
+from dpft.harness.privacy.scale_law import Term
+from dpft.harness.train.noise import Source, gamma
+from dpft.harness.train.old_noise import LegacyStream
+
+
+@dataclass(frozen=True)
+class NoisySum:
+    """A release: `(sum_i clip(g_i) + noise_multiplier * clip_norm * z) / expected_batch_size`, safe to post-process at will.
+
+    tensors: name -> tensor in the (encoded) shape of the gradient; expected_batch_size: the public B. Dividing by the
+    realised batch size would not be post-processing.
+    Made by `Mechanism.release` alone, which only the loop and the bench call (a test reads the calls).
+    """
+
+    tensors: dict[str, torch.Tensor]
+    noise_multiplier: float
+    clip_norm: float
+    expected_batch_size: int
+
+    def mean(self) -> dict[str, torch.Tensor]:
+        """`tensors`, in a dictionary of the caller's own."""
+        return dict(self.tensors)
+
+    @property
+    def mean_noise_std(self) -> float:
+        """Standard deviation of one coordinate of `mean()`: sigma * C / B."""
+        return self.noise_multiplier * self.clip_norm / self.expected_batch_size
+
+
+class Mechanism:
+    """Adds noise with standard deviation noise_multiplier * clip_norm to every coordinate of a sum with L2 sensitivity clip_norm.
+
+    What noise, `noise` says (harness/privacy/noise_kinds.py); None releases the sum as it is (non-private runs only). source:
+    where the draws come from (harness/train/noise.py), in the order of the names.
+    """
+
+    def __init__(self, noise: Noise | None, clip_norm: float, expected_batch_size: int, source: Source):
+        self.noise = noise
+        self.noise_multiplier = 0.0 if noise is None else noise.noise_multiplier
+        self.clip_norm = clip_norm
+        self.expected_batch_size = expected_batch_size
+        self._source = source
+
+    def release(self, clipped_sum: dict[str, torch.Tensor]) -> NoisySum:
+        """The noisy sum over the expected batch size. Works in place: `clipped_sum` holds no clean values afterwards."""
+        size = self.expected_batch_size
+        if not all(map(has_values, clipped_sum.values())):
+            self._source.room(list(clipped_sum.values()))  # fakes have nothing that noise could be added to
+        elif self.noise is not None:
+            self._check(clipped_sum)
+            kind = "laplace" if self._shape == "coordinates" else "gaussian"
+            self._source.add(list(clipped_sum.values()), self._scale() * self.clip_norm, size, kind)
+        else:
+            torch._foreach_div_(list(clipped_sum.values()), size)
+        return NoisySum(dict(clipped_sum), self.noise_multiplier, self.clip_norm, self.expected_batch_size)
+
+    @property
+    def _shape(self) -> str:
+        return self.noise.parameters.get("shape", "gaussian")
+
+    def _scale(self) -> float:
+        """What this step's standard draws are multiplied by, in units of the clip norm."""
+        if self._shape == "gaussian":
+            return self.noise_multiplier
+        if self._shape == "coordinates":
+            return self.noise_multiplier / math.sqrt(2)  # the variance of Laplace(b) is 2 b^2
+        noise = self.noise
+        law = law_of(noise.mechanism, noise.noise_multiplier, noise.parameters)
+        inverse = sum(draw_term(term, self._source) for term in law.terms)
+        return math.sqrt(2 * _gamma((noise.parameters["dimension"] + 1) / 2, self._source)) / inverse
+
+    def _check(self, clipped_sum: dict[str, torch.Tensor]) -> None:
+        """Spherical noise is certified for one dimension: with fewer coordinates than booked it would protect less."""
+        booked, found = self.noise.parameters.get("dimension"), sum(t.numel() for t in clipped_sum.values())
+        if booked not in (None, found):
+            raise RuntimeError(f"The release has {found} coordinates, but its noise was certified for {booked}.")
+
+    def state(self) -> torch.Tensor:
+        """Where the source is, for a checkpoint."""
+        return self._source.state()
+
+    def set_state(self, state: torch.Tensor) -> None:
+        self._source.set_state(state)
+
+    def close(self) -> None:
+        """End the source's threads."""
+        self._source.close()
+
+
+class GaussianMechanism(Mechanism):
+    """Adds N(0, (noise_multiplier * clip_norm)^2); 0 releases the sum as it is."""
+
+    def __init__(self, noise_multiplier: float, clip_norm: float, expected_batch_size: int, source: Source):
+        noise = Noise("gaussian", noise_multiplier) if noise_multiplier > 0 else None
+        super().__init__(noise, clip_norm, expected_batch_size, source)
+
+
+def draw_term(term: Term, source: Source) -> float:
+    """One draw of a term of a scale law; its numbers mean what harness/privacy/scale_law.py says (a rate is a rate)."""
+    first, last = term.values[0], term.values[-1]
+    if term.kind == "constant":
+        return term.weight * first
+    if term.kind == "gamma":
+        return term.weight * last * _gamma(first, source)
+    if isinstance(source, LegacyStream):
+        one = torch.empty((), dtype=torch.float64, device=source.generator.device)
+        if term.kind == "exponential":
+            return term.weight * float(one.exponential_(lambd=first, generator=source.generator))
+        return term.weight * (first + (last - first) * float(one.uniform_(generator=source.generator)))
+    uniform = float(source.uniform()[0])
+    if term.kind == "exponential":
+        return term.weight * -math.log(uniform) / first
+    return term.weight * (first + (last - first) * uniform)
+
+
+def _gamma(shape: float, source: Source) -> float:
+    """One Gamma(shape) draw of scale 1."""
+    if isinstance(source, LegacyStream):
+        one = torch.full((), shape, dtype=torch.float64, device=source.generator.device)
+        return float(torch._standard_gamma(one, generator=source.generator))
+    return gamma(lambda: source.uniform()[0], shape)

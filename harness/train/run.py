@@ -1,0 +1,198 @@
+"""One spec -> one record: build, certify the plan, train, certify what was spent. Exceptions become statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpft.harness.engine import engine_class
+from dpft.harness.engine.base import PlainEngine, ZeroEngine, zero_sums
+from dpft.harness.engine.clipping import Clipping
+from dpft.harness.errors import BadInput, CannotRun, Diverged
+from dpft.harness.probes import Clock, spectra
+from dpft.harness.records import chain, provenance
+from dpft.harness.records.store import SCHEMA
+from dpft.harness.runs import registry
+from dpft.harness.runs.plan import PrivacyPlan, plan
+from dpft.harness.runs.spec import RunSpec
+from dpft.harness.train import loop, sections
+from dpft.harness.train.mechanism import Mechanism
+from dpft.harness.train.noise import secret_source, source, stream
+from dpft.harness.train.sampling import PoissonSampler
+from dpft.harness.train.settings import MAX_TOKENS, Settings, exact_fp32, keep_freed_memory
+from dpft.tasks import model_files
+from dpft.tasks.base import ModelSpec
+
+
+def execute(
+    spec: RunSpec,
+    settings: Settings,
+    observe: loop.Observer,
+    checkpoint_path: Path | None = None,
+    note: Callable[..., None] = lambda text, trouble=True: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Make one run; returns (record, curve). Only KeyboardInterrupt and the like leave as exceptions. note: as in loop.Setup."""
+    keep_freed_memory()
+    exact_fp32()
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    state, status, error = loop.State(), "done", None
+    setup = privacy_plan = files = None
+    begin = time.perf_counter()
+    try:
+        privacy_plan = plan(spec, settings.data_dir, lambda: release_dimension(spec, settings))
+        with contextlib.ExitStack() as stack:
+            files = model_files.files_fingerprint(spec.model)
+            setup = build(spec, settings, privacy_plan, checkpoint_path)
+            stack.callback(setup.engine.close)
+            stack.callback(setup.mechanism.close)
+            loop.train(dataclasses.replace(setup, note=functools.cache(note)), state, observe)
+    except Exception as reason:
+        status, error = classify(reason)
+    seconds = time.perf_counter() - begin
+    record = {
+        "schema": SCHEMA,
+        "run_id": spec.run_id,
+        "status": status,
+        "spec": spec.to_dict(),
+        "privacy": sections.privacy(spec, privacy_plan, state, settings),
+        "result": sections.result(spec, state) if status == "done" else None,
+        "cost": sections.cost(spec, setup, state, seconds),
+        "diagnostics": sections.diagnostics(state),
+        "provenance": {**provenance.collect(settings), "started": started, **sections.fingerprints(setup, files)},
+        "chain": None,
+        "error": error,
+    }
+    if status == "done":
+        record["chain"] = {"version": chain.VERSION, "value": chain.closed(state.chain, record["result"])}
+    return record, state.curve
+
+
+class Skipped(Exception):
+    """The method says it cannot run on this model; the message is its reason."""
+
+
+STATUS_OF = {Skipped: "skipped", Diverged: "diverged", loop.OutOfTime: "timeout", BadInput: "error"}
+
+
+def classify(error: Exception) -> tuple[str, str]:
+    """(status, one sentence) of an exception that ended a run."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return "oom", "Out of memory; lower --max-tokens or the trainable parameters."
+    for kind, status in STATUS_OF.items():
+        if isinstance(error, kind):
+            return status, text
+    where = error.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    place = f" at {Path(where.tb_frame.f_code.co_filename).name}:{where.tb_lineno}" if where else ""
+    return "error", f"{type(error).__name__}{place}: {text[:500]}"
+
+
+def release_dimension(spec: RunSpec, settings: Settings) -> int:
+    """How many coordinates a run's released sum has; the mechanism holds every release against it.
+
+    Raises CannotRun or Skipped as `build` does.
+    """
+    alike = dataclasses.replace(spec, seed=0, lr=1.0, epsilon=1.0, noise_law=None)
+    return _dimension(alike.canonical(), settings)
+
+
+@functools.lru_cache(maxsize=64)
+def _dimension(canonical: str, settings: Settings) -> int:
+    spec = RunSpec(**json.loads(canonical))
+    method, _, parameters, _ = _model(spec, settings, torch.device("cpu"))
+    found = {name: method.encoding(name, p, 0) for name, p in parameters.items()}
+    sums = zero_sums(parameters, {name: encoding for name, encoding in found.items() if encoding is not None})
+    return sum(tensor.numel() for tensor in sums.values())
+
+
+def _model(spec: RunSpec, settings: Settings, device: torch.device):
+    """(method, task's data with the model to train, trainable parameters by name, names of the head's)."""
+    task, method = registry.task(spec.task)(spec.task_options), registry.make(spec.method, spec.decoder, spec.options)
+    prepared = task.prepare(
+        task.load(settings.data_dir),
+        ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm),
+        stream("cpu", "head", spec.task, spec.seed),
+    )
+    method.schedule(spec.steps)
+    reason = method.skip(prepared.model)
+    if reason is not None:
+        raise Skipped(reason)
+    head = frozenset(prepared.model.head_parameters)
+    model = method.prepare(prepared.model, stream("cpu", "method", spec.task, spec.method, spec.seed)).to(device)
+    prepared = dataclasses.replace(prepared, model=model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise CannotRun(f"{spec.method} leaves nothing trainable in {spec.model}; mend its `prepare`.")
+    return method, prepared, parameters, head
+
+
+def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoint_path: Path | None) -> loop.Setup:
+    """Model, data, engine, sampler and mechanism of a run. Raises CannotRun or Skipped with one sentence."""
+    device, secure = torch.device(settings.device), settings.secure_noise
+    method, prepared, parameters, head = _model(spec, settings, device)
+    task, model = registry.task(spec.task)(spec.task_options), prepared.model
+    if len(prepared.train) != privacy_plan.num_examples:
+        raise CannotRun(
+            f"The task says N = {privacy_plan.num_examples} but {len(prepared.train)} training examples were loaded; "
+            "the accounting would be wrong, so mend the data."
+        )
+    method.decoder.setup(model, parameters, head, spec)
+    clock, key = Clock(device), ("noise", spec.task, spec.method, spec.seed)
+    engine = _engine(spec, settings, method)(
+        model, method.objective(_loss(spec, task, device)), parameters, clock, Clipping(spec.clipping, spec.clip_groups)
+    )
+    return loop.Setup(
+        spec=spec,
+        task=task,
+        method=method,
+        prepared=prepared,
+        parameters=parameters,
+        head=head,
+        engine=engine,
+        clock=clock,
+        sampler=PoissonSampler(
+            len(prepared.train), spec.batch_size, spec.task, spec.seed, secret_source() if secure else None
+        ),
+        mechanism=Mechanism(
+            privacy_plan.noise,
+            spec.clip_norm or 0.0,
+            spec.batch_size,
+            secret_source() if secure else source(device, *key, version=spec.noise_stream),
+        ),
+        epsilon_curve=privacy_plan.epsilon_curve,
+        device=device,
+        max_tokens=settings.max_tokens or MAX_TOKENS[device.type],
+        matrices=spectra.pick(model, parameters),
+        deadline=None if settings.timeout is None else time.monotonic() + settings.timeout,
+        checkpoint_path=checkpoint_path,
+        checkpoint_seconds=settings.checkpoint_seconds,
+        secure_noise=secure,
+    )
+
+
+def _engine(spec: RunSpec, settings: Settings, method):
+    if method.query == "none":
+        return ZeroEngine
+    return engine_class(settings.engine) if spec.epsilon is not None else PlainEngine
+
+
+def _loss(spec: RunSpec, task, device: torch.device):
+    if spec.precision == "fp32":
+        return task.loss
+
+    def loss(model, batch):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return task.loss(model, batch)
+
+    return loss

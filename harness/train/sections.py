@@ -1,0 +1,127 @@
+"""The sections of a record, each from what a run has done."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from dpft.harness.privacy import ADJACENCY, SAMPLING, certify
+from dpft.harness.probes import spectra
+from dpft.harness.runs import registry
+from dpft.harness.runs.plan import PrivacyPlan
+from dpft.harness.runs.spec import RunSpec
+from dpft.harness.statistics.thresholds import RULE, crossing
+from dpft.harness.train import loop
+from dpft.harness.train.settings import Settings
+
+
+def privacy(
+    spec: RunSpec, privacy_plan: PrivacyPlan | None, state: loop.State, settings: Settings
+) -> dict[str, Any] | None:
+    """Target, ledger and certificate; None for a run without privacy, or one that never had a plan."""
+    if privacy_plan is None or spec.epsilon is None:
+        return None
+    certificate = certify(state.ledger.events, privacy_plan.delta, spec.epsilon, spec.noise_stream)
+    reached = _crossing(spec, state)
+    return {
+        "target": spec.epsilon,
+        "delta": privacy_plan.delta,
+        "adjacency": ADJACENCY,
+        "sampling": SAMPLING,
+        "num_examples": privacy_plan.num_examples,
+        "sampling_probability": privacy_plan.sampling_probability,
+        "expected_batch_size": spec.batch_size,
+        "mechanism": privacy_plan.noise.mechanism,
+        "noise_multiplier": privacy_plan.noise_multiplier,
+        **({} if spec.noise_stream == 1 else {"noise_stream": spec.noise_stream}),
+        "noise_seed": "os" if settings.secure_noise else "seed of the run",
+        "releases_per_step": 1,
+        "steps_planned": spec.steps,
+        "steps_run": state.ledger.steps,
+        **({"steps_lost": state.lost} if state.lost else {}),
+        "ledger": state.ledger.events,
+        **certificate,
+        "epsilon_at_threshold": None
+        if reached is None or reached.step is None
+        else state.curve[reached.step - 1]["epsilon"],
+    }
+
+
+def _crossing(spec: RunSpec, state: loop.State):
+    task = registry.task(spec.task)
+    evaluated = [(row["step"], row["metric"]) for row in state.curve if row["metric"] is not None]
+    if not evaluated:
+        return None
+    steps, values = zip(*evaluated, strict=True)
+    return crossing(steps, values, task.threshold, task.higher_is_better)
+
+
+def result(spec: RunSpec, state: loop.State) -> dict[str, Any]:
+    """The metric at the end and on the way, of a run that is done."""
+    task, reached = registry.task(spec.task), _crossing(spec, state)
+    rows = [row for row in state.curve if row["metric"] is not None]
+    pick = max if task.higher_is_better else min
+    return {
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "chance": task.chance if task.chance is not None else state.untrained,
+        **({"chance_is": "the model before training"} if task.chance is None else {}),
+        "final": state.final,
+        "all_metrics": state.metrics,
+        **({"definitions": state.definitions} if state.definitions else {}),
+        **({"samples": state.samples} if any(state.samples.values()) else {}),
+        "best_step": pick(rows, key=lambda row: row["metric"])["step"],
+        "threshold": task.threshold,
+        "steps_to_threshold": reached.step,
+        "censored": reached.censored,
+        "threshold_rule": RULE,
+    }
+
+
+def cost(spec: RunSpec, setup: loop.Setup | None, state: loop.State, seconds: float) -> dict[str, Any]:
+    """Times, memory, sizes."""
+    steps = [sum(phases.values()) for phases in state.step_seconds]
+    timed = state.step_seconds[loop.MEMORY_STEPS :]
+    phases = {key for row in timed for key in row}
+    return {
+        "total_s": seconds,
+        "train_s": sum(steps),
+        "eval_s": state.eval_seconds,
+        "warmup_s": sum(steps[: loop.MEMORY_STEPS]),
+        "step_s": statistics.median(steps[loop.MEMORY_STEPS :]) if timed else None,
+        "phase_s": {key: sum(row.get(key, 0.0) for row in timed) / len(timed) for key in sorted(phases)},
+        "peak_bytes": dict(sorted(state.peak_bytes.items())),
+        "example_gradients": spec.batch_size * spec.steps,
+        "trainable_parameters": None if setup is None else setup.method.trained(setup.parameters),
+        "total_parameters": None if setup is None else sum(p.numel() for p in setup.prepared.model.parameters()),
+    }
+
+
+def diagnostics(state: loop.State) -> dict[str, Any]:
+    """What was computed from clean gradients, for looking at: no part of it is private."""
+
+    def mean(key: str) -> float | None:
+        values = [row[key] for row in state.curve if row[key] is not None]
+        return sum(values) / len(values) if values else None
+
+    return {
+        "private": False,
+        "alignment": {"noisy": mean("alignment_noisy"), "decoded": mean("alignment_decoded"), "snr": mean("snr")},
+        "alignment_by_parameter": spectra.shortened(state.alignment_by_parameter),
+        "decoder_by_parameter": spectra.shortened(state.decoder_by_parameter),
+        "spectra": state.spectra,
+        "clipped_fraction": mean("clipped_fraction"),
+        **({"selection": spectra.shortened(state.selection)} if state.selection else {}),
+    }
+
+
+def fingerprints(setup: loop.Setup | None, files: str | None) -> dict[str, Any]:
+    """What the run was made of."""
+    prepared = setup.prepared if setup is not None else None
+    return {
+        "data_fingerprint": prepared.data_fingerprint if prepared else None,
+        "model_fingerprint": prepared.model_fingerprint if prepared else None,
+        "train_examples": len(prepared.train) if prepared else None,
+        "validation_examples": len(prepared.validation) if prepared else None,
+        "model_files": files if prepared else None,  # of a local folder or file: told apart without loading it
+    }

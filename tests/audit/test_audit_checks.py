@@ -1,0 +1,157 @@
+"""The statistics of an audit: valid where nothing is wrong, sharp where something is, and bounds that cover."""
+
+import math
+
+import numpy
+import pytest
+import torch
+from scipy import stats
+
+from dpft.harness.audit import batch_checks, bounds, checks, noise_checks
+from dpft.harness.audit.directions import factors
+from dpft.harness.audit.noise_notes import Notes, _close
+from dpft.harness.audit.observe import Observation
+from dpft.harness.audit.subject import Question
+from dpft.harness.engine.clipping import Clipping
+
+SIZES = {"a": 30, "b": 200, "c": 170}
+
+
+def noted(rng, steps=40, change=lambda entries: entries):
+    notes = Notes()
+    for _ in range(steps):
+        entries = change(torch.from_numpy(rng.standard_normal(sum(SIZES.values())).astype("float32")))
+        notes.add(SIZES, entries, torch.from_numpy(rng.random(len(entries)) < 0.8))
+    return notes.collected()
+
+
+def simulated(rng, steps=40, canaries=32, q=0.25, sigma=2.0, noise=None):
+    """What an audit would see of a correct run, drawn directly."""
+    times = (rng.random((steps, canaries)) < q).astype(int)
+    times[steps // 2] = 0
+    norms = numpy.where(numpy.arange(canaries) % 4 == 1, 0.5, 100.0) * numpy.ones((steps, 1))
+    expected, member, far = norms.clip(max=1), times > 0, norms >= 20
+    return Observation(
+        spec=Question("dp-sgd", steps=steps, canaries=canaries, sampling_rate=q).spec(),
+        privacy=None,
+        phases=numpy.zeros(steps, dtype=int),
+        empty=steps // 2,
+        times=times,
+        strangers=None,
+        batches=steps,
+        releases=steps,
+        events=[],
+        places=numpy.array([i % 4 if i % 4 == 3 else -1 for i in range(canaries)]),
+        seen=member * expected + sigma * rng.standard_normal((steps, canaries)),
+        expected=expected,
+        norms=norms,
+        spread=numpy.stack([group.sum(1) for group in (member & far, member & ~far, ~member)], 1),
+        sampling_probability=q,
+        noise_multiplier=numpy.full(steps, sigma),
+        noise=noise or noted(rng, steps),
+    )
+
+
+def test_false_alarms_stay_under_the_stated_level():
+    """300 correct runs: at most LEVEL alarm (within what chance allows), and no p-value is small too often."""
+    rng = numpy.random.default_rng(7)
+    found = [checks.run_checks(simulated(rng)) for _ in range(300)]
+    accused = sum(bool(checks.alarms(one)) for one in found)
+    assert stats.binom.sf(accused - 1, len(found), checks.LEVEL) > 1e-3, accused
+    for number, check in enumerate(found[0]):
+        low = sum(one[number].p_value < 0.05 for one in found)
+        assert stats.binom.sf(low - 1, len(found), 0.05) > 1e-4, (check.name, low)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 19])
+def test_few_batches_are_not_called_regular(steps):
+    """Batch sizes of a few steps are equal by chance too often for a smooth law of their spread."""
+    rng = numpy.random.default_rng(steps)
+    found = [batch_checks._batches(rng.random((steps, 24)) < 0.25, 0.25)[1].p_value for _ in range(400)]
+    assert stats.binom.sf(sum(p < 1e-3 for p in found) - 1, 400, 1e-3) > 1e-4
+
+
+@pytest.mark.parametrize("at, entries, seen", [(3.0, 3_600, True), (4.0, 150_000, True), (4.0, 15_000, False)])
+def test_a_cut_tail_is_seen_with_as_many_entries_as_is_said(at, entries, seen):
+    rng = numpy.random.default_rng(5)
+    steps = entries // 320
+    one = simulated(rng, steps, noise=noted(rng, steps, lambda z: z.clamp(-at, at)))
+    assert (noise_checks._extremes(one).p_value < checks.LEVEL / 13) == seen
+
+
+def test_a_tail_too_far_out_is_seen():
+    rng = numpy.random.default_rng(6)
+
+    def spoilt(entries):
+        entries[50] *= 4
+        return entries
+
+    assert noise_checks._extremes(simulated(rng, noise=noted(rng, change=spoilt))).p_value < 1e-4
+
+
+@pytest.mark.parametrize("check", [noise_checks._between_parameters, noise_checks._coincidences])
+def test_noise_of_one_parameter_in_another_is_seen(check):
+    """30 of 400 entries are drawn twice."""
+
+    def spoilt(entries):
+        entries[230:260] = entries[:30]
+        return entries
+
+    rng = numpy.random.default_rng(8)
+    assert check(simulated(rng, noise=noted(rng, change=spoilt))).p_value < 1e-6
+
+
+def test_noise_that_moves_within_the_release_is_seen_by_coincidence_alone():
+    """The same draws, elsewhere and with the other sign: no correlation finds them."""
+
+    def spoilt(entries):
+        entries[300:330] = -entries[torch.randperm(30)]
+        return entries
+
+    rng = numpy.random.default_rng(9)
+    one = simulated(rng, noise=noted(rng, change=spoilt))
+    assert noise_checks._coincidences(one).p_value < 1e-6
+
+
+@pytest.mark.parametrize("n", [200, 5000])
+def test_close_pairs_are_as_many_as_expected(n):
+    """Mean and variance of their number, over 300 draws of n entries."""
+    rng = numpy.random.default_rng(10)
+    found, expected, variance = numpy.array([_close(numpy.abs(rng.standard_normal(n))) for _ in range(300)]).T
+    assert abs(found.mean() - expected[0]) < 4 * (variance[0] / 300) ** 0.5
+    assert 0.75 < found.var() / variance[0] < 1.3
+
+
+@pytest.mark.parametrize("clipping", ["abadi", "auto-s", "psac"])
+@pytest.mark.parametrize("groups", ["flat", "layer"])
+def test_the_published_factors_are_those_of_a_correct_engine(clipping, groups):
+    """Written down twice, on purpose: the audit's own must not come from the code that it audits."""
+    squares = {name: torch.rand(50, dtype=torch.float64) * 9 for name in ("x.weight", "x.bias", "y.weight")}
+    spec = Question("dp-adam", changes={"clipping": clipping, "clip_groups": groups, "clip_norm": 1.3}).spec()
+    rule = Clipping(clipping, groups)
+    parts = rule.grouped(squares)
+    for names in parts.values():
+        _, expected = rule.of_group(torch.stack([squares[name] for name in names]), 1.3, len(parts))
+        for name in names:
+            torch.testing.assert_close(factors(spec, squares)[name], expected)
+
+
+def test_the_bound_covers_and_tightens():
+    """On simulated runs: at most 5% above the truth, and closer to it with more steps' worth of data."""
+    rng = numpy.random.default_rng(8)
+    once = noted(rng)
+    limits = []
+    for _ in range(400):
+        one = simulated(rng, noise=once)
+        chosen = one.far & one.sampled[:, None]
+        limits.append(bounds._effective(one.seen[chosen & one.member], one.seen[chosen & ~one.member], 0.025))
+    assert stats.binom.sf(sum(limit < 2.0 for limit in limits) - 1, 400, 0.05) > 1e-3
+    few, many = (bounds.reachable(60, 1e-5, 4.0, 0.25, 3.0, 60 * n, 1).epsilon for n in (32, 3200))
+    exact = bounds._composed(0.25, 3.0, 60, 1e-5, 4.0, -1).epsilon
+    assert few < many < exact < 1.15 * many
+
+
+def test_a_noise_too_small_for_the_accountant_is_capped_and_not_an_error():
+    found = bounds._composed(0.125, 0.01, 20, 1e-5, 4.0, -1)
+    assert found.capped and 8 < found.epsilon <= 20
+    assert bounds._composed(0.125, math.inf, 200, 1e-5, 4.0, -1).epsilon == 0

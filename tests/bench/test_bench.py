@@ -1,0 +1,232 @@
+"""`dpft bench`: real processes on a tiny model, the steps it times, what it counts, and its arithmetic."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dpft.harness import cli
+from dpft.harness.bench import cells, floor, launch, peers, table, worker, workload
+from dpft.harness.bench.cells import Cell, Job
+from dpft.harness.errors import BadInput
+
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads cost a tiny model more than they bring
+DP_ENGINES = ["factored", "opacus", "reference", "opacus-hooks", "opacus-ghost"]
+
+
+def bench(*arguments):
+    return [sys.executable, "-m", "dpft.harness", "bench", *map(str, arguments)]
+
+
+@pytest.mark.slow
+def test_the_command_measures_real_engines(tiny_bert, tmp_path):
+    page = tmp_path / "SPEED.md"
+    page.write_text("before\n" + "\n".join(table.MARKERS) + "\nafter\n")
+    command = bench("--model", tiny_bert, "--cells", "B4T8", "--rounds", 1, "--steps", 2, "--json", "-o", page)
+    command += ["--engines", "factored,opacus-hooks,opacus-ghost,fastdp"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert set(document) == {"machine", "baseline", "rows", "processes", "interrupted"}
+    rows = {row["row"]: row for row in document["rows"]}
+    assert list(rows) == ["non-private", "factored", "opacus-hooks", "opacus-ghost", "fastdp"]
+    assert rows["non-private"]["time"] == rows["non-private"]["memory"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert rows["fastdp"]["status"] == "not installed" and rows["fastdp"]["time"] is None
+    for process in document["processes"][:4]:
+        assert process["result"]["status"] == "done", process
+        assert len(process["result"]["seconds"]) == 2
+        assert process["result"]["before_bytes"] <= process["result"]["peak_bytes"]
+    for name in ("factored", "opacus-hooks", "opacus-ghost"):
+        assert rows[name]["time"]["median"] > 0 and 0 < rows[name]["floor_share"] < 1
+    assert document["machine"]["versions"]["torch"] == torch.__version__
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n")
+    assert "| fastdp " in text and "not installed" in text and "1.00 / 1.00" in text
+
+
+@pytest.mark.slow
+def test_an_interrupt_prints_what_is_finished_and_leaves_no_process(tiny_bert):
+    command = bench("--model", tiny_bert, "--cells", "B4T8", "--engines", "factored", "--rounds", 100)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+    for line in process.stderr:
+        if line.startswith("[1/200]"):
+            break
+    process.send_signal(signal.SIGINT)  # to the command alone: its worker must not be left behind
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    assert "| non-private " in out
+    deadline = time.monotonic() + 20
+    while (left := workers(tiny_bert)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
+
+
+def workers(model):
+    """Command lines of running workers that measure `model`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(path.read_text())
+    return [line for line in found if "bench.worker" in line and str(model) in line]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engines", "factord"], "did you mean 'factored'"),
+        (["--cells", "32x64"], "'32x64'"),
+        (["--cells", "B0T8"], "'B0T8'"),
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--device", "cuda:7"], "cuda:7"),
+        (["--text", "--methods"], "give one of them"),
+        (["--text", "--task", "sst-2"], "did you mean 'sst2'"),
+        (["-o", "/nowhere/SPEED.md"], "cannot be read"),
+        (["--rounds", "0"], "--rounds"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["dpft", "bench", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == "" and message in captured.err
+
+
+def test_a_cell_that_the_model_cannot_take_is_bad_input(tiny_bert):
+    with pytest.raises(BadInput, match="at most 32 tokens"):
+        workload.build(Job("non-private", "non-private", 4, 64, model=str(tiny_bert)))
+    with pytest.raises(BadInput, match="not a multiple"):
+        workload.build(Job("non-private", "non-private", 4, 8, model=str(tiny_bert), logical=6))
+
+
+def update(job):
+    """What one step of plain SGD at lr 1 does to the parameters, as one vector."""
+    model, source = workload.build(job)
+    step = peers.step_of(job, model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step(source(0))
+    return torch.cat([(before[name] - p.detach()).flatten() for name, p in model.named_parameters()])
+
+
+def job(engine, tiny_bert, **settings):
+    common = {"model": str(tiny_bert), "optimizer": "sgd", "lr": 1.0, "noise_multiplier": 0.0, "clip_norm": 1e6}
+    return Job(engine, engine, 4, 8, **{**common, **settings})
+
+
+@pytest.mark.parametrize("logical", [None, 8])
+@pytest.mark.parametrize("engine", DP_ENGINES)
+def test_without_noise_and_clipping_every_engine_makes_the_non_private_step(tiny_bert, engine, logical):
+    plain = update(job("non-private", tiny_bert, logical=logical))
+    private = update(job(engine, tiny_bert, logical=logical))
+    assert plain.norm() > 0.01
+    assert (private - plain).norm() <= 1e-4 * plain.norm()
+
+
+@pytest.mark.parametrize("engine", DP_ENGINES)
+def test_every_engine_clips_and_adds_the_noise(tiny_bert, engine):
+    clipped = update(job(engine, tiny_bert, clip_norm=1e-2))
+    assert 1e-4 < clipped.norm() <= 1e-2 * 1.001, "the mean of clipped gradients is within the bound"
+    noisy = update(job(engine, tiny_bert, clip_norm=1e-2, noise_multiplier=100.0))
+    assert noisy.std() == pytest.approx(100 * 1e-2 / 4, rel=0.05), "sigma * C / B"
+
+
+@pytest.mark.parametrize("training", ["full", "lora"])
+def test_flops_of_the_model_are_three_products_per_trained_linear_layer(tiny_bert, training):
+    setting = job("non-private", tiny_bert, training=training)
+    model, source = workload.build(setting)
+    peers.step_of(setting, model)
+    loss = workload.loss_of(setting)
+    work = floor.count(model, lambda batch: loss(model, batch), source(0)[0])
+    linear = sum(calls * 2 * t * d * p for (t, d, p), calls in work.shapes.items())
+    attention = 2 * 2 * (2 * 8 * 8 * 32)  # layers, products, tokens^2, width
+    if training == "full":
+        assert work.flops == 3 * (linear + attention)
+    else:
+        assert 2 * linear < work.flops < 3 * (linear + attention)
+    assert all(p.grad is None for p in model.parameters())
+    assert floor.matmul_rate(work.shapes, 4, "cpu", torch.float32) > 1e6
+
+
+def test_flops_by_hand():
+    net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    work = floor.count(net, lambda batch: net(batch["x"]).sum((1, 2)), {"x": torch.randn(7, 4, 3)})
+    first, second = 2 * 4 * 3 * 5, 2 * 4 * 5 * 2
+    assert work.flops == 2 * first + 3 * second, "no gradient of the input is asked for"
+    assert work.gram_flops == first + second, "gradients of so few features are cheaper than grams"
+    assert work.shapes == {(4, 3, 5): 1, (4, 5, 2): 1}
+    assert floor.norm_flops(2, 8, 8) == 2 * 2**2 * 16
+
+
+def test_every_round_measures_every_row_once_and_rotates_them():
+    rows = cells.engine_rows(Job("non-private", "non-private", 0, 0), ["non-private", "factored", "opacus-ghost"])
+    grid = [Cell(4, 8), Cell(8, 8)]
+    jobs = cells.interleave(rows, grid, 2)
+    assert len(set(jobs)) == len(jobs) == 12
+    order = [[j.row for j in jobs if j.round == number and j.cell == grid[0]] for number in range(2)]
+    assert order == [["non-private", "factored", "opacus-ghost"], ["factored", "opacus-ghost", "non-private"]]
+    assert Job.from_json(jobs[-1].to_json()) == jobs[-1]
+
+
+def test_cells_and_engines_are_read():
+    assert cells.parse_cells("B32T64, B1T8") == [Cell(32, 64), Cell(1, 8)]
+    assert [cell.name for cell in cells.parse_cells("all")][::5] == ["B32T64", "B128T128"]
+    assert cells.parse_engines("factored") == ["non-private", "factored"]
+    assert cells.parse_engines("factored,non-private") == ["non-private", "factored"]
+
+
+def record(row, number, seconds, peak, share=None):
+    result = {"status": "done", "reason": None, "seconds": [seconds], "median_s": seconds, "peak_bytes": peak}
+    result |= {"before_bytes": 0, "threads": 2}
+    if share is not None:
+        result["floor"] = {"non_private_s": share, "private_s": 2 * share, "flops_per_second": 1e9}
+    return launch.Record(Job(row, row, 4, 8, round=number), result)
+
+
+def test_ratios_are_paired_within_a_round():
+    records = [
+        record("non-private", 0, 1.0, 100, 0.5),
+        record("factored", 0, 1.2, 150),
+        record("factored", 1, 4.0, 110),
+        record("non-private", 1, 2.0, 100, 1.0),  # the machine was busy in this round
+        record("non-private", 2, 1.0, 100, 0.5),
+        record("factored", 2, 1.1, 120),
+        record("factored", 3, 9.0, 120),  # interrupted: its pair is missing
+        launch.Record(Job("fastdp", "fastdp", 4, 8), {"status": "not installed", "reason": "no package"}),
+    ]
+    plain, factored, fastdp = table.aggregate(records, "non-private")
+    assert plain.time == table.Spread(1.0, 1.0, 1.0) and plain.floor_share == 0.5
+    assert factored.time == table.Spread(1.2, 1.1, 2.0) and factored.memory == table.Spread(1.2, 1.1, 1.5)
+    assert factored.floor_share == pytest.approx(1 / 1.2) and factored.seconds == 2.6
+    assert fastdp.time is None and fastdp.status == "not installed"
+    machine = {"versions": dict.fromkeys(("torch", "opacus", "transformers", "dpft"), "1"), "git": None}
+    text = table.markdown(records, "non-private", {**machine, "hardware": {"cpu": "abacus"}})
+    assert "| 1.20 (1.10-2.00) / 1.20 | 83% " in text and "| 2.00 " in text and "abacus" in text
+
+
+def test_a_row_is_measured_by_phases_too(tiny_bert):
+    decoders = {row.row: row for row in cells.decoder_rows(job("factored", tiny_bert, steps=1), ["mean", "rmt"])}
+    assert list(decoders) == ["mean", "rmt"] and decoders["rmt"].method == "dp-adam"
+    records = []
+    for one in decoders.values():
+        model, source = workload.build(one)
+        result = worker.measure(one, model, source)
+        assert set(result["phases"]) == {"forward", "backward", "clip", "noise", "decode", "optimizer"}
+        assert 0.2 * result["median_s"] < sum(result["phases"].values()) <= result["median_s"]
+        records.append(launch.Record(one, {"status": "done", "reason": None, **result}))
+    machine = {"versions": dict.fromkeys(("torch", "opacus", "transformers", "dpft"), "1"), "git": None}
+    text = table.markdown(records, "mean", {**machine, "hardware": {"cpu": "abacus"}})
+    line = next(line for line in text.split("Where the time goes")[1].splitlines() if line.startswith("| rmt"))
+    share = records[1].result["phases"]["decode"] / records[0].result["median_s"]
+    assert float(line.split("|")[7]) == pytest.approx(share, abs=1e-3)

@@ -1,0 +1,159 @@
+"""A record cannot contradict itself: forgeries of committed records, by name and at random."""
+
+import copy
+import json
+import random
+
+import pytest
+from forged_cases import FORGED, SENTENCES, SST2, forged, load, newer, put, renamed
+
+
+def verified(capsys, monkeypatch, folder):
+    from dpft.harness import cli
+
+    monkeypatch.setattr("sys.argv", ["dpft", "verify", str(folder), "--json"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code or 0, capsys.readouterr()
+
+
+@pytest.mark.parametrize("base", sorted({base for base, _ in FORGED.values()}))
+def test_what_is_forged_is_fine_as_it_was(base, tmp_path, capsys, monkeypatch):
+    put(tmp_path, *load(base))
+    assert verified(capsys, monkeypatch, tmp_path)[0] == 0
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_every_forgery_is_a_sentence_and_exit_1(name, tmp_path, capsys, monkeypatch):
+    record, rows = forged(name)
+    put(tmp_path, record, rows)
+    code, said = verified(capsys, monkeypatch, tmp_path)
+    assert code == 1, said.out
+    (findings,) = json.loads(said.out).values()
+    assert findings and all(one.endswith(".") and "cannot be verified" not in one for one in findings)
+
+
+@pytest.mark.parametrize("key, value", [("seed", 1), ("method", "dp-sgd")])
+def test_a_copy_under_another_seed_or_method_is_seen_beside_the_run_itself(key, value, tmp_path, capsys, monkeypatch):
+    record, rows = load(SENTENCES)
+    put(tmp_path, record, rows)
+    twin = copy.deepcopy(record)
+    twin["spec"][key] = value
+    renamed(twin, rows)
+    put(tmp_path, twin, rows)
+    code, said = verified(capsys, monkeypatch, tmp_path)
+    assert code == 1 and "are those of run" in said.out
+
+
+JUNK = (
+    None,
+    "",
+    "x",
+    [],
+    {},
+    [None],
+    {"a": 1},
+    True,
+    False,
+    -1,
+    0,
+    7,
+    1.5,
+    -1e9,
+    1e308,
+    10**400,
+    float("nan"),
+    float("-inf"),
+)
+# what may change in a record without a chain and contradict nothing
+FREE = (
+    "cost",
+    "provenance",
+    "diagnostics.alignment_by_parameter",
+    "diagnostics.decoder_by_parameter",
+    "diagnostics.spectra",
+)
+# (of a result: what its metric does not follow from)
+FREE += ("result.samples", "result.definitions", "result.all_metrics")
+FREE_LEAVES = ("privacy.cross_checks.opacus_prv", "chain")
+
+
+def leaves(value, way=()):
+    """Paths of all entries, sections and lists themselves included."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*way, key)
+        yield from leaves(inner, (*way, key))
+
+
+def mutated(record, rows, rng):
+    """(record, rows, where, whether it must be found) with one entry replaced, retyped or taken out."""
+    chained = record.get("chain") is not None
+    record, rows = copy.deepcopy((record, rows))
+    if rng.random() < 0.3:
+        row = rng.choice(rows)
+        name = rng.choice(list(row))
+        if isinstance(old := row[name], str):
+            row[name] = rng.choice(("", "0" * 32, 5, None))
+        elif old is None or isinstance(old, int):
+            row[name] = rng.choice((0, 3, -1, 10**6, None))
+        else:
+            row[name] = rng.choice((old + 0.5, -old - 1, float("nan"), float("inf"), None))
+        return record, rows, ("curve", name), (chained or name not in ("loss", "snr")) and row[name] != old
+    paths = [path for path in leaves(record) if path[0] != "diagnostics" or rng.random() < 0.02]
+    *way, last = rng.choice(paths)
+    inner = record
+    for key in way:
+        inner = inner[key]
+    old = copy.deepcopy(inner[last])
+    if isinstance(inner, dict) and rng.random() < 0.3:
+        del inner[last]
+        needed = way != ["result", "all_metrics"]
+        needed = needed and (way != ["spec"] or last not in ("options", "delta", "eval_examples") and old is not None)
+    else:
+        inner[last] = rng.choice(JUNK)
+        needed = json.dumps(inner[last]) != json.dumps(old)
+    where = ".".join(map(str, (*way, last)))
+    free = FREE if not chained else ("cost", "provenance", *FREE[2:5])
+    free = () if where.endswith("_fingerprint") else free
+    if where.startswith(free) or where in FREE_LEAVES or (way == ["spec"] and last not in inner):
+        needed = False  # a field that is not there has its default, which may be what it held
+    return record, rows, where, needed
+
+
+@pytest.mark.parametrize("base", [SST2, newer()])
+def test_no_mutation_raises_and_those_that_contradict_are_found(base):
+    from dpft.harness.records import verifying
+
+    record, rows = load(base)
+    rng, wanted = random.Random(base), 0
+    for _ in range(200):
+        forgery, curve, where, needed = mutated(record, rows, rng)
+        text = json.dumps(forgery)
+        found = verifying._verify(json.loads(text), curve)  # inside the net: nothing may fall into it
+        assert all(isinstance(one, str) and one.endswith(".") for one in found.findings)
+        assert found.findings or not needed, (where, text[:200])
+        wanted += needed
+    assert wanted > 60
+
+
+FILES = (
+    "[]",
+    "{}",
+    "null",
+    '"x"',
+    '{"privacy": {}}',
+    '{"schema": 1}',
+    '{"schema": 1, "spec": []}',
+    '{"schema": 2, "spec": {}}',
+    '{"schema": [], "spec": 3, "privacy": 5, "status": {}}',
+    '{"schema": 1, "spec": {"\\ud800": "\\ud800"}, "privacy": null}',
+    "[" * 100000,
+)
+
+
+@pytest.mark.parametrize("content", FILES)
+def test_no_file_is_a_traceback(content, tmp_path, capsys, monkeypatch):
+    (tmp_path / "x.json").write_text(content)
+    code, said = verified(capsys, monkeypatch, tmp_path)
+    assert code in (1, 2) and (said.err.count("\n") == 1) == (code == 2)
