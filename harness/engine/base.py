@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -45,6 +45,16 @@ class Engine:
         the largest of an example's groups times sqrt(K).
         """
         raise NotImplementedError
+
+    @contextmanager
+    def under(self, loss: Callable[[Loss], Loss] | None) -> Iterator[None]:
+        """A context in which the engine's loss is what `loss` makes of it; None: as it is."""
+        own = self.loss
+        self.loss = own if loss is None else loss(own)
+        try:
+            yield
+        finally:
+            self.loss = own
 
     def plain(self) -> AbstractContextManager[None]:
         """A context in which the model runs as if this engine were not there."""
@@ -155,15 +165,11 @@ class PlainEngine(Engine):
         return losses.detach(), torch.zeros(len(losses), device=losses.device)
 
 
-class ZeroEngine(Engine):
-    """Contributes nothing: the noise-only control."""
+class ForwardEngine(Engine):
+    """Losses and no gradients: for methods that ask for none."""
 
-    name = "zero"
+    name = "forward"
     needs_per_example = False
-
-    def accumulate(self, batch, total, clip_norm, encodings):
-        zeros = torch.zeros(len(next(iter(batch.values()))))
-        return zeros, zeros
 
 
 def unused(name: str) -> BadInput:

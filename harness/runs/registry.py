@@ -116,6 +116,16 @@ def make(method_name: str, decoder_name: str, changed: dict[str, Any]) -> Any:
     return kind({key: settings[key] for key in kind.options}, chosen)
 
 
+def instance(spec: Any) -> Any:
+    """The method of a RunSpec, with its decoder and clipping rule, which knows its run."""
+    from dpft.methods.clipping.base import ClippingRule
+
+    made = make(spec.method, spec.decoder, spec.options)
+    made.spec, made.steps, made.rule = spec, spec.steps, ClippingRule()
+    made.rule.function = spec.clipping
+    return made
+
+
 def _collect(package: str, base: type, group: str | None = None) -> dict[str, type]:
     root = importlib.import_module(package)
     modules = [importlib.import_module(f"{package}.{m.name}") for m in pkgutil.iter_modules(root.__path__)]

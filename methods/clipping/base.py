@@ -26,7 +26,7 @@ class ClippingRule:
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     reference: ClassVar[str] = ""
-    function: ClassVar[str] = "abadi"
+    function: str = "abadi"
     adaptive: ClassVar[bool] = False
     options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
