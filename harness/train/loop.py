@@ -202,7 +202,7 @@ def _step(setup: Setup, state: State, optimizer, indices: list[int]) -> dict[str
         "loss": float(losses.mean()) if len(losses) and setup.method.query != "none" else None,
         "metric": None,
         "lr": spec.lr * spec.lr_factor(step),
-        "clipped_fraction": float((norms > spec.clip_norm).double().mean())
+        "clipped_fraction": float((setup.engine.overall(norms, spec.clip_norm) > spec.clip_norm).double().mean())
         if setup.engine.needs_per_example and len(norms)
         else None,
         **dict.fromkeys(("alignment_noisy", "alignment_decoded", "snr")),
@@ -227,7 +227,7 @@ def _accumulate(
         losses.append(loss)
         norms.append(norm)
     losses = torch.cat(losses) if losses else torch.zeros(0)
-    norms = torch.cat(norms) if norms else torch.zeros(0)
+    norms = torch.cat(norms) if norms else torch.zeros(0, len(setup.engine.groups))
     if not (torch.isfinite(losses).all() and torch.isfinite(norms).all()):
         raise Diverged("A training loss or gradient is not finite; lower lr, or look for broken examples.")
     return losses, norms
