@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from dpft.harness.query.queries import Query
@@ -19,8 +20,6 @@ def first_questions(method: Any, step: int) -> dict[str, Query]:
         heard.update(queries)
         raise _Asked
 
-    try:
+    with contextlib.suppress(_Asked):
         method.step(ask, step)
-    except _Asked:
-        pass
     return heard

@@ -116,7 +116,8 @@ class Answers:
                 losses, norms = core.engine.accumulate(batch, total, bound, encodings)
                 mine.losses.append(losses)
                 mine.norms.append(norms)
-                mine.over.append(core.engine.overall(norms, bound) > core.engine.ball(bound))
+                if core.engine.needs_per_example:
+                    mine.over.append(core.engine.overall(norms, bound) > core.engine.ball(bound))
                 if beside is not None or here:
                     clipped = core.engine.clipped(norms, bound)
                     seen = Seen(core.model, batch, lambda losses=losses: losses, norms, clipped)
