@@ -49,7 +49,7 @@ def description(name: str) -> dict[str, Any]:
             "ranked": m.private and not m.control,
             "defaults": m.defaults,
             "decoder": decoder.name,
-            "options": registry.options(m, decoder),
+            "options": registry.defaults_of(m, decoder),
         }
     if name in registry.decoders():
         d = registry.decoders()[name]

@@ -90,7 +90,7 @@ def task(name: str) -> type:
     return tasks()[name]
 
 
-def options(method: type, decoder: type) -> dict[str, Any]:
+def defaults_of(method: type, decoder: type) -> dict[str, Any]:
     """Defaults of all options of a method run with a decoder: the decoder's < the method's for its own decoder, the method's.
 
     Raises BadInput when the two use one name for different things.
@@ -111,7 +111,7 @@ def options(method: type, decoder: type) -> dict[str, Any]:
 def make(method_name: str, decoder_name: str, changed: dict[str, Any]) -> Any:
     """The method with its decoder; `changed`: options of the two that differ from their defaults."""
     kind, post = method(method_name), decoder(decoder_name)
-    settings = {**options(kind, post), **changed}
+    settings = {**defaults_of(kind, post), **changed}
     chosen = post({key: settings[key] for key in post.options})
     return kind({key: settings[key] for key in kind.options}, chosen)
 

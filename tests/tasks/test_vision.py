@@ -15,7 +15,8 @@ from test_engine_models import check
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import zero_sums
 from dpft.harness.errors import BadInput, CannotRun
-from dpft.harness.runs import registry, spec
+from dpft.harness.runs import registry
+from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import run
 from dpft.harness.train.settings import Settings
 from dpft.tasks import digits, groupnorm, heads, imagesets, models, pretraining
@@ -225,7 +226,7 @@ def test_pretraining_is_deterministic_kept_and_checked(tmp_path, monkeypatch):
 
 def a_run(method="dp-adam", **more):
     small = {"batch_size": 80, "steps": 3, "eval_every": 3, "epsilon": 8.0}
-    return spec.resolve({"task": "digits", "method": method, **small, **more})
+    return resolve({"task": "digits", "method": method, **small, **more})
 
 
 @pytest.mark.parametrize("model", ["digits-vit", "digits-resnet"])
@@ -255,7 +256,7 @@ def test_views_do_not_depend_on_microbatches_and_change_with_the_step():
 def test_settings_of_images_are_refused_for_texts_and_others_for_images():
     for more in ({"views": 2}, {"batch_norm": "group"}):
         with pytest.raises(BadInput, match="settings of image tasks, which sst2 is not"):
-            spec.resolve({"task": "sst2", "method": "dp-adam", **more})
+            resolve({"task": "sst2", "method": "dp-adam", **more})
     with pytest.raises(BadInput, match="batch_norm"):
         a_run(batch_norm="keep")
     with pytest.raises(BadInput, match="views must be a positive number"):
