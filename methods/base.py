@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from dpft.harness.query.updates import Updates
     from dpft.harness.runs.spec import RunSpec
 
-__all__ = ["Gradients", "Method", "Nothing", "Values", "freeze_all_but", "kind_starts"]  # one import for a method's file
+__all__ = [
+    "Gradients",
+    "Method",
+    "Nothing",
+    "Values",
+    "freeze_all_but",
+    "kind_starts",
+]  # one import for a method's file
 
 
 class Method:
