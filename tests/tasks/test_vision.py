@@ -21,7 +21,8 @@ from dpft.harness.train import run
 from dpft.harness.train.settings import Settings
 from dpft.tasks import digits, groupnorm, heads, imagesets, models, pretraining
 from dpft.tasks.base import ModelSpec
-from dpft.tasks.images import Collator, Form
+from dpft.tasks.handwriting import PRIVATE, PUBLIC, of_classes
+from dpft.tasks.pixels import Collator, Form
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BODY = dict(
@@ -194,9 +195,9 @@ def test_digits_keep_the_public_classes_apart():
     labels = [row["label"] for row in data.validation]
     assert max(labels.count(k) for k in range(6)) / 277 == pytest.approx(digits.Digits.chance, abs=5e-4)
     private = {row["image"].tobytes() for row in [*data.train, *data.validation]}
-    public, _ = digits.of_classes(digits.PUBLIC)
+    public, _ = of_classes(PUBLIC)
     assert len(private) == 1077 and len(public) == 720 and not private & {image.tobytes() for image in public}
-    assert set(digits.PUBLIC) | set(digits.PRIVATE) == set(range(10)) and "0 to 3" in digits.Digits.description
+    assert set(PUBLIC) | set(PRIVATE) == set(range(10)) and "0 to 3" in digits.Digits.description
 
 
 # --- public pretraining
