@@ -6,6 +6,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dpft.methods.clipping.base import ClippingRule
+from dpft.methods.clipping.fixed import Abadi
 from dpft.methods.decoders.base import Decoder, Mean, check_options
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ class Method:
     RunSpec; `decoder` may be among them), `options` (the method's own settings with their defaults), `decoder_options`
     (other defaults for its decoder's options; they hold as long as the run keeps that decoder), `choices` and `ranges` (of
     its own options, as decoders have them).
+    `clips`: the run's clipping rule bounds what it asks for; False: it asks for no gradients, or bounds them itself.
     `preconditions`: its `decode` hands over a finished direction, so plain SGD with the run's lr applies it.
     """
 
@@ -37,6 +40,7 @@ class Method:
     reference: ClassVar[str] = ""
     private: ClassVar[bool] = True
     control: ClassVar[bool] = False
+    clips: ClassVar[bool] = True
     query: ClassVar[str] = "gradient"
     defaults: ClassVar[dict[str, Any]] = {"lr": 1e-3}
     options: ClassVar[dict[str, Any]] = {}
@@ -49,6 +53,7 @@ class Method:
     def __init__(self, options: dict[str, Any] | None = None, decoder: Decoder | None = None):
         self.settings = {**self.options, **(options or {})}
         self.decoder = decoder or Mean()
+        self.rule: ClippingRule = Abadi()  # the registry puts the run's here
 
     def validate(self, spec: RunSpec) -> None:
         """Refuse settings that cannot work, before anything is loaded. Raises BadInput."""

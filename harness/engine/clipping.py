@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from dpft.harness.runs.spec import CLIPPINGS
-
 GAMMA = 0.01  # the stabiliser of auto-s and psac, as published
 TINY = 1e-30
 
@@ -28,8 +26,8 @@ def psac(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
     return clip_norm / (norms + GAMMA / (norms + GAMMA))
 
 
-# Each keeps factor * norm <= clip_norm; the names are those a RunSpec may hold.
-FUNCTIONS = dict(zip(CLIPPINGS, (abadi, auto_s, psac), strict=True))
+# Each keeps factor * norm <= clip_norm; the names are those a clipping rule may have as its `function`.
+FUNCTIONS = {"abadi": abadi, "auto-s": auto_s, "psac": psac}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from dpft.tasks.base import BATCH_NORMS, HEADS
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "linear")
 PRECISIONS = ("fp32", "bf16")
-CLIPPINGS = ("abadi", "auto-s", "psac")
 CLIP_GROUPS = ("flat", "block", "layer")
 NOISE_STREAM = 2  # that of new runs
 
@@ -32,15 +31,16 @@ class RunSpec:
     epsilon, clip_norm: null for methods that are not private; delta null: 1/(2N) of the task's training set.
     batch_size: expected batch size B of Poisson sampling; the sampling probability is B/N.
     eval_examples: validation examples used for the curve (the final value always uses all); null: all.
-    clipping: function of the norm, and clip_groups: what is clipped together (harness/engine/clipping.py).
+    clipping: rule by which a gradient is clipped (methods/clipping), and clip_groups: what is clipped together
+    (harness/engine/clipping.py).
     decoder: what becomes of the release (methods/decoders).
     mechanism, noise_shape: what noise (harness/privacy/noise_kinds.py); noise_law: of the inverse scale of lmo and plrv, up to
     a factor that is fitted to epsilon; null: searched.
     views: random views of each training image that its loss is averaged over before clipping (2204.13650); batch_norm of image
     models: `refuse`, or `group` to convert it to GroupNorm.
     noise_stream: how noise is drawn (harness/train/noise.py): 1 in records of older versions, whose tail ends early; no setting.
-    options: settings of the method (LoRA rank, ...) and of its decoder where they differ from their defaults; task_options:
-    those of the task.
+    options: settings of the method (LoRA rank, ...), its decoder and its clipping rule where they differ from their defaults;
+    task_options: those of the task.
     """
 
     task: str
@@ -132,8 +132,8 @@ DEFAULTS: dict[str, Any] = {
 def resolve(settings: dict[str, Any]) -> RunSpec:
     """Complete `settings` to a RunSpec: general defaults < the task's < the method's < what is given.
 
-    Keys that are no field of RunSpec are options of the method or of its decoder. Raises BadInput for unknown names and bad
-    values.
+    Keys that are no field of RunSpec are options of the method, its decoder or its clipping rule. Raises BadInput for unknown
+    names and bad values.
     """
     settings = {k: v for k, v in settings.items() if v is not None}
     for key in ("task", "method"):
@@ -151,7 +151,8 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
     of_task = {"model": task.default_model, "head": task.default_head, "max_length": task.default_max_length}
     merged = {**DEFAULTS, **of_task, **method.defaults}
     decoder = registry.decoder(_typed("decoder", settings.get("decoder", method.defaults.get("decoder", "mean"))))
-    defaults = registry.options(method, decoder)
+    rule = registry.clipping(_typed("clipping", settings.get("clipping", method.defaults.get("clipping", "abadi"))))
+    defaults = registry.options(method, decoder, rule)
     options, of_its_own = dict(defaults), dict(task.options)
     for key, value in settings.items():
         if key in names:
@@ -162,7 +163,8 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
             of_its_own[key] = _like(key, value, of_its_own[key])
         else:
             both = settings["method"] if decoder.name == "mean" else f"{settings['method']} with decoder {decoder.name}"
-            raise unknown(f"setting of {both}", key, names | options.keys() | of_its_own.keys())
+            all_three = f"{both}, clipping {rule.name}" if rule.options else both
+            raise unknown(f"setting of {all_three}", key, names | options.keys() | of_its_own.keys())
     if not method.private:
         merged["epsilon"] = merged["clip_norm"] = None
         merged |= {"mechanism": "gaussian", "noise_shape": "spherical", "noise_law": None}  # there is no noise
@@ -178,7 +180,9 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
     )
     _validate(spec)
     task(spec.task_options).validate()
-    registry.make(spec.method, spec.decoder, spec.options).validate(spec)
+    made = registry.make(spec.method, spec.decoder, spec.options, spec.clipping)
+    made.validate(spec)
+    made.rule.validate(spec, made)
     return spec
 
 
@@ -222,7 +226,6 @@ def _validate(spec: RunSpec) -> None:
         ("optimizer", OPTIMIZERS),
         ("schedule", SCHEDULES),
         ("precision", PRECISIONS),
-        ("clipping", CLIPPINGS),
         ("clip_groups", CLIP_GROUPS),
         ("head", HEADS),
         ("mechanism", MECHANISMS),
