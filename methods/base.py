@@ -1,24 +1,22 @@
-"""The method contract. A method says what trains, how one example's gradient is encoded before it is clipped, and
-how a released noisy sum becomes an update. It never sees a clean gradient, the sampler or the noise."""
+"""The method contract. A method says what trains; in every step it asks questions of the batch, gets noisy sums, and says
+where the weights go. It never sees a clean gradient, the sampler or the noise."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dpft.harness.query.queries import Gradients
 from dpft.methods.clipping.base import ClippingRule
-from dpft.methods.clipping.fixed import Abadi
 from dpft.methods.decoders.base import Decoder, Mean, check_options
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from dpft.harness.engine.base import Loss
-    from dpft.harness.query.encoding import Encoding
+    from dpft.harness.query.queries import Ask
     from dpft.harness.query.updates import Updates
     from dpft.harness.runs.spec import RunSpec
-    from dpft.harness.train.mechanism import NoisySum
 
 
 class Method:
@@ -26,12 +24,12 @@ class Method:
 
     Class attributes: `name` (registry key), `version` (raise it when results change: it is part of the run id),
     `summary`, `reference` (arXiv id), `private` (False: no clipping, no noise, never ranked), `control` (shown beside
-    the methods, never ranked), `query` (`gradient`, or `none`: the sum is zero before noise), `defaults` (settings of
-    RunSpec; `decoder` may be among them), `options` (the method's own settings with their defaults), `decoder_options`
-    (other defaults for its decoder's options; they hold as long as the run keeps that decoder), `choices` and `ranges` (of
-    its own options, as decoders have them).
-    `clips`: the run's clipping rule bounds what it asks for; False: it asks for no gradients, or bounds them itself.
-    `preconditions`: its `decode` hands over a finished direction, so plain SGD with the run's lr applies it.
+    the methods, never ranked), `asks` (the kinds of questions that it may ask), `defaults` (settings of RunSpec; `decoder`
+    may be among them), `options` (the method's own settings with their defaults), `decoder_options` (other defaults for its
+    decoder's options; they hold as long as the run keeps that decoder), `choices` and `ranges` (of its
+    own options, as decoders have them).
+    `preconditions`: its updates are finished directions, so plain SGD with the run's lr applies them.
+    Of the run it knows `spec` and `steps`, from before `prepare` on; `rule` is the run's clipping rule, which is not its own.
     """
 
     name: ClassVar[str]
@@ -40,20 +38,20 @@ class Method:
     reference: ClassVar[str] = ""
     private: ClassVar[bool] = True
     control: ClassVar[bool] = False
-    clips: ClassVar[bool] = True
-    query: ClassVar[str] = "gradient"
+    asks: ClassVar[tuple[type, ...]] = (Gradients,)
     defaults: ClassVar[dict[str, Any]] = {"lr": 1e-3}
     options: ClassVar[dict[str, Any]] = {}
     decoder_options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
     preconditions: bool = False
-    chosen: dict[str, torch.Tensor] = {}  # noqa: RUF012
+    spec: RunSpec
+    steps: int = 1
 
     def __init__(self, options: dict[str, Any] | None = None, decoder: Decoder | None = None):
         self.settings = {**self.options, **(options or {})}
         self.decoder = decoder or Mean()
-        self.rule: ClippingRule = Abadi()  # the registry puts the run's here
+        self.rule = ClippingRule()
 
     def validate(self, spec: RunSpec) -> None:
         """Refuse settings that cannot work, before anything is loaded. Raises BadInput."""
@@ -71,44 +69,25 @@ class Method:
         """
         return model
 
-    def schedule(self, steps: int) -> None:
-        """Told how many steps the run takes, once, before `prepare`: for methods with phases."""
+    def kind(self, step: int) -> str:
+        """What kind of step it is, a function of its number alone; where another kind begins, the harness looks again at what
+        training takes and whether the engine is right. Most methods have one."""
+        return ""
 
-    def phases(self) -> tuple[int, ...]:
-        """The steps at which a phase begins: what trains, and so what memory is needed, may change there."""
-        return (0,)
+    def releases(self, step: int) -> Mapping[str, float]:
+        """What is released in a step: name -> share of the step's budget, in sum 1; a function of the step's number alone.
 
-    def selects(self, step: int) -> bool:
-        """Whether the release of this step is spent on choosing what trains later; `chosen` (rows by name) says what it was."""
-        return False
-
-    def trained(self, parameters: dict[str, nn.Parameter]) -> int:
-        """How many numbers train in the end."""
-        return sum(p.numel() for p in parameters.values())
-
-    def objective(self, loss: Loss) -> Loss:
-        """The loss of each example whose gradient is queried; default: the task's, at the present weights.
-
-        It may be evaluated at other weights that are public or functions of releases, as often as wanted: whatever comes of
-        it, one example's gradient is clipped once. Neither it nor the model may keep anything of the examples: the loop
-        compares the state of both around every step. What `decode` writes into a buffer of the model is a function of releases.
+        A release with share w has noise multiplier sigma / sqrt(w), in units of its own bound; together they cost what one
+        release of noise multiplier sigma does (1905.02383, Corollary 3.3). One that is never asked for stays paid for.
         """
-        return loss
+        return {"gradient": 1.0}
 
-    def rehearsal(self) -> AbstractContextManager[None]:
-        """A context in which the objective is as in the middle of a run: engines are checked in it before the first step."""
-        return nullcontext()
+    def step(self, ask: Ask, step: int) -> Updates:
+        """Ask, then say where the weights go: the direction of each parameter, in its shape; step counts from 0.
 
-    def encoding(self, name: str, parameter: nn.Parameter, step: int) -> Encoding | None:
-        """Data-independent map (of data: releases are public) of one example's gradient of one parameter; None: identity."""
-        return None
-
-    def decode(self, noisy: NoisySum, step: int) -> Updates:
-        """Post-processing: the update direction of each parameter, in the parameter's shape. Default: the decoder's.
-
-        A method that overrides this (to map an encoding back) calls `self.decoder` itself, or has no choice of decoders.
         LazyUpdates where one at a time is to be held in that shape. Nothing at all (`{}`): no weight moves in this step.
         """
+        (noisy,) = ask(gradient=Gradients())
         return self.decoder.decode(noisy, step)
 
     def optimizer(
@@ -146,3 +125,9 @@ def freeze_all_but(model: nn.Module, names: set[str]) -> None:
     """Leave exactly the parameters called `names` trainable."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
+
+
+def kind_starts(method: Method) -> tuple[int, ...]:
+    """The steps at which another kind of step begins, from 0."""
+    kinds = [method.kind(step) for step in range(method.steps)]
+    return tuple(step for step, kind in enumerate(kinds) if step == 0 or kind != kinds[step - 1])

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.errors import BadInput
+from dpft.harness.query.queries import Gradients
 from dpft.methods.full import DPAdam
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from dpft.harness.query.queries import Ask, Loss
     from dpft.harness.runs.spec import RunSpec
-    from dpft.harness.train.mechanism import NoisySum
 
 
 class DiSK(DPAdam):
@@ -47,7 +47,25 @@ class DiSK(DPAdam):
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         return model
 
-    def objective(self, loss):
+    def kind(self, step: int) -> str:
+        return "first" if step == 0 and self.settings["gain"] < 1 else ""
+
+    def step(self, ask: Ask, step: int) -> dict[str, torch.Tensor]:
+        kappa = self.settings["gain"]
+        (noisy,) = ask(gradient=Gradients(loss=self._mixed if self._before and kappa < 1 else None))
+        updates = noisy.mean()
+        if kappa == 1:
+            return updates
+        for name, update in updates.items():
+            kept = self._filtered.get(name)
+            self._filtered[name] = update.clone() if kept is None else kept.lerp_(update, kappa)
+            update.copy_(self._filtered[name])
+        for name, p in self._parameters.items():  # the optimizer moves p after this
+            self._before[name] = p.detach().clone()
+        return updates
+
+    def _mixed(self, loss: Loss) -> Loss:
+        """The mixture of the task's loss ahead and here."""
         from torch import nn
         from torch.func import functional_call
 
@@ -65,38 +83,10 @@ class DiSK(DPAdam):
                 return loss(self.model, batch)
 
         def mixed(model: nn.Module, batch) -> torch.Tensor:
-            if not self._before or share == 0:
-                return loss(model, batch)
             ahead = {f"model.{n}": p + gamma * (p.detach() - self._before[n]) for n, p in self._parameters.items()}
             return share * functional_call(Elsewhere(model), ahead, (batch,)) + (1 - share) * loss(model, batch)
 
         return mixed
-
-    @contextmanager
-    def rehearsal(self):
-        """Engines are checked at weights that differ from those of the step before, as they will in every step but the first."""
-        import torch
-
-        kept, generator = self._before, torch.Generator().manual_seed(0)
-        self._before = {
-            n: p.detach() + 0.01 * torch.randn(p.shape, generator=generator).to(p) for n, p in self._parameters.items()
-        }
-        try:
-            yield
-        finally:
-            self._before = kept
-
-    def decode(self, noisy: NoisySum, step: int) -> dict[str, torch.Tensor]:
-        updates, kappa = noisy.mean(), self.settings["gain"]
-        if kappa == 1:
-            return updates
-        for name, update in updates.items():
-            kept = self._filtered.get(name)
-            self._filtered[name] = update.clone() if kept is None else kept.lerp_(update, kappa)
-            update.copy_(self._filtered[name])
-        for name, p in self._parameters.items():  # the optimizer moves p after this
-            self._before[name] = p.detach().clone()
-        return updates
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         kept = {"filtered": self._filtered, "before": self._before}

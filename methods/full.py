@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from dpft.harness.query.queries import Nothing
 from dpft.methods.base import Method
 
 
@@ -42,6 +43,10 @@ class NoiseOnly(Method):
     name = "noise-only"
     summary = "control: dp-adam with the signal removed, noise and budget as there"
     control = True
-    query = "none"
+    asks = (Nothing,)
     defaults: ClassVar = DPAdam.defaults
     options: ClassVar = DPAdam.options
+
+    def step(self, ask, step):
+        (noisy,) = ask(gradient=Nothing())
+        return self.decoder.decode(noisy, step)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.errors import BadInput
+from dpft.harness.query.queries import Gradients
 from dpft.methods.subspace import Subspace
 
 if TYPE_CHECKING:
     import torch
 
     from dpft.harness.query.encoding import Encoding
+    from dpft.harness.query.queries import Ask
     from dpft.harness.query.updates import LazyUpdates
     from dpft.harness.runs.spec import RunSpec
-    from dpft.harness.train.mechanism import NoisySum
 
 
 class DPGaLore(Subspace):
@@ -42,7 +43,8 @@ class DPGaLore(Subspace):
                 "decoder=mean, or dp-grape, where it works in the subspace."
             )
 
-    def decode(self, noisy: NoisySum, step: int) -> LazyUpdates:
+    def step(self, ask: Ask, step: int) -> LazyUpdates:
+        (noisy,) = ask(gradient=Gradients())
         if step % self.settings["refresh"] == 0:
             release = noisy.mean()
             self._bases = {name: self._leading(release[name], side) for name, side in self.sides.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from dpft.harness.query.queries import Gradients
 from dpft.methods import projection
 from dpft.methods.subspace import Subspace
 
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dpft.harness.query.encoding import Encoding
+    from dpft.harness.query.queries import Ask
     from dpft.harness.query.updates import LazyUpdates
-    from dpft.harness.train.mechanism import NoisySum
 
 
 class DPGRAPE(Subspace):
@@ -62,14 +63,13 @@ class DPGRAPE(Subspace):
         """The identity goes the whole way even where it leaves nothing out, so that it can be compared with dp-adam."""
         return self.settings["projection"] == "identity" or super().narrows(name, side)
 
-    def encoding(self, name: str, parameter: nn.Parameter, step: int) -> Encoding | None:
-        return self._subspace(name, step, parameter.device) if name in self.sides else None
-
-    def decode(self, noisy: NoisySum, step: int) -> LazyUpdates:
-        parts = self.decoder.decode(noisy, step)
-        subspaces = {name: self._subspace(name, step, parts[name].device) for name in self.sides}
+    def step(self, ask: Ask, step: int) -> LazyUpdates:
+        subspaces = {
+            name: self._subspace(name, step, p.device) for name, p in self.weights.items() if name in self.sides
+        }
+        (noisy,) = ask(gradient=Gradients(encodings=subspaces))
         self._drawn = {}  # the next step draws them again
-        return self.lifted(parts, subspaces, step)
+        return self.lifted(self.decoder.decode(noisy, step), subspaces, step)
 
     def _subspace(self, name: str, step: int, device: torch.device) -> Encoding:
         """The projection of a parameter in step `step`: drawn once for its release and its update, from what the seed says."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.errors import BadInput
+from dpft.harness.query.queries import Gradients
 from dpft.harness.query.updates import LazyUpdates
 from dpft.methods.base import freeze_all_but
 from dpft.methods.decoders.matrices import matrices_of
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dpft.harness.query.encoding import Encoding
+    from dpft.harness.query.queries import Ask
+    from dpft.harness.query.updates import Updates
     from dpft.harness.runs.spec import RunSpec
-    from dpft.harness.train.mechanism import NoisySum
 
 
 class SparseRows(DPAdam):
@@ -53,6 +55,8 @@ class SparseRows(DPAdam):
         self.matrices = {name: p.shape for name, p in model.named_parameters() if name in self._body(model)}
         vectors = {name for name, p in model.named_parameters() if p.dim() == 1}
         freeze_all_but(model, head | vectors | set(self.matrices))
+        self.weights = {name: p for name, p in model.named_parameters() if name in self.matrices}
+        self.others = frozenset(head | vectors)
         self.chosen = self.choose(model, generator)
         return model
 
@@ -68,18 +72,20 @@ class SparseRows(DPAdam):
         """The rows with the largest scores [rows] of every matrix, ascending."""
         return {name: score.topk(self.count(name)).indices.sort().values for name, score in scores.items()}
 
-    def encoding(self, name: str, parameter: nn.Parameter, step: int) -> Encoding | None:
+    def step(self, ask: Ask, step: int) -> Updates:
+        rows = self.rows()
+        (noisy,) = ask(gradient=Gradients(encodings=rows))
+        return self.directions(self.decoder.decode(noisy, step), rows, step + 1)
+
+    def rows(self) -> dict[str, Encoding]:
+        """The rows that train, of every matrix."""
         from dpft.harness.query.encoding import Encoding
 
-        if name not in self.matrices:
-            return None
-        self.chosen[name] = self.chosen[name].to(parameter.device)
-        return Encoding(left=self.chosen[name])
+        for name, parameter in self.weights.items():
+            self.chosen[name] = self.chosen[name].to(parameter.device)
+        return {name: Encoding(left=self.chosen[name]) for name in self.matrices}
 
-    def decode(self, noisy: NoisySum, step: int) -> LazyUpdates:
-        return self.directions(self.decoder.decode(noisy, step), step, step + 1)
-
-    def directions(self, parts: dict[str, torch.Tensor], step: int, seen: int) -> LazyUpdates:
+    def directions(self, parts: dict[str, torch.Tensor], rows: dict[str, Encoding], seen: int) -> LazyUpdates:
         """The updates: Adam's (or momentum's) directions of what was released, put back among zeros. seen: releases so far."""
         if self._rule != "sgd":
             self._adam.precondition(parts, lambda name: seen)
@@ -89,16 +95,11 @@ class SparseRows(DPAdam):
                 kept = self._velocity[name] = part.clone() if kept is None else kept.mul_(self._momentum).add_(part)
                 part.copy_(kept)
         shapes = self.matrices
-        maps = {name: self.encoding(name, part, step) for name, part in parts.items() if name in shapes}
-        return LazyUpdates(parts, lambda name, p: maps[name].lift(p, shapes[name]) if name in maps else p)
+        return LazyUpdates(parts, lambda name, p: rows[name].lift(p, shapes[name]) if name in rows else p)
 
     def optimizer(self, parameters, head, spec) -> torch.optim.Optimizer:
         self._rule, self._momentum, self.preconditions = spec.optimizer, spec.momentum, True
         return super().optimizer(parameters, head, spec)
-
-    def trained(self, parameters: dict[str, nn.Parameter]) -> int:
-        whole = sum(p.numel() for name, p in parameters.items() if name not in self.matrices)
-        return whole + sum(self.count(name) * shape[1:].numel() for name, shape in self.matrices.items())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self._adam.state_dict() | {f"velocity|{name}": tensor for name, tensor in self._velocity.items()}

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.errors import BadInput
+from dpft.harness.query.queries import Gradients
 from dpft.methods.decoders.moments import Adam
 from dpft.methods.sparse import SparseRows
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from dpft.harness.query.encoding import Encoding
+    from dpft.harness.query.queries import Ask
     from dpft.harness.query.updates import Updates
     from dpft.harness.runs.spec import RunSpec
-    from dpft.harness.train.mechanism import NoisySum
 
 
 class Sparta(SparseRows):
@@ -48,46 +48,50 @@ class Sparta(SparseRows):
 
     def validate(self, spec: RunSpec) -> None:
         super().validate(spec)
-        self.schedule(spec.steps)
-        if self._train >= spec.steps:
+        train = self._borders(spec.steps)[1]
+        if train >= spec.steps:
             raise BadInput(
-                f"{self.name} would spend {self._train} of {spec.steps} steps before it trains rows; raise steps, or lower "
+                f"{self.name} would spend {train} of {spec.steps} steps before it trains rows; raise steps, or lower "
                 "warmup_fraction or selection_fraction."
             )
 
-    def schedule(self, steps: int) -> None:
-        self._select = max(1, round(self.settings["warmup_fraction"] * steps))  # the first step of the selection
-        self._train = self._select + max(1, round(self.settings["selection_fraction"] * steps))
+    def _borders(self, steps: int) -> tuple[int, int]:
+        """The first step of the selection, and that of training."""
+        select = max(1, round(self.settings["warmup_fraction"] * steps))
+        return select, select + max(1, round(self.settings["selection_fraction"] * steps))
 
-    def phases(self) -> tuple[int, ...]:
-        return (0, self._select, self._train)
+    def kind(self, step: int) -> str:
+        select, train = self._borders(self.steps)
+        return "warm-up" if step < select else "selection" if step < train else "training"
 
-    def selects(self, step: int) -> bool:
-        return self._select <= step < self._train
+    def step(self, ask: Ask, step: int) -> Updates:
+        kind = self.kind(step)
+        if kind == "selection":
+            (noisy,) = ask(gradient=Gradients(only=frozenset(self.matrices), encodings=self._magnitudes()))
+            self._score(self.decoder.decode(noisy, step), last=self.kind(step + 1) == "training")
+            return {}
+        if kind == "training":
+            rows = self.rows()
+            (noisy,) = ask(gradient=Gradients(encodings=rows))
+            return self.directions(self.decoder.decode(noisy, step), rows, step + 1 - self._borders(self.steps)[1])
+        (noisy,) = ask(gradient=Gradients(only=self.others))
+        parts = self.decoder.decode(noisy, step)
+        return self.directions({name: parts[name] for name in parts if name in self.others}, {}, step + 1)
 
-    def encoding(self, name: str, parameter: nn.Parameter, step: int) -> Encoding | None:
-        import torch
-
+    def _magnitudes(self) -> dict[str, Encoding]:
         from dpft.harness.query.encoding import Encoding
 
-        if step >= self._train:
-            return super().encoding(name, parameter, step)
-        if self.selects(step) != (name in self.matrices):  # not asked for in this phase
-            return Encoding(left=torch.zeros(0, dtype=torch.int64, device=parameter.device))
-        return Encoding(absolute=self.settings["score"] == "absolute") if self.selects(step) else None
+        return dict.fromkeys(self.matrices, Encoding(absolute=True)) if self.settings["score"] == "absolute" else {}
 
-    def decode(self, noisy: NoisySum, step: int) -> Updates:
-        parts = self.decoder.decode(noisy, step)
-        if not self.selects(step):
-            return self.directions(parts, step, step + 1 - (self._train if step >= self._train else 0))
+    def _score(self, parts: dict[str, torch.Tensor], last: bool) -> None:
+        """Add a release to the rows' scores; after the last one the rows are chosen."""
         for name in self.matrices:
             magnitudes = parts[name] if self.settings["score"] == "absolute" else parts[name].abs()
             rows = magnitudes.flatten(1).sum(1)
             self._scores[name] = rows + self._scores[name].to(rows) if name in self._scores else rows
-        if step == self._train - 1:
+        if last:
             self.chosen = self.best(self._scores)
             self._adam, self._velocity, self._scores = Adam(), {}, {}
-        return {}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         own = {"score": self._scores, "chosen": self.chosen}

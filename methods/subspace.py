@@ -44,6 +44,7 @@ class Subspace(DPAdam):
     def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.shapes = {name: p.shape for name, p in parameters.items()}
+        self.weights = parameters
         body = set(matrices_of(model, parameters)) - set(model.head_parameters)
         # name -> the side that is projected: 0, the rows, or 1, all the rest
         self.sides = {n: int(s[0] >= s[1:].numel()) for n, s in self.shapes.items() if n in body and self.narrows(n)}

@@ -18,6 +18,7 @@ from dpft.harness.bench.workload import Batch, loss_of
 from dpft.harness.engine import NAMES, engine_class
 from dpft.harness.engine.base import Engine, Loss
 from dpft.harness.probes import Clock
+from dpft.methods.base import kind_starts
 from dpft.tasks.classification import logits
 
 Step = Callable[[list[Batch]], None]
@@ -73,11 +74,10 @@ def _prepared(name: str, model: nn.Module, examples: int = 1, decoder: str | Non
     from dpft.harness.runs.spec import resolve
 
     spec = resolve({"task": "sentences", "method": name, "batch_size": examples, "decoder": decoder})
-    method = registry.make(spec.method, spec.decoder, spec.options)
-    method.schedule(spec.steps)
+    method = registry.instance(spec)
     reason = method.skip(model)
-    if len(method.phases()) > 1:
-        reason = "trains in phases whose steps differ; see the times in a run's record"
+    if max(kind_starts(method)) > 1:
+        reason = "has kinds of steps that differ; see the times in a run's record"
     if reason is not None:
         raise Skipped(reason)
     device = next(model.parameters()).device
@@ -100,36 +100,34 @@ def dpft_step(
     kind: type[Engine] | None = None,
     loss: Loss | None = None,
 ) -> Step:
-    """dpft's own path, as the loop takes it; by default without encodings, decoded to the noisy mean.
+    """dpft's own path, by the code that answers a run's questions; by default gradients, decoded to the noisy mean.
 
     kind, loss: in place of the job's engine and of the cross entropy of its classes.
     """
-    from dpft.harness.engine.base import RunningSums, ZeroEngine
+    from dpft.harness.engine.base import ForwardEngine
     from dpft.harness.query import updates
+    from dpft.harness.query.queries import Gradients
+    from dpft.harness.runs.releases import shares
+    from dpft.harness.train.answer import Answers
+    from dpft.harness.train.core import Core
     from dpft.harness.train.mechanism import GaussianMechanism
     from dpft.harness.train.noise import source
     from dpft.methods.base import Method
 
     method, optimizer = method or Method(), optimizer or _optimizer(job, model)
     parameters = trainable(model)
-    kind = kind or (ZeroEngine if method.query == "none" else engine_class(job.engine))
+    kind = kind or (engine_class(job.engine) if Gradients in method.asks else ForwardEngine)
     clock = Clock(torch.device(job.device))
-    engine = kind(model, method.objective(loss or loss_of(job)), parameters, clock)
+    engine = kind(model, loss or loss_of(job), parameters, clock)
     with unset_fake_temporarily():  # a generator has a seed also where tensors have only shapes
         mechanism = GaussianMechanism(job.noise_multiplier, job.clip_norm, job.examples, source(job.device, "bench"))
+    core = Core(model, parameters, engine, mechanism, method.rule, job.clip_norm, clock)
     count = 0
 
     def step(batches):
         nonlocal count
-        found = {name: method.encoding(name, p, count) for name, p in parameters.items()}
-        encodings = {name: encoding for name, encoding in found.items() if encoding is not None}
-        total = RunningSums(parameters, encodings)
-        for batch in batches:
-            engine.accumulate(batch, total, job.clip_norm, encodings)
-        with clock("noise"):
-            noisy = mechanism.release(total.complete())
         with clock("decode"):
-            update = method.decode(noisy, count)
+            update = method.step(Answers(core, shares(method, count), lambda: batches), count)
         with clock("optimizer"):
             updates.apply(optimizer, parameters, update)
         count += 1

@@ -17,15 +17,18 @@ from contextlib import contextmanager
 import torch
 
 from dpft.harness.engine.base import Batch, Engine, RunningSums, Sums, example_gradient
+from dpft.harness.engine.clipping import limits
 from dpft.harness.engine.mixing import depends_on_others
 from dpft.harness.errors import CannotRun
 from dpft.harness.query.encoding import Encoding
+from dpft.harness.query.queries import Bound
 
 ROWS, LATER = 16, 4
 # What rounding can explain. Of a clipped sum: the length of the difference, relative to the largest contribution of one example
 # (never above C). In fp32 5e-6 is the most that was seen, on 11 models; in bf16 .026 on MiniLM with adapters, where an example's
-# gradient is itself known to a percent only; what is looked for is wrong by whole factors. FLOOR: what is far below C may differ
-# by the tolerance times FLOOR C, a loss near 0 by the tolerance times LEAST_LOSS.
+# gradient is itself known to a percent only; what is looked for is wrong by whole factors. FLOOR: what is far below C, and a
+# group that is a small part of a gradient, may differ by the tolerance times FLOOR of that, a loss near 0 by the tolerance times
+# LEAST_LOSS.
 # An engine may take a norm for too large by up to CHARGED, as the factored one does where gradients cancel: it clips more.
 TOLERANCE, HALF_TOLERANCE, CHARGED = 1e-3, 0.2, 5e-2
 FLOOR, LEAST_LOSS = 1e-2, 0.1
@@ -41,13 +44,13 @@ def check(
     engine: Engine,
     batch: Batch,
     encodings: dict[str, Encoding],
-    clip_norm: float = 1.0,
+    bound: Bound = 1.0,
     alone: Sequence[Batch] | None = None,
     half: bool = False,
 ) -> None:
     """Compare the engine with plain autograd on `batch`; nothing is trained, and nothing is left changed.
 
-    encodings, clip_norm: those of the run, so that what is compared is what will be clipped, and takes no more room. alone:
+    encodings, bound: those of the step, so that what is compared is what will be clipped, and takes no more room. alone:
     each example as a batch of one (with no more padding than it needs itself); default: the rows of `batch`. half: whether
     layers compute in half precision.
 
@@ -58,10 +61,10 @@ def check(
     """
     with _as_if_nothing_happened(engine), _filled(engine):
         total, engine.agreed = RunningSums(engine.parameters, encodings), True  # `agree` asks less
-        losses, norms = engine.accumulate(batch, total, clip_norm, encodings)
+        losses, norms = engine.accumulate(batch, total, bound, encodings)
         if not (torch.isfinite(losses).all() and torch.isfinite(norms).all()):
             return  # the loop deals with it
-        _compare(engine, batch, encodings, clip_norm, alone, half, total.complete(), [(losses, norms)])
+        _compare(engine, batch, encodings, bound, alone, half, total.complete(), [(losses, norms)])
         del total
         if not engine.batched:
             return
@@ -72,9 +75,10 @@ def check(
                 f"gradient is one example's; {_advice(engine, mixes=True)}."
             )
         for other, kept, places in _companies(batch):
-            found = engine.accumulate(other, RunningSums(engine.parameters, encodings), clip_norm, encodings)
+            found = engine.accumulate(other, RunningSums(engine.parameters, encodings), bound, encodings)
             for what, before, after in zip(("loss", "gradient"), (losses, norms), found, strict=True):
-                if not _alike(after[kept], before[places], _tolerance(half), _floor(what, clip_norm, before)):
+                floor = _floor(engine, bound, before[places], before) if what == "gradient" else LEAST_LOSS
+                if not _alike(after[kept], before[places], _tolerance(half), floor):
                     raise _disagreement(engine, f"has another {what} when the others of its batch are exchanged")
 
 
@@ -82,7 +86,7 @@ def compare(
     engine: Engine,
     batch: Batch,
     encodings: dict[str, Encoding],
-    clip_norm: float,
+    bound: Bound,
     alone: Sequence[Batch] | None,
     half: bool,
     losses: torch.Tensor,
@@ -90,38 +94,40 @@ def compare(
 ) -> None:
     """As `check`, in the middle of a run, on few examples and at the weights as they are; no question about their company but:
 
-    losses, norms: [batch], what the step found of these examples in their real microbatches.
+    losses, norms: [batch], [batch, groups], what the step found of these examples in their real microbatches.
     """
     with _as_if_nothing_happened(engine):
         total = RunningSums(engine.parameters, encodings)
-        found = engine.accumulate(batch, total, clip_norm, encodings)
-        _compare(engine, batch, encodings, clip_norm, alone, half, total.complete(), [found, (losses, norms)])
+        found = engine.accumulate(batch, total, bound, encodings)
+        _compare(engine, batch, encodings, bound, alone, half, total.complete(), [found, (losses, norms)])
 
 
-def _compare(engine, batch, encodings, clip_norm, alone, half, total: Sums, found) -> None:
+def _compare(engine, batch, encodings, bound, alone, half, total: Sums, found) -> None:
     """Take the clipped gradient of every example alone away from `total`: nothing may be left. found: (losses, norms) to hold."""
-    tolerance, largest, slack = _tolerance(half), 0.0, 0.0
+    clip_norm, tolerance, largest, slack = engine.ball(bound), _tolerance(half), 0.0, 0.0
     for i in range(len(found[0][0])):
         example = {k: v[i : i + 1] for k, v in batch.items()} if alone is None else alone[i]
         with engine.plain():
             loss, gradient = example_gradient(engine, example, encodings)
         squares = {name: _length(g).square()[None] for name, g in gradient.items()}
-        factors, norm = engine.clip(squares, clip_norm)
+        factors, norm = engine.clip(squares, bound)
         if not (torch.isfinite(loss) and torch.isfinite(norm).all()):
             raise _disagreement(engine, "is finite in its batch and not alone")
         for losses, norms in found:
-            for what, value, expected in (("loss", losses[i], loss), ("gradient", norms[i], norm[0])):
-                above = max(tolerance, CHARGED) if what == "gradient" else tolerance
-                if _alike(value, expected, tolerance, _floor(what, clip_norm, norms), above):
-                    continue
-                if not engine.batched and _is_random(engine, example):
-                    return  # one example at a time: dropout mixes nothing, but nothing can be compared
-                raise _disagreement(engine, f"has another {what} in its batch than alone")
-        added = math.sqrt(sum(float(squares[name]) * float(factors[name]) ** 2 for name in squares))
+            floor, above = _floor(engine, bound, norm, norms)[0], max(tolerance, CHARGED)
+            same_loss = _alike(losses[i], loss, tolerance, LEAST_LOSS)
+            if same_loss and _alike(norms[i], norm[0], tolerance, floor, above):
+                continue
+            if not engine.batched and _is_random(engine, example):
+                return  # one example at a time: dropout mixes nothing, but nothing can be compared
+            what = "gradient" if same_loss else "loss"
+            raise _disagreement(engine, f"has another {what} in its batch than alone")
+        lengths = norm[0] * torch.stack([factors[names[0]][0] for names in engine.members.values()])
+        added = float(_length(lengths))
         if added > clip_norm * (1 + tolerance):
             raise _disagreement(engine, f"adds {added / clip_norm:.3g} times the clip norm")
         largest = max(largest, added)
-        slack += added * max(0.0, float(found[0][1][i]) / max(float(norm[0]), 1e-30) - 1)
+        slack += float(_length(lengths * (found[0][1][i] / norm[0].clamp_min(1e-30) - 1).clamp_min(0)))
         for name, g in gradient.items():
             total[name].sub_(g, alpha=float(factors[name][0]))
         del gradient
@@ -193,7 +199,11 @@ def _companies(batch: Batch) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor
 
 
 def _alike(
-    found: torch.Tensor, expected: torch.Tensor, tolerance: float, floor: float, above: float | None = None
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    tolerance: float,
+    floor: float | torch.Tensor,
+    above: float | None = None,
 ) -> bool:
     """Whether all of `found` are as expected, to the tolerance times their size or `floor`. above: another tolerance upwards."""
     found, expected = found.detach().double(), expected.detach().double()
@@ -205,10 +215,12 @@ def _length(tensor: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(tensor, dtype=torch.float64)  # makes no copy in float64
 
 
-def _floor(what: str, clip_norm: float, norms: torch.Tensor) -> float:
-    if what == "loss":
-        return LEAST_LOSS
-    return FLOOR * (clip_norm if math.isfinite(clip_norm) else float(norms.max()))
+def _floor(engine: Engine, bound: Bound, of: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """The size [n, groups] to which norms `of` [n, groups] are held at least. norms: of the batch, where nothing is clipped."""
+    limit = of.new_tensor(limits(bound, engine.groups))
+    if not math.isfinite(engine.ball(bound)):
+        limit = limit.clamp_max(float(norms.max()))
+    return FLOOR * torch.maximum(limit, torch.linalg.vector_norm(of, dim=1, keepdim=True))
 
 
 def _tolerance(half: bool) -> float:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from dpft.harness.engine.clipping import FLAT, Clipping, overall
+from dpft.harness.engine.clipping import FLAT, Clipping, ball, divided, overall
 from dpft.harness.errors import BadInput
 from dpft.harness.query.encoding import IDENTITY, Encoding
+from dpft.harness.query.queries import Bound
 
 Batch = dict[str, torch.Tensor]
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
@@ -23,6 +24,7 @@ class Engine:
 
     loss(model, batch) -> [batch], each value a function of its own example. clock: context managers by phase name
     (`forward`, `backward`, `clip`), for timing only.
+    groups: the names of the clipping groups, in the order of all norms [batch, groups].
     """
 
     name: ClassVar[str]
@@ -34,17 +36,47 @@ class Engine:
     ):
         self.model, self.loss, self.parameters, self.clock = model, loss, parameters, clock
         self.clipping = clipping or FLAT
+        self.members = self.clipping.grouped(parameters)  # of each group
+        self.groups = tuple(self.members)
         self.agreed = False  # whether examples of this engine have been compared with plain autograd
 
     def accumulate(
-        self, batch: Batch, total: Sums, clip_norm: float, encodings: dict[str, Encoding]
+        self, batch: Batch, total: Sums, bound: Bound, encodings: dict[str, Encoding]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the clipped gradient of every example of `batch` to `total`, in place.
 
-        Returns (losses, norms before clipping), both [batch]; the norms are to be compared with clip_norm: with K groups
-        the largest of an example's groups times sqrt(K).
+        bound: C, of which each of K groups gets C/sqrt(K), or a bound for each group. Returns losses [batch] and norms
+        [batch, groups] before clipping, float64, 0 for groups of which nothing is asked (encodings without rows).
+        Raises RuntimeError for a bound that is not above 0, and for a mapping that has not exactly the groups.
         """
         raise NotImplementedError
+
+    @contextmanager
+    def under(self, loss: Callable[[Loss], Loss] | None) -> Iterator[None]:
+        """A context in which the engine's loss is what `loss` makes of it; None: as it is."""
+        own = self.loss
+        self.loss = own if loss is None else loss(own)
+        try:
+            yield
+        finally:
+            self.loss = own
+
+    def ball(self, bound: Bound) -> float:
+        """C: no example's whole contribution is longer."""
+        return ball(bound, self.groups)
+
+    def overall(self, norms: torch.Tensor, bound: Bound) -> torch.Tensor:
+        """[batch], to be compared with `ball(bound)`: the largest over the groups of norm_g / C_g, times C."""
+        return overall(norms, bound, self.groups)
+
+    def clipped(self, norms: torch.Tensor, bound: Bound) -> torch.Tensor:
+        """[batch]: the length of each example's whole gradient as it was added, from norms [batch, groups] of `accumulate`."""
+        return (norms * self.factors(norms, bound)).square().sum(1).sqrt()
+
+    def factors(self, norms: torch.Tensor, bound: Bound) -> torch.Tensor:
+        """[batch, groups]: what each example's gradient is multiplied by, group by group."""
+        parts = divided(bound, self.groups).values()
+        return torch.stack([self.clipping.factors(norms[:, i], *part) for i, part in enumerate(parts)], 1)
 
     def plain(self) -> AbstractContextManager[None]:
         """A context in which the model runs as if this engine were not there."""
@@ -63,17 +95,15 @@ class Engine:
             )
         return losses
 
-    def clip(self, squares: dict[str, torch.Tensor], clip_norm: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """(factors [batch] of each parameter, norms [batch] as `accumulate` returns them) from squared norms [batch]."""
+    def clip(self, squares: dict[str, torch.Tensor], bound: Bound) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """(factors [batch] of each parameter, norms [batch, groups]) from the parameters' squared norms [batch]."""
         factors, norms = {}, []
-        groups = self.clipping.grouped(squares)
-        for names in groups.values():
-            norm, factor = self.clipping.of_group(
-                torch.stack([squares[name].double() for name in names]), clip_norm, len(groups)
-            )
+        for group, part in divided(bound, self.groups).items():
+            names = self.members[group]
+            norm, factor = self.clipping.of_group(torch.stack([squares[name].double() for name in names]), *part)
             norms.append(norm)
             factors |= dict.fromkeys(names, factor)
-        return factors, overall(norms)
+        return factors, torch.stack(norms, 1)
 
 
 class RunningSums(dict):
@@ -140,7 +170,7 @@ class PlainEngine(Engine):
     name = "plain"
     needs_per_example = False
 
-    def accumulate(self, batch, total, clip_norm, encodings):
+    def accumulate(self, batch, total, bound, encodings):
         with self.clock("forward"):
             losses = self.losses(batch)
         with self.clock("backward"):
@@ -152,18 +182,14 @@ class PlainEngine(Engine):
             if encoding.absolute:
                 raise BadInput("A run without privacy takes no per-example gradients, so it has no magnitudes of them.")
             total[name].add_(encoding.dense(gradient[None])[0])
-        return losses.detach(), torch.zeros(len(losses), device=losses.device)
+        return losses.detach(), torch.zeros(len(losses), len(self.groups), device=losses.device)
 
 
-class ZeroEngine(Engine):
-    """Contributes nothing: the noise-only control."""
+class ForwardEngine(Engine):
+    """Losses and no gradients: for methods that ask for none."""
 
-    name = "zero"
+    name = "forward"
     needs_per_example = False
-
-    def accumulate(self, batch, total, clip_norm, encodings):
-        zeros = torch.zeros(len(next(iter(batch.values()))))
-        return zeros, zeros
 
 
 def unused(name: str) -> BadInput:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from dpft.harness.query.queries import Bound
 
 GAMMA = 0.01  # the stabiliser of auto-s and psac, as published
 TINY = 1e-30
@@ -33,7 +37,7 @@ FUNCTIONS = {"abadi": abadi, "auto-s": auto_s, "psac": psac}
 @dataclass(frozen=True)
 class Clipping:
     """function: a name in FUNCTIONS. groups: `flat`, one bound for all parameters together; `layer`, one for each module that
-    owns parameters; `block`, one for each numbered block and one for the rest. With K groups each has the bound
+    owns parameters; `block`, one for each numbered block and one for the rest. Of one bound C each of K groups gets
     C/sqrt(K), so one example's whole contribution is at most C and the noise is that of flat clipping (2212.01539).
     """
 
@@ -62,13 +66,56 @@ class Clipping:
         return norms, self.factors(norms, clip_norm, groups)
 
     def factors(self, norms: torch.Tensor, clip_norm: float, groups: int = 1) -> torch.Tensor:
-        """What each example's gradient of one of `groups` groups is multiplied by; norms [batch], of that group."""
+        """What each example's gradient of one of `groups` groups is multiplied by; norms [batch], of that group.
+
+        With an infinite bound nothing is clipped.
+        """
+        if clip_norm == math.inf:
+            return torch.ones_like(norms)
         return FUNCTIONS[self.function](norms, clip_norm / groups**0.5)
 
 
 FLAT = Clipping()
 
 
-def overall(norms: list[torch.Tensor]) -> torch.Tensor:
-    """[batch]: the norms as they compare with the clip norm C: with K groups sqrt(K) times the largest of a group."""
-    return torch.stack(norms).amax(0) * len(norms) ** 0.5
+def divided(bound: Bound, groups: Sequence[str]) -> dict[str, tuple[float, int]]:
+    """Group -> (C, K): its bound is C/sqrt(K). One bound is shared by all groups alike, a mapping gives each its own, K = 1.
+
+    Raises RuntimeError for bounds that are not above 0, and for a mapping that has not exactly these groups.
+    """
+    if not isinstance(bound, Mapping):
+        found = dict.fromkeys(groups, (bound, len(groups)))
+    elif set(bound) == set(groups):
+        found = {group: (bound[group], 1) for group in groups}
+    else:
+        wrong = sorted(set(bound) ^ set(groups))[0]
+        state = "has no bound" if wrong in groups else "does not exist"
+        raise RuntimeError(
+            f"The clipping group {wrong!r} {state}; give one bound for each of {', '.join(map(repr, groups))}."
+        )
+    for group, (clip_norm, _) in found.items():
+        if not clip_norm > 0:
+            raise RuntimeError(f"The bound of the clipping group {group!r} is {clip_norm}; it must be above 0.")
+    return found
+
+
+def limits(bound: Bound, groups: Sequence[str]) -> list[float]:
+    """The bound C_g of each group, in the order of `groups`. Raises RuntimeError as `divided`."""
+    return [clip_norm / count**0.5 for clip_norm, count in divided(bound, groups).values()]
+
+
+def ball(bound: Bound, groups: Sequence[str]) -> float:
+    """C: the root of the sum of the groups' squared bounds, which no example's whole contribution exceeds."""
+    found = limits(bound, groups)
+    return math.sqrt(sum(limit**2 for limit in found)) if isinstance(bound, Mapping) else bound
+
+
+def overall(norms: torch.Tensor, bound: Bound, groups: Sequence[str]) -> torch.Tensor:
+    """[batch], to be compared with `ball`: the largest of norm_g / C_g, times C; of an infinite ball, as if all C_g were equal.
+
+    norms: [batch, groups].
+    """
+    whole = ball(bound, groups)
+    if not isinstance(bound, Mapping) or whole == math.inf:
+        return norms.amax(1) * norms.shape[1] ** 0.5
+    return (norms / norms.new_tensor(limits(bound, groups))).amax(1) * whole

@@ -13,7 +13,7 @@ from torch import nn
 
 from dpft.harness.engine.agreement import agree
 from dpft.harness.engine.base import Engine, unused
-from dpft.harness.engine.clipping import overall
+from dpft.harness.engine.clipping import divided
 from dpft.harness.engine.fakes import has_values
 from dpft.harness.engine.hidden import refuse_parameter_hooks
 from dpft.harness.engine.pieces import Grams, Measured, Piece, absolute, charged, measured
@@ -38,7 +38,6 @@ class FactoredEngine(Engine):
         super().__init__(model, loss, parameters, clock, clipping)
         self._recorder = Recorder(self._done, getattr(model, "views", 1))
         self._rules = {}
-        self._groups = self.clipping.grouped(parameters)
         refuse_parameter_hooks(parameters)
         names = {id(p): name for name, p in parameters.items()}
         layers = [
@@ -50,8 +49,8 @@ class FactoredEngine(Engine):
                 self._rules[module] = rule_for(path, module)
                 self._recorder.watch(path, module, owned, _flattens(path, layers))
 
-    def accumulate(self, batch, total, clip_norm, encodings):
-        self._pass = _Pass(total, clip_norm, encodings)
+    def accumulate(self, batch, total, bound, encodings):
+        self._pass = _Pass(total, divided(bound, self.groups), encodings)
         self._rest(batch)
         losses = self._passes(batch)
         with self.clock("clip"):
@@ -63,13 +62,13 @@ class FactoredEngine(Engine):
                         f"The trainable parameter {name} receives no gradient in a call of its own layer; freeze it, use it "
                         "in the model, or use --engine reference."
                     )
-            for group in list(self._groups):
+            for group in self.groups:
                 self._settle(group)
         done, self._pass = self._pass, None
         if not self.agreed and len(losses) > 1 and has_values(losses):
             with uncounted():
                 self.agreed = agree(self, batch, encodings, losses, done.squares, done.half)
-        return losses, overall(done.norms)
+        return losses, torch.stack([done.norms[group] for group in self.groups], 1)
 
     def close(self):
         self._recorder.close()
@@ -85,6 +84,9 @@ class FactoredEngine(Engine):
     def _passes(self, batch) -> torch.Tensor:
         """Forward and backward with the weights taken out of the graph; `_done` hears of every use on the way back."""
         parameters = self.parameters.values()
+        if self._recorder.idle.issuperset(self.parameters):  # of no parameter is anything asked for
+            with self.clock("forward"), torch.no_grad():
+                return self.losses(batch)
         self._recorder.start(len(next(iter(batch.values()))), next(iter(parameters)).device)
         for p in parameters:
             p.requires_grad_(False)
@@ -132,7 +134,7 @@ class FactoredEngine(Engine):
             pieces = absolute(name, pieces)
         now.found[name] = self._measured(name, pieces)
         group = self.clipping.group_of(name)
-        if group and all(member in now.found for member in self._groups[group]):
+        if group and all(member in now.found for member in self.members[group]):
             self._settle(group)
 
     def _measured(self, name: str, pieces: list[Piece]) -> Measured:
@@ -141,12 +143,12 @@ class FactoredEngine(Engine):
 
     def _settle(self, group: str) -> None:
         """Clip a group whose norms are all known and add it to the sum; its factors are free after that."""
-        now, names = self._pass, self._groups[group]
+        now, names = self._pass, self.members[group]
         if names[0] in now.squares:
             return
         shapes = [now.encodings.get(name, IDENTITY).shape(self.parameters[name].shape) for name in names]
         squares = charged([now.found[name] for name in names], shapes)
-        norms, factors = self.clipping.of_group(squares, now.clip_norm, len(self._groups))
+        now.norms[group], factors = self.clipping.of_group(squares, *now.bounds[group])
         typed = {}
         now.squares |= dict(zip(names, squares, strict=True))
         for name in reversed(names):  # the embeddings, the largest sums, when the pieces of the layers have been freed
@@ -155,20 +157,19 @@ class FactoredEngine(Engine):
                 if piece.dtype not in typed:
                     typed[piece.dtype] = factors.to(piece.dtype)
                 piece.add_weighted(now.total[name], typed[piece.dtype])
-        now.norms.append(norms)
 
 
 class _Pass:
     """What one call of `accumulate` has found so far."""
 
-    def __init__(self, total, clip_norm, encodings):
-        self.total, self.clip_norm, self.encodings = total, clip_norm, encodings
+    def __init__(self, total, bounds: dict[str, tuple[float, int]], encodings):
+        self.total, self.bounds, self.encodings = total, bounds, encodings
         self.grams, self.half = Grams(), False
         self.single: set[int] = set()
         self.deferred: dict[str, list[tuple[str, Use]]] = defaultdict(list)
         self.found: dict[str, Measured | None] = {}  # None: settled, its pieces are let go
         self.squares: dict[str, torch.Tensor] = {}
-        self.norms: list[torch.Tensor] = []
+        self.norms: dict[str, torch.Tensor] = {}
 
 
 def _flattens(path: str, layers: list) -> bool:

@@ -24,7 +24,7 @@ class OpacusEngine(Engine):
                 f"Opacus cannot hook this model ({error}); mend what it names or use --engine factored."
             ) from error
 
-    def accumulate(self, batch, total, clip_norm, encodings):
+    def accumulate(self, batch, total, bound, encodings):
         with self.clock("forward"):
             losses = self.losses(batch)
         with self.clock("backward"):
@@ -39,7 +39,7 @@ class OpacusEngine(Engine):
             for name, encoding in encodings.items():
                 samples[name] = encoding.finished(encoding.dense(samples[name]))
             squares = {name: g.flatten(1).square().sum(1, dtype=torch.float64) for name, g in samples.items()}
-            factors, norms = self.clip(squares, clip_norm)
+            factors, norms = self.clip(squares, bound)
             for name, g in samples.items():
                 total[name].add_(torch.einsum("b,b...->...", factors[name].to(g.dtype), g))
         return losses.detach(), norms

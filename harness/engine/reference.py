@@ -11,13 +11,13 @@ class ReferenceEngine(Engine):
     name = "reference"
     batched = False
 
-    def accumulate(self, batch, total, clip_norm, encodings):
+    def accumulate(self, batch, total, bound, encodings):
         losses, norms = [], []
         for i in range(len(next(iter(batch.values())))):
             loss, gradient = example_gradient(self, {k: v[i : i + 1] for k, v in batch.items()}, encodings)
             with self.clock("clip"):
                 squares = {name: g.double().square().sum()[None] for name, g in gradient.items()}
-                factors, norm = self.clip(squares, clip_norm)
+                factors, norm = self.clip(squares, bound)
                 for name, g in gradient.items():
                     total[name].add_(g * factors[name][0].to(g.dtype))
             losses.append(loss)

@@ -117,18 +117,37 @@ def _plain(module: nn.Conv1d | nn.Conv2d) -> bool:
 
 
 def _embedding(uses: list[Use], local: str, encoding: Encoding) -> Piece:
-    module, name = uses[0].module, uses[0].owned[local]
-    if module.max_norm is not None:
+    """A table. Of rows that are kept by a vector the tokens become places among them; others, and padding, count nothing."""
+    name = uses[0].owned[local]
+    if any(u.module.max_norm is not None for u in uses):
         raise CannotRun(
             f"Embedding {name} has max_norm, which rescales its rows as examples look them up; set max_norm=None."
         )
-    if encoding.left is not None or module.scale_grad_by_freq:
-        raise CannotRun(f"Embedding {name} has scale_grad_by_freq or a row encoding; use --engine reference.")
-    tokens = torch.cat([u.input.reshape(u.batch_size, -1) for u in uses], 1)
+    if any(u.module.scale_grad_by_freq for u in uses) or (encoding.left is not None and encoding.left.dim() != 1):
+        raise CannotRun(f"Embedding {name} has scale_grad_by_freq or a dense row encoding; use --engine reference.")
     gradients = encoding.columns(_joined([_rows(u.gradient) for u in uses]))
-    if module.padding_idx is not None:  # autograd gives the padding row no gradient
-        gradients = gradients * (tokens != module.padding_idx)[:, :, None]
-    return EmbeddingPiece(tokens, gradients)
+    tokens = torch.cat([u.input.reshape(u.batch_size, -1) for u in uses], 1)
+    counts = None
+    if any(u.module.padding_idx is not None for u in uses):  # autograd gives the padding row no gradient
+        paddings = [-1 if u.module.padding_idx is None else u.module.padding_idx for u in uses]
+        counts = torch.cat([u.input.reshape(u.batch_size, -1) != p for u, p in zip(uses, paddings, strict=True)], 1)
+    if encoding.left is not None:
+        tokens, kept = _among(encoding.left, tokens, uses[0])
+        counts = (kept if counts is None else kept & counts).to(gradients.dtype) * encoding.scale
+    return EmbeddingPiece(tokens, gradients if counts is None else gradients * counts[:, :, None])
+
+
+def _among(rows: torch.Tensor, tokens: torch.Tensor, use: Use) -> tuple[torch.Tensor, torch.Tensor]:
+    """(places of the tokens among the rows of a table that are kept, 0 for those that are not; which ones are). Both [b, T]."""
+    vocabulary = use.module.num_embeddings
+    if has_values(rows) and not bool((rows.diff() > 0).all() & (rows[0] >= 0) & (rows[-1] < vocabulary)):
+        raise RuntimeError(
+            f"The rows kept of the table of {use.path} must be distinct, ascending and among its {vocabulary}; sort them."
+        )
+    tokens = tokens.to(rows.dtype)
+    places = torch.searchsorted(rows, tokens).clamp_max(len(rows) - 1)
+    kept = rows[places] == tokens
+    return places * kept, kept
 
 
 def _layer_norm(uses: list[Use], local: str, encoding: Encoding) -> Piece:

@@ -95,6 +95,7 @@ def state(model: str, head: str | None = None) -> str:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from dpft.harness.memory import skeletons
+    from dpft.harness.query.preview import first_questions
     from dpft.harness.runs import registry
 
     lines = []
@@ -103,11 +104,12 @@ def state(model: str, head: str | None = None) -> str:
             net = skeletons.build(model, head)
         method = registry.make("dp-grape", "mean", {"rank": rank})
         method.prepare(net, torch.Generator())
+        encodings = first_questions(method, 0)["gradient"].encodings
         full = kept = least = 0
         for name, p in net.named_parameters():
             if name in method.sides:
                 full += p.numel()
-                kept += torch.Size(method.encoding(name, p, 0).shape(p.shape)).numel()
+                kept += torch.Size(encodings[name].shape(p.shape)).numel()
                 least += p.numel() * rank // min(p.shape[0], p.shape[1:].numel())
         if not method.sides:  # no matrix has more than `rank`
             continue

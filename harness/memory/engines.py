@@ -33,9 +33,9 @@ class TwoPasses(FactoredEngine):
 
     name = "ghost"
 
-    def accumulate(self, batch, total, clip_norm, encodings):
-        losses, norms = super().accumulate(batch, total, clip_norm, {})
-        factors = self.clipping.factors(norms, clip_norm).to(losses.dtype)
+    def accumulate(self, batch, total, bound, encodings):
+        losses, norms = super().accumulate(batch, total, bound, {})
+        factors = self.factors(norms, bound)[:, 0].to(losses.dtype)
         with self.clock("forward"):
             weighted = (self.losses(batch) * factors).sum()
         with self.clock("backward"):

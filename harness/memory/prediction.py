@@ -23,8 +23,12 @@ from dpft.harness.memory import skeletons
 from dpft.harness.memory.engines import Materialised, TwoPasses
 from dpft.harness.probes import LiveBytes
 from dpft.harness.query.encoding import IDENTITY
+from dpft.harness.query.preview import first_questions
+from dpft.harness.query.queries import Gradients
 from dpft.harness.runs import registry
 from dpft.harness.runs.spec import resolve
+from dpft.harness.train.core import encodings_of
+from dpft.methods.base import kind_starts
 
 ENGINES = {"materialised": Materialised, "ghost": TwoPasses}
 ZEROTH = "zeroth-order"
@@ -132,11 +136,10 @@ def _step(question: Question, model: nn.Module, mode: FakeTensorMode | None):
     if question.method not in registry.methods():
         raise unknown("method", question.method, {*registry.methods(), *ROWS})
     spec = resolve({"task": "sentences", "method": question.method, "batch_size": question.batch, **question.options})
-    method = registry.make(spec.method, spec.decoder, spec.options)
-    method.schedule(spec.steps)
-    if len(method.phases()) > 1:
+    method = registry.instance(spec)
+    if max(kind_starts(method)) > 1:
         raise CannotRun(
-            f"{question.method} trains in phases, each with a memory of its own; see peak_bytes in the record of a run."
+            f"{question.method} has kinds of steps, each with a memory of its own; see peak_bytes in the record of a run."
         )
     reason = method.skip(model)
     if reason is not None:
@@ -147,8 +150,8 @@ def _step(question: Question, model: nn.Module, mode: FakeTensorMode | None):
         _fake(model, mode)  # what the method has added
     parameters = trainable(model)
     method.decoder.setup(model, parameters, head, spec)
-    encodings = {name: method.encoding(name, p, 0) or IDENTITY for name, p in parameters.items()}
-    shapes = _shapes(parameters, encodings, question.batch)
+    asked = [query for query in first_questions(method, 0).values() if isinstance(query, Gradients)]
+    shapes = _shapes(parameters, encodings_of(asked[0], parameters), question.batch) if asked else {}
     optimizer = method.optimizer(parameters, head, spec)
     step = dpft_step(job, model, method, optimizer, loss=loss)
     step.kept = method.state_dict

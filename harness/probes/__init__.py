@@ -12,8 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpft.harness.probes import spectra
-from dpft.harness.train.mechanism import NoisySum
+from dpft.harness.query.noisy_sum import NoisySum
 
+SELECTION = "selection"  # the kind of step whose release chooses rows
 PHASES = ("forward", "backward", "clip", "noise", "decode", "optimizer")
 
 
@@ -30,7 +31,8 @@ class Clock:
         self._spans: list[tuple[str, Any, Any]] = []
 
     @contextmanager
-    def __call__(self, phase: str):
+    def __call__(self, phase: str | None):
+        """None: in no phase."""
         outer = self.phase
         self._enter(phase)
         try:

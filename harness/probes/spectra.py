@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpft.harness.train.mechanism import NoisySum
+from dpft.harness.query.noisy_sum import NoisySum
 from dpft.methods.decoders import spectral
 from dpft.methods.decoders.matrices import matrices_of
 

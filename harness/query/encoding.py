@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,14 @@ class Encoding:
             shape = (shape[0], shape[1:].numel())
         sides = (self.left, self.right)[: len(shape)]
         return tuple(n if side is None else side.shape[-1] for n, side in zip(shape, sides, strict=True))
+
+    def reach(self, shape: torch.Size) -> int:
+        """How many entries of a parameter of `shape` an update in this encoding can move."""
+        if self.left is None and self.right is None:
+            return math.prod(shape)
+        if len(shape) > 2:
+            shape = (shape[0], math.prod(shape[1:]))
+        return math.prod(_reached(side, n) for n, side in zip(shape, (self.left, self.right), strict=False))
 
     def rows(self, factor: torch.Tensor) -> torch.Tensor:
         """`left` applied to a factor whose last dimension is m."""
@@ -75,6 +84,13 @@ class Encoding:
             return side @ encoded if dim == 0 else encoded @ side.mT
         shape = (*encoded.shape[:dim], size, *encoded.shape[dim + 1 :])
         return encoded.new_zeros(shape).index_copy_(dim, side, encoded if self.scale == 1 else encoded * self.scale)
+
+
+def _reached(side: torch.Tensor | None, size: int) -> int:
+    """Of a side of `size`: those that a vector keeps, all that a dense map spreads over, none where nothing is asked for."""
+    if side is None or (side.dim() == 2 and side.shape[1]):
+        return size
+    return side.shape[-1]
 
 
 IDENTITY = Encoding()

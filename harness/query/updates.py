@@ -47,7 +47,8 @@ def apply(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter],
     """One step of `optimizer` on `parameters`. Its state must be kept by parameter, as that of torch's optimizers is."""
     for names in _bundles(parameters) if isinstance(updates, LazyUpdates) else [list(parameters)]:
         for name in names:
-            parameters[name].grad = updates[name].to(parameters[name].dtype)
+            if name in updates:  # others stay where they are
+                parameters[name].grad = updates[name].to(parameters[name].dtype)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -66,6 +66,7 @@ def trace(method: str) -> dict[str, Any]:
 def _trace(method: str, model: str) -> dict[str, Any]:
     from dpft.harness.runs.plan import plan
     from dpft.harness.train import loop, run
+    from dpft.harness.train.parts import Run
     from dpft.harness.train.settings import Settings, exact_fp32
 
     exact_fp32()
@@ -76,7 +77,7 @@ def _trace(method: str, model: str) -> dict[str, Any]:
     with one_thread():
         try:
             setup = run.build(spec, Settings(), plan(spec, None), None)
-            loop.train(setup, loop.State(), lambda step, row: _look(columns, row, setup.parameters))
+            loop.train(setup, Run(), lambda step, row: _look(columns, row, setup.parameters))
         except Exception as error:
             status, reason = run.classify(error)
         finally:

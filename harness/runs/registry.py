@@ -134,6 +134,13 @@ def make(method_name: str, decoder_name: str, changed: dict[str, Any], clipping_
     return made
 
 
+def instance(spec: Any) -> Any:
+    """The method of a RunSpec, with its decoder and clipping rule, which knows its run."""
+    made = make(spec.method, spec.decoder, spec.options, spec.clipping)
+    made.spec, made.steps = spec, spec.steps
+    return made
+
+
 def _collect(package: str, base: type, group: str | None = None) -> dict[str, type]:
     root = importlib.import_module(package)
     modules = [importlib.import_module(f"{package}.{m.name}") for m in pkgutil.iter_modules(root.__path__)]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import torch
 
+from dpft.harness.train.batches import batch_of
+from dpft.harness.train.parts import Run, Setup
 from dpft.harness.train.sampling import buckets, spread
-
-if TYPE_CHECKING:
-    from dpft.harness.train.loop import Setup, State
 
 
 @torch.no_grad()
-def evaluate(setup: Setup, state: State, examples: int | None) -> dict[str, float]:
+def evaluate(setup: Setup, run: Run, examples: int | None) -> dict[str, float]:
     """The task's metrics on the validation split, or on `examples` of it, evenly spaced: splits may be sorted."""
     start = time.perf_counter()
     model, prepared = setup.prepared.model, setup.prepared
@@ -30,23 +28,16 @@ def evaluate(setup: Setup, state: State, examples: int | None) -> dict[str, floa
     found.sort(key=lambda item: item[0])
     model.train()
     values = metric.compute(predictions=[p for _, p, _ in found], references=[r for _, _, r in found])
-    state.eval_seconds += time.perf_counter() - start
+    run.cost.eval_seconds += time.perf_counter() - start
     return {key: float(value) for key, value in values.items()}
 
 
-def finish(setup: Setup, state: State) -> None:
+def finish(setup: Setup, run: Run) -> None:
     """The metrics of the trained model, those that are too dear for the curve among them, and its samples."""
-    state.metrics = evaluate(setup, state, None)
-    state.final = state.metrics[setup.task.metric]
+    run.outcome.metrics = evaluate(setup, run, None)
+    run.outcome.final = run.outcome.metrics[setup.task.metric]
     start = time.perf_counter()
-    dear, state.definitions = setup.task.last_metrics(setup.prepared, setup.device)
-    state.metrics |= dear
-    state.samples["after"] = setup.task.samples(setup.prepared, setup.device)
-    state.eval_seconds += time.perf_counter() - start
-
-
-def batch_of(setup: Setup, examples, indices: list[int], step: int | None = None) -> dict[str, torch.Tensor]:
-    """Those examples, padded to the longest of them, on the run's device; step: with their views of that training step."""
-    chosen, views = [examples[i] for i in indices], setup.prepared.train_collate
-    batch = setup.prepared.collate(chosen) if step is None or views is None else views(chosen, step)
-    return {key: value.to(setup.device, non_blocking=True) for key, value in batch.items()}
+    dear, run.outcome.definitions = setup.task.last_metrics(setup.prepared, setup.device)
+    run.outcome.metrics |= dear
+    run.outcome.samples["after"] = setup.task.samples(setup.prepared, setup.device)
+    run.cost.eval_seconds += time.perf_counter() - start

@@ -1,47 +1,92 @@
-"""What a run asks of its engine and its model before a phase and around a step: it may end a run, and changes nothing else."""
+"""What a run asks of its engine, its model and its questions when a kind of step begins, around every pass and now and then.
+
+It may end a run, and changes nothing else.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
 from dpft.harness import probes
 from dpft.harness.engine import agreement
-from dpft.harness.engine.base import Batch
-from dpft.harness.query.encoding import Encoding
+from dpft.harness.engine.base import Batch, RunningSums
+from dpft.harness.errors import CannotRun
+from dpft.harness.query.queries import Gradients, Query, Seen, Values
 from dpft.harness.train import buffers
-from dpft.harness.train.evaluation import batch_of
-from dpft.harness.train.sampling import buckets, spread
+from dpft.harness.train.batches import batch_of, grouped
+from dpft.harness.train.core import Found, encodings_of
+from dpft.harness.train.parts import Run, Setup
+from dpft.harness.train.sampling import spread
 
-if TYPE_CHECKING:
-    from dpft.harness.train.loop import Setup, State
 
-
-def rehearse(setup: Setup, state: State, indices: list[int], encodings: dict[str, Encoding]) -> None:
-    """Check the engine on examples of this step's batch (of the whole data where it has too few) before a phase begins."""
-    if not setup.engine.needs_per_example:
-        return
+def rehearse(setup: Setup, run: Run, indices: Sequence[int], queries: dict[str, Query]) -> None:
+    """Check the engine on examples of this step's batch (of the whole data where it has too few) before a kind of step begins."""
     if len(indices) < agreement.ROWS:
         indices = sorted({*indices, *spread(len(setup.prepared.train), agreement.ROWS)})
     few = [indices[i] for i in spread(len(indices), agreement.ROWS)]
-    batch, alone = _together_and_alone(setup, few, state.step)
-    before = buffers.fingerprint(setup.prepared.model)
-    with setup.method.rehearsal():
-        agreement.check(setup.engine, batch, encodings, clip_norm(setup), alone, _half(setup))
-    # weights were filled and emptied again
-    _refuse([name for name in buffers.changed(before, setup.prepared.model) if not name.startswith("parameter")])
-    if setup.device.type == "cuda":  # a later phase must not be measured by its check
+    batch, alone = _together_and_alone(setup, few, run.progress.step)
+    if setup.device.type == "cuda":
+        note_peak(setup, run)
+    with setup.clock.stopped(), probes.uncounted():
+        before = buffers.fingerprint(setup.prepared.model)
+        for query in queries.values():
+            if isinstance(query, Gradients) and setup.engine.needs_per_example:
+                bound = setup.core.bound(query)
+                with setup.engine.under(query.loss):
+                    agreement.check(setup.engine, batch, _encodings(setup, query), bound, alone, _half(setup))
+        # weights were filled and emptied again
+        _refuse([name for name in buffers.changed(before, setup.prepared.model) if not name.startswith("parameter")])
+        one_by_one(setup, queries, batch)
+    if setup.device.type == "cuda":  # a later kind of step must not be measured by its check
         torch.cuda.reset_peak_memory_stats(setup.device)
-    setup.clock.take()
+
+
+def one_by_one(setup: Setup, queries: dict[str, Query], batch: Batch) -> None:
+    """Raises CannotRun where the numbers of an example in `batch` are not those that it has by itself."""
+    gradient = next((query for query in queries.values() if isinstance(query, Gradients)), None)
+    asked = {name: query for name, query in queries.items() if isinstance(query, Values)}
+    if gradient is not None and gradient.beside is not None:
+        asked["beside"] = gradient.beside
+    if not asked:
+        return
+    lengths = clipped = None
+    losses = _losses(setup, batch)
+    if gradient is not None and setup.engine.needs_per_example:
+        bound, encodings = setup.core.bound(gradient), _encodings(setup, gradient)
+        with setup.engine.under(gradient.loss):
+            _, lengths = setup.engine.accumulate(batch, RunningSums(setup.parameters, encodings), bound, encodings)
+        clipped = setup.engine.clipped(lengths, bound)
+    for name, query in asked.items():
+        points = len(getattr(query, "at", ()))
+        seen = losses[:, None].expand(-1, points) if points else losses
+        whole = query.of(_seen(setup, batch, seen, lengths, clipped, slice(None)))
+        for i in range(len(losses)):
+            one = query.of(_seen(setup, batch, seen, lengths, clipped, slice(i, i + 1)))
+            a, b = (t.to_dense() if t.is_sparse else t for t in (one, whole))
+            if not torch.allclose(a[0].double(), b[i].double(), rtol=1e-4, atol=1e-6, equal_nan=True):
+                raise CannotRun(
+                    f"The question {name!r} gives an example other numbers in its batch than alone, so they are not one "
+                    "example's; let `of` treat each row by itself."
+                )
+
+
+def _losses(setup: Setup, batch: Batch) -> torch.Tensor:
+    with torch.no_grad(), setup.engine.plain():
+        return setup.engine.losses(batch).detach()
+
+
+def _seen(setup: Setup, batch: Batch, losses, lengths, clipped, rows: slice) -> Seen:
+    part = {key: value[rows] for key, value in batch.items()}
+    lengths, clipped = (None if t is None else t[rows] for t in (lengths, clipped))
+    return Seen(setup.prepared.model, part, lambda: losses[rows], lengths, clipped)
 
 
 def _together_and_alone(setup: Setup, indices: list[int], step: int) -> tuple[Batch, list[Batch]]:
     """As many of the examples as fit into a microbatch: as one batch, and each as a batch without the padding of others."""
-    first = next(buckets(indices, setup.prepared.train_lengths, setup.max_tokens))
+    first = next(grouped(setup, indices))
     return batch_of(setup, setup.prepared.train, first, step), [
         batch_of(setup, setup.prepared.train, [index], step) for index in first
     ]
@@ -50,10 +95,10 @@ def _together_and_alone(setup: Setup, indices: list[int], step: int) -> tuple[Ba
 @contextmanager
 def unchanged(setup: Setup, step: int) -> Iterator[None]:
     """Raises CannotRun where model or method hold something else after the gradients of a private step than before them."""
-    if setup.epsilon_curve is None:
+    if not setup.private:
         yield
         return
-    weights = agreement.due(step, setup.method.phases())
+    weights = agreement.due(step, setup.starts)
     with setup.clock.stopped(), probes.uncounted():
         before = buffers.fingerprint(setup.prepared.model, setup.method, weights)
     yield
@@ -61,35 +106,36 @@ def unchanged(setup: Setup, step: int) -> Iterator[None]:
         _refuse(buffers.changed(before, setup.prepared.model, setup.method))
 
 
-def compare(setup: Setup, state: State, indices: list[int], encodings, losses, norms) -> None:
-    """Check now and then what a step has found of a few of its examples; losses, norms: in the order of `_accumulate`."""
+def compare(setup: Setup, run: Run, indices: Sequence[int], query: Gradients, found: Found) -> None:
+    """Check now and then what a step has found of a few of its examples; found: in the order of the microbatches."""
     if not (indices and setup.engine.needs_per_example and setup.engine.batched):
         return
-    if not agreement.due(state.step, setup.method.phases()):
+    step = run.progress.step
+    if not agreement.due(step, setup.starts):
         return
-    micros = buckets(indices, setup.prepared.train_lengths, setup.max_tokens)
-    place = {index: i for i, index in enumerate(index for micro in micros for index in micro)}
-    few = [indices[(i + state.step) % len(indices)] for i in spread(len(indices), agreement.LATER)]
-    few = list(next(buckets(few, setup.prepared.train_lengths, setup.max_tokens)))
-    batch, alone = _together_and_alone(setup, few, state.step)
+    place = {index: i for i, index in enumerate(index for micro in grouped(setup, indices) for index in micro)}
+    few = [indices[(i + step) % len(indices)] for i in spread(len(indices), agreement.LATER)]
+    few = list(next(grouped(setup, few)))
+    batch, alone = _together_and_alone(setup, few, step)
     at = [place[index] for index in few]
+    losses, norms = torch.cat(found.losses)[at], torch.cat(found.norms)[at]
     if setup.device.type == "cuda":
-        note_peak(setup, state)
-    with setup.clock.stopped(), probes.uncounted():
-        agreement.compare(setup.engine, batch, encodings, clip_norm(setup), alone, _half(setup), losses[at], norms[at])
+        note_peak(setup, run)
+    with setup.clock.stopped(), probes.uncounted(), setup.engine.under(query.loss):
+        encodings, bound = _encodings(setup, query), setup.core.bound(query)
+        agreement.compare(setup.engine, batch, encodings, bound, alone, _half(setup), losses, norms)
     if setup.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(setup.device)
 
 
-def note_peak(setup: Setup, state: State) -> None:
+def _encodings(setup: Setup, query: Gradients):
+    return encodings_of(query, setup.parameters)
+
+
+def note_peak(setup: Setup, run: Run) -> None:
     """The allocator's peak on a CUDA device so far."""
     seen = torch.cuda.max_memory_allocated(setup.device)
-    state.peak_bytes = {"allocated": max(seen, state.peak_bytes.get("allocated", 0))}
-
-
-def clip_norm(setup: Setup) -> float:
-    """C, infinite where nothing is clipped."""
-    return setup.spec.clip_norm if setup.spec.clip_norm is not None else math.inf
+    run.cost.peak_bytes = {"allocated": max(seen, run.cost.peak_bytes.get("allocated", 0))}
 
 
 def _half(setup: Setup) -> bool:

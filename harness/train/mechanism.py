@@ -1,42 +1,23 @@
-"""The privacy boundary as a type: a clipped sum goes in, a NoisySum comes out, and only the loop may ask for it."""
+"""The privacy boundary: a clipped sum goes in, a NoisySum comes out, and only `answer.py` may ask for it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 
 from dpft.harness.engine.fakes import has_values
+from dpft.harness.privacy import Release
 from dpft.harness.privacy.calibration import Noise
 from dpft.harness.privacy.noise_kinds import law_of
 from dpft.harness.privacy.scale_law import Term
+from dpft.harness.privacy.shares import noise_multiplier
+from dpft.harness.query.noisy_sum import NoisySum
 from dpft.harness.train.noise import Source, gamma
 from dpft.harness.train.old_noise import LegacyStream
 
-
-@dataclass(frozen=True)
-class NoisySum:
-    """A release: `(sum_i clip(g_i) + noise_multiplier * clip_norm * z) / expected_batch_size`, safe to post-process at will.
-
-    tensors: name -> tensor in the (encoded) shape of the gradient; expected_batch_size: the public B. Dividing by the
-    realised batch size would not be post-processing.
-    Made by `Mechanism.release` alone, which only the loop and the bench call (a test reads the calls).
-    """
-
-    tensors: dict[str, torch.Tensor]
-    noise_multiplier: float
-    clip_norm: float
-    expected_batch_size: int
-
-    def mean(self) -> dict[str, torch.Tensor]:
-        """`tensors`, in a dictionary of the caller's own."""
-        return dict(self.tensors)
-
-    @property
-    def mean_noise_std(self) -> float:
-        """Standard deviation of one coordinate of `mean()`: sigma * C / B."""
-        return self.noise_multiplier * self.clip_norm / self.expected_batch_size
+BESIDE = "(beside)"  # of a sum: the numbers that share the gradient's ball; no parameter is called so
 
 
 class Mechanism:
@@ -53,27 +34,47 @@ class Mechanism:
         self.expected_batch_size = expected_batch_size
         self._source = source
 
-    def release(self, clipped_sum: dict[str, torch.Tensor]) -> NoisySum:
-        """The noisy sum over the expected batch size. Works in place: `clipped_sum` holds no clean values afterwards."""
-        size = self.expected_batch_size
+    def release(
+        self, clipped_sum: dict[str, torch.Tensor], clip_norm: float | None = None, share: float = 1.0
+    ) -> NoisySum:
+        """The noisy sum over the expected batch size. Works in place: `clipped_sum` holds no clean values afterwards.
+
+        clip_norm: the bound of this sum; None: the run's. share: of the step's budget; one with a smaller share has more noise.
+        """
+        size, bound = self.expected_batch_size, self.clip_norm if clip_norm is None else clip_norm
+        multiplier = self._multiplier(share)
         if not all(map(has_values, clipped_sum.values())):
             self._source.room(list(clipped_sum.values()))  # fakes have nothing that noise could be added to
         elif self.noise is not None:
             self._check(clipped_sum)
             kind = "laplace" if self._shape == "coordinates" else "gaussian"
-            self._source.add(list(clipped_sum.values()), self._scale() * self.clip_norm, size, kind)
+            self._source.add(list(clipped_sum.values()), self._scale(multiplier) * bound, size, kind)
         else:
             torch._foreach_div_(list(clipped_sum.values()), size)
-        return NoisySum(dict(clipped_sum), self.noise_multiplier, self.clip_norm, self.expected_batch_size)
+        tensors = dict(clipped_sum)
+        beside = tensors.pop(BESIDE, None)
+        return NoisySum(tensors, multiplier, bound, size, beside)
+
+    def entries(self, shares: Mapping[str, float]) -> list[Release]:
+        """What the ledger is told of the releases of one step, by name, with their shares of the budget."""
+        return [
+            self.noise.entry(name) if share == 1 else Release(name=name, noise_multiplier=self._multiplier(share))
+            for name, share in shares.items()
+        ]
+
+    def _multiplier(self, share: float) -> float:
+        if share != 1 and self._shape != "gaussian":
+            raise RuntimeError("Only Gaussian noise can be shared between the releases of a step.")
+        return noise_multiplier(self.noise_multiplier, share)
 
     @property
     def _shape(self) -> str:
-        return self.noise.parameters.get("shape", "gaussian")
+        return "gaussian" if self.noise is None else self.noise.parameters.get("shape", "gaussian")
 
-    def _scale(self) -> float:
-        """What this step's standard draws are multiplied by, in units of the clip norm."""
+    def _scale(self, multiplier: float) -> float:
+        """What the standard draws of a release are multiplied by, in units of its bound."""
         if self._shape == "gaussian":
-            return self.noise_multiplier
+            return multiplier
         if self._shape == "coordinates":
             return self.noise_multiplier / math.sqrt(2)  # the variance of Laplace(b) is 2 b^2
         noise = self.noise

@@ -15,18 +15,22 @@ from typing import Any
 import torch
 
 from dpft.harness.engine import engine_class
-from dpft.harness.engine.base import PlainEngine, ZeroEngine, zero_sums
+from dpft.harness.engine.base import ForwardEngine, PlainEngine, zero_sums
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.errors import BadInput, CannotRun, Diverged
 from dpft.harness.probes import Clock, spectra
+from dpft.harness.query.preview import first_questions
+from dpft.harness.query.queries import Gradients, Values
 from dpft.harness.records import chain, provenance
 from dpft.harness.records.store import SCHEMA
 from dpft.harness.runs import registry
 from dpft.harness.runs.plan import PrivacyPlan, plan
 from dpft.harness.runs.spec import RunSpec
 from dpft.harness.train import loop, sections
+from dpft.harness.train.core import encodings_of
 from dpft.harness.train.mechanism import Mechanism
 from dpft.harness.train.noise import secret_source, source, stream
+from dpft.harness.train.parts import OutOfTime, Run, Setup
 from dpft.harness.train.sampling import PoissonSampler
 from dpft.harness.train.settings import MAX_TOKENS, Settings, exact_fp32, keep_freed_memory
 from dpft.tasks import model_files
@@ -40,11 +44,11 @@ def execute(
     checkpoint_path: Path | None = None,
     note: Callable[..., None] = lambda text, trouble=True: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Make one run; returns (record, curve). Only KeyboardInterrupt and the like leave as exceptions. note: as in loop.Setup."""
+    """Make one run; returns (record, curve). Only KeyboardInterrupt and the like leave as exceptions. note: as in parts.Setup."""
     keep_freed_memory()
     exact_fp32()
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    state, status, error = loop.State(), "done", None
+    made, status, error = Run(), "done", None
     setup = privacy_plan = files = None
     begin = time.perf_counter()
     try:
@@ -54,7 +58,7 @@ def execute(
             setup = build(spec, settings, privacy_plan, checkpoint_path)
             stack.callback(setup.engine.close)
             stack.callback(setup.mechanism.close)
-            loop.train(dataclasses.replace(setup, note=functools.cache(note)), state, observe)
+            loop.train(dataclasses.replace(setup, note=functools.cache(note)), made, observe)
     except Exception as reason:
         status, error = classify(reason)
     seconds = time.perf_counter() - begin
@@ -63,24 +67,24 @@ def execute(
         "run_id": spec.run_id,
         "status": status,
         "spec": spec.to_dict(),
-        "privacy": sections.privacy(spec, privacy_plan, state, settings),
-        "result": sections.result(spec, state) if status == "done" else None,
-        "cost": sections.cost(spec, setup, state, seconds),
-        "diagnostics": sections.diagnostics(state),
+        "privacy": sections.privacy(spec, privacy_plan, made.progress, settings),
+        "result": sections.result(spec, made) if status == "done" else None,
+        "cost": sections.cost(spec, setup, made.cost, seconds),
+        "diagnostics": sections.diagnostics(made),
         "provenance": {**provenance.collect(settings), "started": started, **sections.fingerprints(setup, files)},
         "chain": None,
         "error": error,
     }
     if status == "done":
-        record["chain"] = {"version": chain.VERSION, "value": chain.closed(state.chain, record["result"])}
-    return record, state.curve
+        record["chain"] = {"version": chain.VERSION, "value": chain.closed(made.progress.chain, record["result"])}
+    return record, made.progress.curve
 
 
 class Skipped(Exception):
     """The method says it cannot run on this model; the message is its reason."""
 
 
-STATUS_OF = {Skipped: "skipped", Diverged: "diverged", loop.OutOfTime: "timeout", BadInput: "error"}
+STATUS_OF = {Skipped: "skipped", Diverged: "diverged", OutOfTime: "timeout", BadInput: "error"}
 
 
 def classify(error: Exception) -> tuple[str, str]:
@@ -111,20 +115,24 @@ def release_dimension(spec: RunSpec, settings: Settings) -> int:
 def _dimension(canonical: str, settings: Settings) -> int:
     spec = RunSpec(**json.loads(canonical))
     method, _, parameters, _ = _model(spec, settings, torch.device("cpu"))
-    found = {name: method.encoding(name, p, 0) for name, p in parameters.items()}
-    sums = zero_sums(parameters, {name: encoding for name, encoding in found.items() if encoding is not None})
-    return sum(tensor.numel() for tensor in sums.values())
+    found = 0
+    for query in first_questions(method, 0).values():
+        if isinstance(query, Values):
+            found += query.size
+        else:
+            encodings = encodings_of(query, parameters) if isinstance(query, Gradients) else {}
+            found += sum(tensor.numel() for tensor in zero_sums(parameters, encodings).values())
+    return found
 
 
 def _model(spec: RunSpec, settings: Settings, device: torch.device):
     """(method, task's data with the model to train, trainable parameters by name, names of the head's)."""
-    task, method = registry.task(spec.task)(spec.task_options), registry.make(spec.method, spec.decoder, spec.options)
+    task, method = registry.task(spec.task)(spec.task_options), registry.instance(spec)
     prepared = task.prepare(
         task.load(settings.data_dir),
         ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm),
         stream("cpu", "head", spec.task, spec.seed),
     )
-    method.schedule(spec.steps)
     reason = method.skip(prepared.model)
     if reason is not None:
         raise Skipped(reason)
@@ -137,7 +145,7 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device):
     return method, prepared, parameters, head
 
 
-def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoint_path: Path | None) -> loop.Setup:
+def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoint_path: Path | None) -> Setup:
     """Model, data, engine, sampler and mechanism of a run. Raises CannotRun or Skipped with one sentence."""
     device, secure = torch.device(settings.device), settings.secure_noise
     method, prepared, parameters, head = _model(spec, settings, device)
@@ -150,10 +158,11 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
     method.decoder.setup(model, parameters, head, spec)
     clock, key = Clock(device), ("noise", spec.task, spec.method, spec.seed)
     engine = _engine(spec, settings, method)(
-        model, method.objective(_loss(spec, task, device)), parameters, clock, Clipping(spec.clipping, spec.clip_groups)
+        model, _loss(spec, task, device), parameters, clock, Clipping(method.rule.function, spec.clip_groups)
     )
-    return loop.Setup(
+    return Setup(
         spec=spec,
+        plan=privacy_plan,
         task=task,
         method=method,
         prepared=prepared,
@@ -170,7 +179,6 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
             spec.batch_size,
             secret_source() if secure else source(device, *key, version=spec.noise_stream),
         ),
-        epsilon_curve=privacy_plan.epsilon_curve,
         device=device,
         max_tokens=settings.max_tokens or MAX_TOKENS[device.type],
         matrices=spectra.pick(model, parameters),
@@ -182,8 +190,8 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
 
 
 def _engine(spec: RunSpec, settings: Settings, method):
-    if method.query == "none":
-        return ZeroEngine
+    if Gradients not in method.asks:
+        return ForwardEngine
     return engine_class(settings.engine) if spec.epsilon is not None else PlainEngine
 
 

@@ -11,18 +11,18 @@ from dpft.harness.runs import registry
 from dpft.harness.runs.plan import PrivacyPlan
 from dpft.harness.runs.spec import RunSpec
 from dpft.harness.statistics.thresholds import RULE, crossing
-from dpft.harness.train import loop
+from dpft.harness.train.parts import MEMORY_STEPS, Cost, Progress, Run, Setup
 from dpft.harness.train.settings import Settings
 
 
 def privacy(
-    spec: RunSpec, privacy_plan: PrivacyPlan | None, state: loop.State, settings: Settings
+    spec: RunSpec, privacy_plan: PrivacyPlan | None, progress: Progress, settings: Settings
 ) -> dict[str, Any] | None:
     """Target, ledger and certificate; None for a run without privacy, or one that never had a plan."""
     if privacy_plan is None or spec.epsilon is None:
         return None
-    certificate = certify(state.ledger.events, privacy_plan.delta, spec.epsilon, spec.noise_stream)
-    reached = _crossing(spec, state)
+    certificate = certify(progress.ledger.events, privacy_plan.delta, spec.epsilon, spec.noise_stream)
+    reached = _crossing(spec, progress)
     return {
         "target": spec.epsilon,
         "delta": privacy_plan.delta,
@@ -35,41 +35,47 @@ def privacy(
         "noise_multiplier": privacy_plan.noise_multiplier,
         **({} if spec.noise_stream == 1 else {"noise_stream": spec.noise_stream}),
         "noise_seed": "os" if settings.secure_noise else "seed of the run",
-        "releases_per_step": 1,
+        "releases_per_step": _per_step(progress),
         "steps_planned": spec.steps,
-        "steps_run": state.ledger.steps,
-        **({"steps_lost": state.lost} if state.lost else {}),
-        "ledger": state.ledger.events,
+        "steps_run": progress.ledger.steps,
+        **({"steps_lost": progress.lost} if progress.lost else {}),
+        "ledger": progress.ledger.events,
         **certificate,
         "epsilon_at_threshold": None
         if reached is None or reached.step is None
-        else state.curve[reached.step - 1]["epsilon"],
+        else progress.curve[reached.step - 1]["epsilon"],
     }
 
 
-def _crossing(spec: RunSpec, state: loop.State):
+def _per_step(progress: Progress) -> int | None:
+    """How many releases a step has; None where steps differ."""
+    counts = {len(event["releases"]) for event in progress.ledger.events} or {1}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _crossing(spec: RunSpec, progress: Progress):
     task = registry.task(spec.task)
-    evaluated = [(row["step"], row["metric"]) for row in state.curve if row["metric"] is not None]
+    evaluated = [(row["step"], row["metric"]) for row in progress.curve if row["metric"] is not None]
     if not evaluated:
         return None
     steps, values = zip(*evaluated, strict=True)
     return crossing(steps, values, task.threshold, task.higher_is_better)
 
 
-def result(spec: RunSpec, state: loop.State) -> dict[str, Any]:
+def result(spec: RunSpec, run: Run) -> dict[str, Any]:
     """The metric at the end and on the way, of a run that is done."""
-    task, reached = registry.task(spec.task), _crossing(spec, state)
-    rows = [row for row in state.curve if row["metric"] is not None]
+    task, reached, outcome = registry.task(spec.task), _crossing(spec, run.progress), run.outcome
+    rows = [row for row in run.progress.curve if row["metric"] is not None]
     pick = max if task.higher_is_better else min
     return {
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
-        "chance": task.chance if task.chance is not None else state.untrained,
+        "chance": task.chance if task.chance is not None else outcome.untrained,
         **({"chance_is": "the model before training"} if task.chance is None else {}),
-        "final": state.final,
-        "all_metrics": state.metrics,
-        **({"definitions": state.definitions} if state.definitions else {}),
-        **({"samples": state.samples} if any(state.samples.values()) else {}),
+        "final": outcome.final,
+        "all_metrics": outcome.metrics,
+        **({"definitions": outcome.definitions} if outcome.definitions else {}),
+        **({"samples": outcome.samples} if any(outcome.samples.values()) else {}),
         "best_step": pick(rows, key=lambda row: row["metric"])["step"],
         "threshold": task.threshold,
         "steps_to_threshold": reached.step,
@@ -78,44 +84,52 @@ def result(spec: RunSpec, state: loop.State) -> dict[str, Any]:
     }
 
 
-def cost(spec: RunSpec, setup: loop.Setup | None, state: loop.State, seconds: float) -> dict[str, Any]:
+def cost(spec: RunSpec, setup: Setup | None, spent: Cost, seconds: float) -> dict[str, Any]:
     """Times, memory, sizes."""
-    steps = [sum(phases.values()) for phases in state.step_seconds]
-    timed = state.step_seconds[loop.MEMORY_STEPS :]
+    steps = [sum(phases.values()) for phases in spent.step_seconds]
+    timed = spent.step_seconds[MEMORY_STEPS:]
     phases = {key for row in timed for key in row}
     return {
         "total_s": seconds,
         "train_s": sum(steps),
-        "eval_s": state.eval_seconds,
-        "warmup_s": sum(steps[: loop.MEMORY_STEPS]),
-        "step_s": statistics.median(steps[loop.MEMORY_STEPS :]) if timed else None,
+        "eval_s": spent.eval_seconds,
+        "warmup_s": sum(steps[:MEMORY_STEPS]),
+        "step_s": statistics.median(steps[MEMORY_STEPS:]) if timed else None,
         "phase_s": {key: sum(row.get(key, 0.0) for row in timed) / len(timed) for key in sorted(phases)},
-        "peak_bytes": dict(sorted(state.peak_bytes.items())),
+        "peak_bytes": dict(sorted(spent.peak_bytes.items())),
         "example_gradients": spec.batch_size * spec.steps,
-        "trainable_parameters": None if setup is None else setup.method.trained(setup.parameters),
+        "trainable_parameters": _trains(setup, spent),
         "total_parameters": None if setup is None else sum(p.numel() for p in setup.prepared.model.parameters()),
     }
 
 
-def diagnostics(state: loop.State) -> dict[str, Any]:
+def _trains(setup: Setup | None, spent: Cost) -> int | None:
+    """How many numbers train in the end: all that the last step could move."""
+    if setup is None:
+        return None
+    return sum(p.numel() for p in setup.parameters.values()) if spent.trains is None else spent.trains
+
+
+def diagnostics(run: Run) -> dict[str, Any]:
     """What was computed from clean gradients, for looking at: no part of it is private."""
 
     def mean(key: str) -> float | None:
-        values = [row[key] for row in state.curve if row[key] is not None]
+        values = [row[key] for row in run.progress.curve if row[key] is not None]
         return sum(values) / len(values) if values else None
 
+    found = run.diagnostics
     return {
         "private": False,
         "alignment": {"noisy": mean("alignment_noisy"), "decoded": mean("alignment_decoded"), "snr": mean("snr")},
-        "alignment_by_parameter": spectra.shortened(state.alignment_by_parameter),
-        "decoder_by_parameter": spectra.shortened(state.decoder_by_parameter),
-        "spectra": state.spectra,
+        "alignment_by_parameter": spectra.shortened(found.alignment_by_parameter),
+        "decoder_by_parameter": spectra.shortened(found.decoder_by_parameter),
+        "spectra": found.spectra,
         "clipped_fraction": mean("clipped_fraction"),
-        **({"selection": spectra.shortened(state.selection)} if state.selection else {}),
+        **({"selection": spectra.shortened(found.selection)} if found.selection else {}),
     }
 
 
-def fingerprints(setup: loop.Setup | None, files: str | None) -> dict[str, Any]:
+def fingerprints(setup: Setup | None, files: str | None) -> dict[str, Any]:
     """What the run was made of."""
     prepared = setup.prepared if setup is not None else None
     return {

@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpft.harness.errors import BadInput
+from dpft.harness.query.queries import Gradients
 from dpft.methods.decoders.base import check_options
 
 if TYPE_CHECKING:
     import torch
 
     from dpft.harness.query.noisy_sum import NoisySum
-    from dpft.harness.query.queries import Gradients, Values
+    from dpft.harness.query.queries import Values
     from dpft.harness.runs.spec import RunSpec
     from dpft.methods.base import Method
 
@@ -30,7 +31,7 @@ class ClippingRule:
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     reference: ClassVar[str] = ""
-    function: ClassVar[str] = "abadi"
+    function: str = "abadi"
     adaptive: ClassVar[bool] = False
     options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
@@ -83,9 +84,9 @@ class Adaptive(ClippingRule):
             raise BadInput(
                 f"{spec.method} clips nothing, so clipping {self.name} has nothing to adapt; leave clipping out."
             )
-        if not method.clips:
+        if Gradients not in method.asks:
             raise BadInput(
-                f"{spec.method} asks for no gradients that the run's clip norm bounds, so clipping {self.name} has nothing to "
+                f"{spec.method} asks for no gradients, so clipping {self.name} has nothing to "
                 "adapt; leave clipping out."
             )
         if spec.mechanism != "gaussian":

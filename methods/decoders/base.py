@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from dpft.harness.query.noisy_sum import NoisySum
     from dpft.harness.runs.spec import RunSpec
-    from dpft.harness.train.mechanism import NoisySum
 
 
 class Decoder:

@@ -11,7 +11,7 @@ from dpft.methods.decoders.moments import EPSILON, Moment
 if TYPE_CHECKING:
     import torch
 
-    from dpft.harness.train.mechanism import NoisySum
+    from dpft.harness.query.noisy_sum import NoisySum
 
 BELOW_ONE = 1 - 1e-9
 

@@ -12,7 +12,7 @@ from dpft.methods.decoders.moments import Adam, Moment
 if TYPE_CHECKING:
     import torch
 
-    from dpft.harness.train.mechanism import NoisySum
+    from dpft.harness.query.noisy_sum import NoisySum
 
 # Odd polynomials a X + b (X X^T) X + c (X X^T)^2 X: `fast` brings singular values from .003 near one in five rounds but leaves
 # them within .7 .. 1.2 (Jordan et al. 2024); `taylor` (2605.12994, kappa = 2) converges, slowly for small values.

@@ -15,7 +15,7 @@ from dpft.methods.decoders.moments import EPSILON, Moment, mean_noise_factor
 if TYPE_CHECKING:
     import torch
 
-    from dpft.harness.train.mechanism import NoisySum
+    from dpft.harness.query.noisy_sum import NoisySum
 
 
 class RMT(Decoder):

@@ -24,7 +24,7 @@ def squared(tensors):
 
 
 def by_hand(model, batch, clipping):
-    """Per-example gradients by autograd, each group scaled on its own; also the norms of the groups."""
+    """Per-example gradients by autograd, each group scaled on its own; also the norms, [batch, groups]."""
     names = dict(model.named_parameters())
     members = clipping.grouped(names)
     total = {name: torch.zeros_like(p) for name, p in names.items()}
@@ -38,7 +38,7 @@ def by_hand(model, batch, clipping):
             factor = PUBLISHED[clipping.function](norm, C / math.sqrt(len(members)))
             for n in group:
                 total[n] += factor * names[n].grad
-        norms.append(max(found) * math.sqrt(len(found)))
+        norms.append(found)
     model.zero_grad(set_to_none=True)
     return total, torch.tensor(norms, dtype=torch.float64)
 

@@ -196,7 +196,7 @@ def clipped(name, model, batch, clip_norm, encodings):
 
 
 def random_encodings(model):
-    """Dense and index maps on either side of matrices, on the left of vectors; tables get none on the left."""
+    """Dense and index maps on either side of matrices, on the left of vectors; tables get rows in order on the left."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
 
     def side(n):
@@ -206,8 +206,10 @@ def random_encodings(model):
     encodings = {}
     for name, p in model.named_parameters():
         if p.dim() in (1, 2):
-            left = None if id(p) in tables else side(len(p))
-            encodings[name] = Encoding(left, side(p.shape[1]) if p.dim() == 2 else None)
+            left = side(len(p))
+            if id(p) in tables and left is not None:
+                left = None if left.dim() == 2 else left.sort().values
+            encodings[name] = Encoding(left, side(p.shape[1]) if p.dim() == 2 else None, scale=1.5)
     return encodings
 
 
@@ -240,7 +242,7 @@ def check_equal(model, batch, clip_norm, encodings):
 
 def check_bound(model, batch, norms, encodings):
     """In fp32 one example adds at most C, and what is clipped adds C and not much less."""
-    for i, norm in enumerate(norms.tolist()):
+    for i, norm in enumerate(norms[:, 0].tolist()):
         one = {key: v[i : i + 1] for key, v in batch.items()}
         one = {key: v.float() if v.is_floating_point() else v for key, v in one.items()}
         clip_norm = 0.3 * norm

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dpft.harness.engine.clipping import FUNCTIONS
 from dpft.harness.errors import BadInput
 from dpft.harness.query.noisy_sum import VALUES, NoisySum
-from dpft.harness.query.queries import Beside, Gradients, Seen
+from dpft.harness.query.queries import Beside, Gradients, Seen, Values
 from dpft.harness.runs import registry, spec
 from dpft.methods.clipping.slaclip import slots, slots_for
 
@@ -281,11 +281,11 @@ def test_bad_choices_are_one_sentence(settings, message):
         resolved(**settings)
 
 
-def test_methods_that_bound_nothing_by_the_runs_clip_norm_take_fixed_rules_only(monkeypatch):
-    monkeypatch.setattr(registry.method("dp-sgd"), "clips", False)
+def test_methods_that_ask_for_no_gradients_take_fixed_rules_only(monkeypatch):
+    monkeypatch.setattr(registry.method("dp-sgd"), "asks", (Values,))
     assert resolved(method="dp-sgd", clipping="psac").clipping == "psac"
     for name in ADAPTIVE:
-        with pytest.raises(BadInput, match="dp-sgd asks for no gradients that the run's clip norm bounds"):
+        with pytest.raises(BadInput, match="dp-sgd asks for no gradients"):
             resolved(method="dp-sgd", clipping=name)
 
 

@@ -51,7 +51,7 @@ def test_methods_and_folders_need_no_torch_either():
         "        if name.partition('.')[0] in ('torch', 'opacus'):\n"
         "            raise ImportError(name)\n"
         "sys.meta_path.insert(0, Absent())\n"
-        "from dpft.harness import registry\n"
+        "from dpft.harness.runs import registry\n"
         "assert registry.methods()['dp-grape'].private and registry.decoders() and registry.tasks()\n"
         "from dpft.harness.records.verifying import verify_folder\n"
         f"found = verify_folder(Path({str(official)!r}))\n"

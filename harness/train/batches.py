@@ -1,0 +1,30 @@
+"""Batches of a run's examples, padded and on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from dpft.harness.train.parts import Setup
+from dpft.harness.train.sampling import buckets
+
+Batch = dict[str, torch.Tensor]
+
+
+def batch_of(setup: Setup, examples, indices: Sequence[int], step: int | None = None) -> Batch:
+    """Those examples, padded to the longest of them, on the run's device; step: with their views of that training step."""
+    chosen, views = [examples[i] for i in indices], setup.prepared.train_collate
+    batch = setup.prepared.collate(chosen) if step is None or views is None else views(chosen, step)
+    return {key: value.to(setup.device, non_blocking=True) for key, value in batch.items()}
+
+
+def microbatches(setup: Setup, indices: Sequence[int], step: int) -> Iterator[Batch]:
+    """The logical batch `indices` of a training step, in microbatches of like length."""
+    for micro in grouped(setup, indices):
+        yield batch_of(setup, setup.prepared.train, micro, step)
+
+
+def grouped(setup: Setup, indices: Sequence[int]) -> Iterator[list[int]]:
+    """The indices of each microbatch."""
+    return buckets(indices, setup.prepared.train_lengths, setup.max_tokens)

@@ -1,0 +1,110 @@
+"""What is seen of one training step: checks of engine and questions, the row of the curve, diagnostics. Nothing is fed back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dpft.harness import probes
+from dpft.harness.engine.base import Sums
+from dpft.harness.probes import spectra
+from dpft.harness.query.noisy_sum import NoisySum
+from dpft.harness.query.queries import Gradients, Nothing, Query
+from dpft.harness.query.updates import Updates
+from dpft.harness.records.digest import digest
+from dpft.harness.train import guard
+from dpft.harness.train.core import Found, Watcher, encodings_of
+from dpft.harness.train.parts import Run, Setup
+
+
+class StepWatcher(Watcher):
+    """checked: whether engine and questions are compared with single examples before the step's first answers."""
+
+    def __init__(self, setup: Setup, run: Run, indices: Sequence[int], checked: bool):
+        self._setup, self._run, self._indices, self._checked = setup, run, indices, checked
+        spec, step = setup.spec, run.progress.step
+        self.evaluated = (step + 1) % spec.eval_every == 0 or step + 1 == spec.steps
+        self._look: probes.Look | None = None
+        self._found: Found | None = None
+        self._digests: dict[str, str] = {}
+        self._bound: float | None = None  # C of the gradients
+
+    def asked(self, queries: Mapping[str, Query]) -> None:
+        if self._checked:
+            guard.rehearse(self._setup, self._run, self._indices, dict(queries))
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        with guard.unchanged(self._setup, self._run.progress.step):
+            yield
+
+    def summed(self, name: str, query: Query, total: Sums, found: Found) -> None:
+        setup, run = self._setup, self._run
+        if self._found is None or not self._found.losses:
+            self._found = None if isinstance(query, Nothing) else found
+        if not isinstance(query, Gradients):
+            return
+        guard.compare(setup, run, self._indices, query, found)
+        step, encodings = run.progress.step, encodings_of(query, setup.parameters)
+        run.cost.trains = sum(
+            encodings[n].reach(p.shape) if n in encodings else p.numel() for n, p in setup.parameters.items()
+        )
+        if setup.method.kind(step) == probes.SELECTION:
+            probes.add_row_scores(run.diagnostics.row_scores, total)
+        if self.evaluated and setup.private and self._look is None:
+            due = step + 1 in spectra.steps(setup.spec.steps, setup.spec.eval_every)
+            clean = {n: total[n] for n in setup.parameters}
+            self._look = probes.Look(clean, setup.spec.batch_size, setup.matrices if due else [])
+
+    def released(self, name: str, noisy: NoisySum) -> None:
+        if self._setup.private:
+            beside = {} if noisy.beside is None else {"(beside)": noisy.beside}
+            self._digests[name] = digest({**noisy.tensors, **beside})
+        if name == "gradient":
+            self._bound = noisy.clip_norm
+        if self._look is not None and not self._look.by_parameter:
+            self._look.at_release(noisy)
+
+    def decoded(self, update: Updates) -> None:
+        """What the method made of its answers, before the optimizer."""
+        run, method, step = self._run, self._setup.method, self._run.progress.step
+        if self._look is not None:
+            estimate, method.decoder.estimate = method.decoder.estimate, None
+            self._look.at_update(update if estimate is None else estimate)
+            run.diagnostics.alignment_by_parameter.append({"step": step + 1, **self._look.by_parameter})
+            if self._look.spectra:
+                run.diagnostics.spectra.append({"step": step + 1, "matrices": self._look.spectra})
+        chosen = getattr(method, "chosen", None)
+        if run.diagnostics.row_scores and chosen and not run.diagnostics.selection:
+            run.diagnostics.selection = probes.overlap(run.diagnostics.row_scores, chosen)
+        if self.evaluated and method.decoder.observed:  # functions of the release alone: this row costs no privacy
+            run.diagnostics.decoder_by_parameter.append({"step": step + 1, **method.decoder.observed})
+
+    @property
+    def loss(self) -> float | None:
+        """The mean loss of the step's examples, where losses were computed."""
+        losses = [t for t in self._found.losses if len(t)] if self._found is not None else []
+        return float(torch.cat(losses).mean()) if losses else None
+
+    def row(self) -> dict[str, Any]:
+        """The columns of the curve that say what was asked and answered."""
+        over = [t for t in self._found.over if len(t)] if self._found is not None else []
+        return {
+            "clipped_fraction": float(torch.cat(over).double().mean()) if over and self._setup.private else None,
+            **dict.fromkeys(("alignment_noisy", "alignment_decoded", "snr")),
+            **(self._look.row if self._look is not None else {}),
+            **({"clip_norm": self._bound} if self._setup.method.rule.adaptive else {}),
+            "release": _joined(self._digests) if self._setup.private else None,
+        }
+
+
+def _joined(digests: Mapping[str, str]) -> str | None:
+    """One digest of all releases of a step; that of `gradient` itself where it is alone."""
+    if set(digests) <= {"gradient"}:
+        return digests.get("gradient")
+    text = "\n".join(f"{name} {value}" for name, value in sorted(digests.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
