@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dpft.harness.query.queries import Gradients
+from dpft.harness.query.queries import Gradients, Nothing, Values
 from dpft.methods.clipping.base import ClippingRule
 from dpft.methods.decoders.base import Decoder, Mean, check_options
 
@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from dpft.harness.query.queries import Ask
     from dpft.harness.query.updates import Updates
     from dpft.harness.runs.spec import RunSpec
+
+__all__ = [
+    "Gradients",
+    "Method",
+    "Nothing",
+    "Values",
+    "freeze_all_but",
+    "kind_starts",
+]  # one import for a method's file
 
 
 class Method:

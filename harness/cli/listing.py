@@ -35,4 +35,21 @@ def describe(name, as_json):
         click.echo(json.dumps(found, indent=1))
         return
     for key, value in found.items():
+        if key == "releases" and not isinstance(value, str):
+            click.echo("\n".join([f"{key}:", *_steps(value)]))
+            continue
         click.echo(f"{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+
+
+def _steps(kinds) -> list[str]:
+    """A line for every question of every kind of step."""
+    lines = []
+    for one in kinds:
+        start, end = one["steps"]
+        which = f"{one['kind']}, " * bool(one["kind"]) + (
+            f"steps {start + 1} to {end}" if len(kinds) > 1 else "every step"
+        )
+        lines += [
+            f"  {which}: {asked['name']} ({asked['share']:.4g} of the budget): {asked['what']}" for asked in one["asks"]
+        ]
+    return lines

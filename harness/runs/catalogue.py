@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dpft.harness.errors import unknown
+from dpft.harness.errors import BadInput, unknown
 from dpft.harness.runs import registry, suites
 
 if TYPE_CHECKING:
@@ -44,14 +44,13 @@ def description(name: str) -> dict[str, Any]:
     if name in registry.methods():
         m = registry.methods()[name]
         decoder = registry.decoder(m.defaults.get("decoder", "mean"))
-        releases = "one Gaussian release per step: the sum of clipped per-example gradients, L2 sensitivity clip_norm"
         return {
             "method": name,
             "version": m.version,
             "summary": m.summary,
             "about": " ".join((m.__doc__ or "").split()),
             "reference": m.reference or "none",
-            "releases": releases if m.private else "everything: not private",
+            "releases": _asked(name) if m.private else "everything: not private",
             "ranked": m.private and not m.control,
             "defaults": m.defaults,
             "decoder": decoder.name,
@@ -99,6 +98,17 @@ def _of_rule(rule: type[ClippingRule]) -> dict[str, Any]:
         "options": rule.options,
         "choices": rule.choices,
     }
+
+
+def _asked(method: str) -> list[dict[str, Any]] | str:
+    """What a method asks in each kind of step, on the audit's model; a reason where it cannot train that."""
+    from dpft.harness.runs.spec import resolve
+    from dpft.harness.train.described import questions
+
+    try:
+        return questions(resolve({"task": "canaries", "method": method, "batch_size": 8, "steps": 100}))
+    except BadInput as reason:
+        return f"not shown: {reason}"
 
 
 def _data(task: type[Task]) -> str:

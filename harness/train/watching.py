@@ -17,6 +17,7 @@ from dpft.harness.query.queries import Gradients, Nothing, Query
 from dpft.harness.query.updates import Updates
 from dpft.harness.records.digest import digest
 from dpft.harness.train import guard
+from dpft.harness.train.batches import microbatches
 from dpft.harness.train.core import Found, Watcher, encodings_of
 from dpft.harness.train.parts import Run, Setup
 
@@ -72,6 +73,8 @@ class StepWatcher(Watcher):
     def decoded(self, update: Updates) -> None:
         """What the method made of its answers, before the optimizer."""
         run, method, step = self._run, self._setup.method, self._run.progress.step
+        if self.evaluated and self._setup.private and not {Gradients, Nothing} & set(method.asks):
+            self._look, update = self._beside_gradients(), {name: update[name] for name in update}
         if self._look is not None:
             estimate, method.decoder.estimate = method.decoder.estimate, None
             self._look.at_update(update if estimate is None else estimate)
@@ -83,6 +86,16 @@ class StepWatcher(Watcher):
             run.diagnostics.selection = probes.overlap(run.diagnostics.row_scores, chosen)
         if self.evaluated and method.decoder.observed:  # functions of the release alone: this row costs no privacy
             run.diagnostics.decoder_by_parameter.append({"step": step + 1, **method.decoder.observed})
+
+    def _beside_gradients(self) -> probes.Look:
+        """For a method that asks for no gradients: its update is held against the mean gradient of its batch."""
+        setup = self._setup
+        with setup.clock.stopped(), probes.uncounted():
+            batches = microbatches(setup, self._indices, self._run.progress.step)
+            total = probes.gradient(setup.engine, batches)
+        look = probes.Look(total, setup.spec.batch_size, [])
+        look.by_parameter = {name: {"noisy": None} for name in total}
+        return look
 
     @property
     def loss(self) -> float | None:
