@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from dpft.harness.query.noisy_sum import NoisySum
-    from dpft.harness.query.queries import Values
+    from dpft.harness.query.queries import Seen, Values
     from dpft.harness.runs.spec import RunSpec
     from dpft.methods.base import Method
 
@@ -64,6 +64,11 @@ class ClippingRule:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned."""
+
+
+def whole(seen: Seen) -> torch.Tensor:
+    """[batch] float64: norms of the gradients before clipping, all groups together."""
+    return seen.lengths.double().square().sum(1).sqrt()
 
 
 class Adaptive(ClippingRule):

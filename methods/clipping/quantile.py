@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.query.queries import Values
-from dpft.methods.clipping.base import Adaptive
+from dpft.methods.clipping.base import Adaptive, whole
 
 if TYPE_CHECKING:
     import torch
@@ -47,5 +47,4 @@ class Quantile(Adaptive):
 
 def within(seen: Seen, clip_norm: float) -> torch.Tensor:
     """[batch, 1]: 1/2 for a gradient no longer than `clip_norm`, all groups together, else -1/2."""
-    whole = seen.lengths.double().square().sum(1, keepdim=True).sqrt()
-    return (whole <= clip_norm).double() - 0.5
+    return (whole(seen) <= clip_norm).double()[:, None] - 0.5

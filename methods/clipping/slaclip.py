@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.errors import BadInput
 from dpft.harness.query.queries import Beside
-from dpft.methods.clipping.base import Adaptive
+from dpft.methods.clipping.base import Adaptive, whole
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ class SlaClip(Adaptive):
     """C <- C exp(eta (gamma - s_1)), gamma = 1 - beta (1 - s_K): s_1 is about the share of gradients within C, s_K of tiny ones.
 
     eta: `clip_rate`; beta: `slack_weight`. Each example fills K slots of C/sqrt(K), one after the other, with sqrt(K) times the
-    room C - |clipped gradient|; they share the gradient's ball and noise (see `slots`), so that the signal costs no budget. s is
+    room max(0, C - norm); they share the gradient's ball and noise (see `slots`), so that the signal costs no budget. s is
     their released mean in units of a full slot: s_k lies between the shares of norms up to (1 - k/K) C and (1 - (k-1)/K) C, and
     its noise is sigma sqrt(K)/B. By default (`slots` 0) K = (B/(5.15 sigma))^(2/3), where the middle 99% of that noise are
     as wide as the 1/K between two slots; at least 2.
@@ -72,13 +72,14 @@ class SlaClip(Adaptive):
 def slots(seen: Seen, clip_norm: float, count: int) -> torch.Tensor:
     """[batch, count]: sqrt(count) * room of each example, in slots of clip_norm/sqrt(count), the first ones first.
 
-    With lambda for a full slot and a for the room, |slots|^2 <= lambda sum(slots) = C a, and (C - a)^2 + C a = C^2 - a (C - a) is
-    at most C^2: slots and clipped gradient together are never longer than C, as the harness enforces anyway.
+    The room is a = max(0, C - norm) of the whole gradient before clipping; c <= min(norm, C) is its length after it (cut group
+    by group it may be far below both). With lambda for a full slot |slots|^2 <= lambda sum(slots) = C a, and
+    c^2 + C a <= c^2 + C (C - c) <= C^2: slots and clipped gradient fit in one ball of C, as the harness enforces anyway.
     """
     import torch
 
     full = clip_norm / math.sqrt(count)
-    room = (clip_norm - seen.clipped.double()).clamp(0.0, clip_norm)
+    room = (clip_norm - whole(seen)).clamp_min(0.0)
     taken = full * torch.arange(count, dtype=torch.float64, device=room.device)
     return (math.sqrt(count) * room[:, None] - taken).clamp(0.0, full)
 

@@ -124,11 +124,14 @@ def test_slaclip_fills_slot_after_slot():
 @given(
     st.floats(1e-6, 1e6),
     st.integers(2, 200),
-    st.lists(st.floats(0, 10), min_size=1, max_size=20),
+    st.lists(st.tuples(*[st.floats(0, 10)] * 3), min_size=1, max_size=20),
+    st.integers(1, 3),
 )
-def test_slots_and_clipped_gradient_share_one_ball(clip_norm, count, norms):
-    looked = seen([[norm * clip_norm] for norm in norms], clip_norm)
-    room = clip_norm - looked.clipped
+def test_slots_and_clipped_gradient_share_one_ball(clip_norm, count, norms, groups):
+    looked = seen([[norm * clip_norm for norm in row[:groups]] for row in norms], clip_norm)
+    room = (clip_norm - looked.lengths.square().sum(1).sqrt()).clamp_min(0)
+    if groups == 1:
+        assert bool(torch.isclose(room, clip_norm - looked.clipped, rtol=0, atol=1e-12 * clip_norm).all())
     squares = slots(looked, clip_norm=clip_norm, count=count).square().sum(1)
     assert bool((squares <= clip_norm * room * (1 + 1e-12) + 1e-12 * clip_norm**2).all())
     assert bool((looked.clipped**2 + squares <= clip_norm**2 * (1 + 1e-12)).all())
@@ -138,6 +141,23 @@ def test_slots_are_as_many_as_their_noise_allows():
     assert slots_for(256, 0.7) == round((256 / (5.15 * 0.7)) ** (2 / 3)) == 17
     assert slots_for(4, 10.0) == 2 and slots_for(256, 0.0) == 1000
     assert started("slaclip").slots == 17 and started("slaclip", slots=5).slots == 5
+
+
+@pytest.mark.parametrize("groups", ["flat", "layer"])
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_c_of_a_real_run_follows_its_releases_and_so_does_the_noise(setup_of, name, groups):
+    """In the loop: each step's bound is the one that the releases before it led to."""
+    from small_runs import quiet
+
+    from dpft.harness.train import loop
+    from dpft.harness.train.parts import Run
+
+    setup, state = setup_of("dp-adam", clipping=name, clip_groups=groups, clip_norm=0.01), Run()
+    released, told = [], setup.method.rule.learn
+    setup.method.rule.learn = lambda gradient, beside: (released.append(gradient.clip_norm), told(gradient, beside))
+    loop.train(setup, state, quiet)
+    assert released == [row["clip_norm"] for row in state.progress.curve] and released[0] == 0.01
+    assert released == sorted(released) and released[-1] > 0.01 * math.exp(0.2 * 0.3 * 3), released
 
 
 def test_the_functions_of_all_rules_exist_and_fixed_rules_ask_for_nothing():
@@ -164,6 +184,21 @@ def test_a_start_wrong_by_thirty_is_recovered_from(name, clip_norm):
 
 def test_slaclip_recovers_with_two_slots_too():
     assert run(started("slaclip", clip_norm=30.0, slots=2), 1.0, 400)[-1] < 2.5
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_groups_lead_c_where_whole_gradients_do(name):
+    """Not where every group is cut: a clipped gradient of many groups is almost always shorter than C."""
+    share = torch.tensor([0.9, 0.3, 0.3, 0.1], dtype=torch.float64)
+    generator, ends = torch.Generator().manual_seed(0), []
+    norms = [sampled(1.0, generator) for _ in range(60)]
+    for groups in (torch.ones(1, dtype=torch.float64), share):
+        torch.manual_seed(1)
+        rule = started(name, clip_norm=1.0)
+        for row in norms:
+            step(rule, row * groups)
+        ends.append(rule.clip_norm)
+    assert ends[0] == pytest.approx(ends[1])
 
 
 @pytest.mark.parametrize("target", [0.2, 0.5, 0.9])
