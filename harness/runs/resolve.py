@@ -23,8 +23,8 @@ DEFAULTS: dict[str, Any] = {
 def resolve(settings: dict[str, Any]) -> RunSpec:
     """Complete `settings` to a RunSpec: general defaults < the task's < the method's < what is given.
 
-    Keys that are no field of RunSpec are options of the method or of its decoder. Raises BadInput for unknown names and bad
-    values.
+    Keys that are no field of RunSpec are options of the method, its decoder or its clipping rule. Raises BadInput for unknown
+    names and bad values.
     """
     settings = {k: v for k, v in settings.items() if v is not None}
     for key in ("task", "method"):
@@ -42,7 +42,8 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
     of_task = {"model": task.default_model, "head": task.default_head, "max_length": task.default_max_length}
     merged = {**DEFAULTS, **of_task, **method.defaults}
     decoder = registry.decoder(typed("decoder", settings.get("decoder", method.defaults.get("decoder", "mean"))))
-    defaults = registry.defaults_of(method, decoder)
+    rule = registry.clipping(typed("clipping", settings.get("clipping", method.defaults.get("clipping", "abadi"))))
+    defaults = registry.defaults_of(method, decoder, rule)
     options, of_its_own = dict(defaults), dict(task.options)
     for key, value in settings.items():
         if key in names:
@@ -53,7 +54,8 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
             of_its_own[key] = _like(key, value, of_its_own[key])
         else:
             both = settings["method"] if decoder.name == "mean" else f"{settings['method']} with decoder {decoder.name}"
-            raise unknown(f"setting of {both}", key, names | options.keys() | of_its_own.keys())
+            all_three = f"{both}, clipping {rule.name}" if rule.options else both
+            raise unknown(f"setting of {all_three}", key, names | options.keys() | of_its_own.keys())
     if not method.private:
         merged["epsilon"] = merged["clip_norm"] = None
         merged |= {"mechanism": "gaussian", "noise_shape": "spherical", "noise_law": None}  # there is no noise
@@ -69,7 +71,9 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
     )
     check(spec)
     task(spec.task_options).validate()
-    registry.make(spec.method, spec.decoder, spec.options).validate(spec)
+    made = registry.make(spec.method, spec.decoder, spec.options, spec.clipping)
+    made.validate(spec)
+    made.rule.validate(spec, made)
     return spec
 
 

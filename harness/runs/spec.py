@@ -16,7 +16,6 @@ from dpft.tasks.base import BATCH_NORMS, HEADS
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "linear")
 PRECISIONS = ("fp32", "bf16")
-CLIPPINGS = ("abadi", "auto-s", "psac")
 CLIP_GROUPS = ("flat", "block", "layer")
 NOISE_STREAM = 2  # that of new runs
 
@@ -31,15 +30,16 @@ class RunSpec:
     epsilon, clip_norm: null for methods that are not private; delta null: 1/(2N) of the task's training set.
     batch_size: expected batch size B of Poisson sampling; the sampling probability is B/N.
     eval_examples: validation examples used for the curve (the final value always uses all); null: all.
-    clipping: function of the norm, and clip_groups: what is clipped together (harness/engine/clipping.py).
+    clipping: rule by which a gradient is clipped (methods/clipping), and clip_groups: what is clipped together
+    (harness/engine/clipping.py).
     decoder: what becomes of the release (methods/decoders).
     mechanism, noise_shape: what noise (harness/privacy/noise_kinds.py); noise_law: of the inverse scale of lmo and plrv, up to
     a factor that is fitted to epsilon; null: searched.
     views: random views of each training image that its loss is averaged over before clipping (2204.13650); batch_norm of image
     models: `refuse`, or `group` to convert it to GroupNorm.
     noise_stream: how noise is drawn (harness/train/noise.py): 1 in records of older versions, whose tail ends early; no setting.
-    options: settings of the method (LoRA rank, ...) and of its decoder where they differ from their defaults; task_options:
-    those of the task.
+    options: settings of the method (LoRA rank, ...), its decoder and its clipping rule where they differ from their defaults;
+    task_options: those of the task.
     """
 
     task: str
@@ -145,7 +145,6 @@ def check_values(spec: RunSpec) -> None:
         ("optimizer", OPTIMIZERS),
         ("schedule", SCHEDULES),
         ("precision", PRECISIONS),
-        ("clipping", CLIPPINGS),
         ("clip_groups", CLIP_GROUPS),
         ("head", HEADS),
         ("mechanism", MECHANISMS),

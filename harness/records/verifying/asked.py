@@ -40,6 +40,9 @@ def read(record: dict[str, Any]) -> Asked:
         return Asked(findings=found)
     notices: list[str] = []
     kinds = {kind: _kind(kind, spec, notices) for kind in ("task", "method", "decoder")}
+    rule = registry.clippings().get(spec.clipping)
+    if rule is None:
+        notices.append(f"clipping {spec.clipping} is not known here, so what depends on it was not checked")
     try:
         check(spec)
         if kinds["task"] is not None:
@@ -47,7 +50,7 @@ def read(record: dict[str, Any]) -> Asked:
     except BadInput as problem:
         found.append(f"The spec cannot be run: {problem}")
     if not found and kinds["method"] is not None:
-        found += _of_method(spec, kinds["method"], kinds["decoder"])
+        found += _of_method(spec, kinds["method"], kinds["decoder"], rule)
     return Asked(spec, kinds["task"], kinds["method"], found, notices)
 
 
@@ -79,16 +82,16 @@ def _kind(kind: str, spec: RunSpec, notices: list[str]) -> type | None:
     return known
 
 
-def _of_method(spec: RunSpec, method: type, decoder: type | None) -> Iterator[str]:
+def _of_method(spec: RunSpec, method: type, decoder: type | None, rule: type | None) -> Iterator[str]:
     private = spec.epsilon is not None
     if private != method.private:
         yield f"{spec.method} is {'' if method.private else 'not '}private, but the spec has epsilon {spec.epsilon!r}."
     elif private != (spec.clip_norm is not None):
         yield f"A run with epsilon {spec.epsilon!r} cannot have clip_norm {spec.clip_norm!r}."
-    if decoder is None:
+    if decoder is None or rule is None:
         return
     try:
-        known = registry.defaults_of(method, decoder)
+        known = registry.defaults_of(method, decoder, rule)
         for key, value in spec.options.items():
             if key not in known:
                 yield f"{spec.method} has no option {key!r}."
@@ -96,7 +99,9 @@ def _of_method(spec: RunSpec, method: type, decoder: type | None) -> Iterator[st
             if type(value) is not type(known[key]) or value == known[key]:
                 yield f"The option {key} of {spec.method} cannot be recorded as {value!r}."
                 return
-        registry.make(spec.method, spec.decoder, spec.options).validate(spec)
+        made = registry.make(spec.method, spec.decoder, spec.options, spec.clipping)
+        made.validate(spec)
+        made.rule.validate(spec, made)
     except BadInput as problem:
         yield f"The spec cannot be run: {problem}"
     except Exception as problem:
