@@ -15,7 +15,7 @@ SCALES = ("unbiased", "code")
 
 
 def generator(device: torch.device, seed: int, *counters: int) -> torch.Generator:
-    """The stream of one projection or direction (of a layer, after so many refreshes): a function of these alone, on any replica."""
+    """The stream of one projection (of a layer, after so many refreshes) or direction: a function of these alone."""
     import torch
 
     digest = hashlib.sha256("/".join(map(str, ("projection", seed, *counters))).encode()).digest()

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class DPZO(Method):
-    """No gradients: each example says how its loss changes along K public random directions z_k ~ N(0, I), drawn in every step.
+    """No gradients: each example says how its loss changes along K public random directions z_k ~ N(0, I), new in every step.
 
-    `v_i = (d_i1 .. d_iK) / K` with `d_ik = (loss_i(w + phi z_k) - loss_i(w - phi z_k)) / (2 phi)` in evaluation mode is clipped to
-    clip_norm as one vector, summed and noised: K numbers are released; `sum_k v_k z_k` is the update, on average the gradient.
-    Two forward passes a direction, at the memory of inference and of the largest tensor, whatever K. directions: K; 1 is DPZero.
-    smoothing: phi; weights in half precision or precision=bf16 round losses by more than it moves them. trains: all, or the
-    head alone. A gradient of norm g makes a v of about g / sqrt(K): so should clip_norm go with K.
+    With `d_ik = (loss_i(w + phi z_k) - loss_i(w - phi z_k)) / (2 phi)`, in evaluation mode, the row `v_i = (d_i1 .. d_iK) / K` is
+    clipped to clip_norm as one vector. K numbers are released, v; the update is `sum_k v_k z_k`, on average the gradient. Two
+    forward passes a direction, in the memory of inference and of the largest tensor, whatever K.
+    directions: K; 1 is DPZero. smoothing: phi; weights in half precision, and precision=bf16, round losses by more than it
+    moves them. trains: all, or the head alone. A gradient of norm g makes a row of about g / sqrt(K): clip_norm goes with K.
     """
 
     name = "dp-zo"
@@ -44,8 +44,8 @@ class DPZO(Method):
         super().validate(spec)
         if (spec.clipping, spec.clip_groups) != ("abadi", "flat"):
             raise BadInput(
-                f"{self.name} asks for no gradients: its row of numbers is clipped as one vector to clip_norm; leave out clipping "
-                "and clip_groups."
+                f"{self.name} asks for no gradients, and its row of numbers is clipped as one vector to clip_norm; leave out "
+                "clipping and clip_groups."
             )
         if spec.decoder != "mean":
             raise BadInput(

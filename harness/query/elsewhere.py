@@ -11,9 +11,9 @@ from torch.overrides import TorchFunctionMode
 
 _VALUES = {"data", "T", "mT", "H", "mH", "real", "imag"}  # attributes of a tensor that hold its numbers
 _FORMS = {
-    "__set__", "__delete__", "__hash__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_complex", "is_contiguous",
-    "is_floating_point", "is_signed", "ndimension", "nelement", "numel", "register_hook", "requires_grad_", "size",
-    "storage_offset", "stride",
+    "__set__", "__delete__", "__hash__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_complex",
+    "is_contiguous", "is_floating_point", "is_signed", "ndimension", "nelement", "numel", "register_hook", "requires_grad_",
+    "size", "storage_offset", "stride",
 }  # fmt: skip
 
 
