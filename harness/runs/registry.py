@@ -116,6 +116,16 @@ def make(method_name: str, decoder_name: str, changed: dict[str, Any]) -> Any:
     return kind({key: settings[key] for key in kind.options}, chosen)
 
 
+def instance(spec: Any) -> Any:
+    """The method of a run with its decoder, told how many `steps` the run takes, and its clipping rule in `rule`."""
+    from dpft.methods.clipping.base import ClippingRule
+
+    found = make(spec.method, spec.decoder, spec.options)
+    found.steps = spec.steps
+    found.rule = ClippingRule()
+    return found
+
+
 def _collect(package: str, base: type, group: str | None = None) -> dict[str, type]:
     root = importlib.import_module(package)
     modules = [importlib.import_module(f"{package}.{m.name}") for m in pkgutil.iter_modules(root.__path__)]
