@@ -3,6 +3,7 @@ how a released noisy sum becomes an update. It never sees a clean gradient, the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -72,6 +73,14 @@ class Method:
     def phases(self) -> tuple[int, ...]:
         """The steps at which a phase begins: what trains, and so what memory is needed, may change there."""
         return (0,)
+
+    def kind(self, step: int) -> str:
+        """The name of the kind of step."""
+        return ""
+
+    def releases(self, step: int) -> Mapping[str, float]:
+        """Name -> share of the step's budget; the shares sum to 1. A function of the step's number alone."""
+        return {"gradient": 1.0}
 
     def selects(self, step: int) -> bool:
         """Whether the release of this step is spent on choosing what trains later; `chosen` (rows by name) says what it was."""
