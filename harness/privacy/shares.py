@@ -95,7 +95,11 @@ def described(steps: Iterable[tuple[int, Mapping[str, float]]]) -> str:
     """Shares of (number of steps, shares by name) for a reader: `gradient 99%, count 1%`; of several kinds with their steps."""
     counts: dict[str, int] = {}
     for number, shares in steps:
-        kind = ", ".join(f"{name} {100 * share:.3g}%" for name, share in shares.items()) if len(shares) > 1 else [*shares][0]
+        kind = (
+            ", ".join(f"{name} {100 * share:.3g}%" for name, share in shares.items())
+            if len(shares) > 1
+            else [*shares][0]
+        )
         counts[kind] = counts.get(kind, 0) + number
     if len(counts) == 1:
         return next(iter(counts))

@@ -1,4 +1,4 @@
-"""From a spec to its privacy parameters: q, sigma, delta, what is released when, and the epsilon of every step. Needs no torch."""
+"""From a spec to its privacy parameters: q, sigma, delta, what is released when, epsilon after every step. Needs no torch."""
 
 from __future__ import annotations
 
