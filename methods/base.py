@@ -74,10 +74,6 @@ class Method:
         """The steps at which a phase begins: what trains, and so what memory is needed, may change there."""
         return (0,)
 
-    def kind(self, step: int) -> str:
-        """The name of the kind of step."""
-        return ""
-
     def releases(self, step: int) -> Mapping[str, float]:
         """Name -> share of the step's budget; the shares sum to 1. A function of the step's number alone."""
         return {"gradient": 1.0}
