@@ -140,7 +140,8 @@ def test_a_plugin_may_bring_a_decoder(tmp_path):
 def test_keeping_every_singular_value_is_dp_adam_bit_for_bit(setup_of):
     plain, same = setup_of("dp-adam"), setup_of("dp-adam", **IDENTITY)
     first, second = trained(plain), trained(same)
-    assert first.curve == second.curve and first.ledger.events == second.ledger.events
+    assert first.progress.curve == second.progress.curve
+    assert first.progress.ledger.events == second.progress.ledger.events
     for name, value in weights(plain).items():
         assert torch.equal(value, weights(same)[name]), name
 
