@@ -239,11 +239,11 @@ def test_an_engine_that_goes_wrong_during_the_run_is_stopped(wrong, monkeypatch,
     """From its third step on, and by 1% only: what one example adds, or what the step takes its norms for."""
     setup = setup_of("dp-adam", steps=8)
     accumulate, step = FactoredEngine.accumulate, [0]
-    encodings = setup.method.encoding
+    trains = setup.method.step
 
-    def counted(name, parameter, now):
+    def counted(ask, now):
         step[0] = now
-        return encodings(name, parameter, now)
+        return trains(ask, now)
 
     def drifting(self, batch, total, clip_norm, encodings):
         factor = 1.01 if step[0] >= 3 else 1.0
@@ -251,7 +251,7 @@ def test_an_engine_that_goes_wrong_during_the_run_is_stopped(wrong, monkeypatch,
         return losses, norms / (factor if wrong == "norms" else 1)
 
     monkeypatch.setattr(FactoredEngine, "accumulate", drifting)
-    setup.method.encoding = counted
+    setup.method.step = counted
     with pytest.raises(CannotRun, match="clipped sum" if wrong == "sum" else "another gradient"):
         trained(setup)
     assert step[0] == 4, "compared in the steps 1 and 4"
