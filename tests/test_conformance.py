@@ -1,8 +1,6 @@
 """Every registered method, without being asked: what holds for all of them."""
 
-import copy
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -10,11 +8,8 @@ from small_runs import a_spec, quiet, trained, weights
 
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import PlainEngine, zero_sums
-from dpft.harness.privacy import Ledger, matched, verify_record
-from dpft.harness.records.store import Store
 from dpft.harness.runs import registry
-from dpft.harness.runs.plan import plan
-from dpft.harness.train import checkpoint, evaluation, journal, loop, run
+from dpft.harness.train import evaluation, loop, run
 from dpft.harness.train.mechanism import GaussianMechanism
 from dpft.harness.train.noise import source
 

@@ -8,7 +8,7 @@ import click
 
 
 @click.command("list")
-@click.argument("kind", type=click.Choice(["methods", "decoders", "tasks", "suites"]))
+@click.argument("kind", type=click.Choice(["methods", "decoders", "clippings", "tasks", "suites"]))
 @click.option("--json", "as_json", is_flag=True)
 def list_(kind, as_json):
     """List what there is."""
@@ -27,7 +27,7 @@ def list_(kind, as_json):
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True)
 def describe(name, as_json):
-    """Say what a method, decoder, task or suite is: reference, what it releases, defaults, runs."""
+    """Say what a method, decoder, clipping rule, task or suite is: reference, what it releases, defaults, runs."""
     from dpft.harness.runs.catalogue import description
 
     found = description(name)

@@ -30,7 +30,7 @@ def psac(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
     return clip_norm / (norms + GAMMA / (norms + GAMMA))
 
 
-# Each keeps factor * norm <= clip_norm; the names are those a RunSpec may hold.
+# Each keeps factor * norm <= clip_norm; the names are those a clipping rule may have as its `function`.
 FUNCTIONS = {"abadi": abadi, "auto-s": auto_s, "psac": psac}
 
 

@@ -1,4 +1,4 @@
-"""What there is: methods, decoders, tasks and suites, for `dpft list` and `dpft describe`."""
+"""What there is: methods, decoders, clipping rules, tasks and suites, for `dpft list` and `dpft describe`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dpft.harness.errors import BadInput, unknown
 from dpft.harness.runs import registry, suites
 
 if TYPE_CHECKING:
+    from dpft.methods.clipping.base import ClippingRule
     from dpft.tasks.base import Task
 
 
 def listing(kind: str) -> list[dict[str, Any]]:
-    """One row per method, decoder, task or suite."""
+    """One row per method, decoder, clipping rule, task or suite."""
     if kind == "methods":
         return [
             {"name": name, "reference": m.reference, "private": m.private, "summary": m.summary}
@@ -21,6 +22,11 @@ def listing(kind: str) -> list[dict[str, Any]]:
     if kind == "decoders":
         return [
             {"name": name, "reference": d.reference, "summary": d.summary} for name, d in registry.decoders().items()
+        ]
+    if kind == "clippings":
+        return [
+            {"name": name, "reference": r.reference, "adaptive": r.adaptive, "summary": r.summary}
+            for name, r in registry.clippings().items()
         ]
     if kind == "tasks":
         return [
@@ -34,7 +40,7 @@ def listing(kind: str) -> list[dict[str, Any]]:
 
 
 def description(name: str) -> dict[str, Any]:
-    """All there is to say of the method, decoder, task or suite called `name`. Raises BadInput with the nearest match."""
+    """All there is to say of what is called `name`, of any kind. Raises BadInput with the nearest match."""
     if name in registry.methods():
         m = registry.methods()[name]
         decoder = registry.decoder(m.defaults.get("decoder", "mean"))
@@ -48,7 +54,7 @@ def description(name: str) -> dict[str, Any]:
             "ranked": m.private and not m.control,
             "defaults": m.defaults,
             "decoder": decoder.name,
-            "options": registry.options(m, decoder),
+            "options": registry.defaults_of(m, decoder),
         }
     if name in registry.decoders():
         d = registry.decoders()[name]
@@ -62,6 +68,8 @@ def description(name: str) -> dict[str, Any]:
             "choices": d.choices,
             "used by": [n for n, m in registry.methods().items() if m.defaults.get("decoder", "mean") == name],
         }
+    if name in registry.clippings():
+        return _of_rule(registry.clippings()[name])
     if name in registry.tasks():
         t = registry.tasks()[name]
         keys = ("version", "kind", "description", "source", "metric", "higher_is_better", "chance", "threshold")
@@ -74,13 +82,27 @@ def description(name: str) -> dict[str, Any]:
             "description": suite.description,
             "runs": [f"{s.run_id} {s.label()}" for s in suite.runs],
         }
-    known = [*registry.methods(), *registry.decoders(), *registry.tasks(), *suites.suites()]
-    raise unknown("method, decoder, task or suite", name, known)
+    known = [*registry.methods(), *registry.decoders(), *registry.clippings(), *registry.tasks(), *suites.suites()]
+    raise unknown("method, decoder, clipping rule, task or suite", name, known)
+
+
+def _of_rule(rule: type[ClippingRule]) -> dict[str, Any]:
+    beside = ", ".join(f"{name} ({share:g} of the gradient's budget)" for name, share in rule().shares().items())
+    return {
+        "clipping": rule.name,
+        "summary": rule.summary,
+        "about": " ".join((rule.__doc__ or "").split()),
+        "reference": rule.reference or "none",
+        "adaptive": rule.adaptive,
+        "releases": f"beside the gradient: {beside}" if beside else "nothing beside the gradient",
+        "options": rule.options,
+        "choices": rule.choices,
+    }
 
 
 def _asked(method: str) -> list[dict[str, Any]] | str:
     """What a method asks in each kind of step, on the audit's model; a reason where it cannot train that."""
-    from dpft.harness.runs.spec import resolve
+    from dpft.harness.runs.resolve import resolve
     from dpft.harness.train.described import questions
 
     try:

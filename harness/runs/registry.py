@@ -1,4 +1,4 @@
-"""Name -> class for methods, decoders and tasks: every module of their packages, entry points, and plug-in files."""
+"""Name -> class for methods, decoders, clipping rules and tasks: modules of their packages, entry points, plug-in files."""
 
 import importlib
 import importlib.util
@@ -7,6 +7,7 @@ import pkgutil
 import sys
 from functools import cache
 from importlib.metadata import entry_points
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from dpft.harness.errors import BadInput, unknown
 
 
 def load_plugin(path: str | Path) -> None:
-    """Import one Python file so that the methods, decoders and tasks it defines are registered.
+    """Import one Python file so that the methods, decoders, clipping rules and tasks it defines are registered.
 
     Raises BadInput when the file is missing or does not import.
     """
@@ -38,7 +39,7 @@ def load_plugin(path: str | Path) -> None:
 
 def forget() -> None:
     """Collect anew at the next question."""
-    for collection in (methods, decoders, tasks):
+    for collection in (methods, decoders, clippings, tasks):
         collection.cache_clear()
 
 
@@ -59,6 +60,14 @@ def decoders() -> dict[str, type]:
     from dpft.methods.decoders.base import Decoder
 
     return _collect("dpft.methods.decoders", Decoder, "dpft.decoders")
+
+
+@cache
+def clippings() -> dict[str, type]:
+    """All registered clipping rules by name."""
+    from dpft.methods.clipping.base import ClippingRule
+
+    return _collect("dpft.methods.clipping", ClippingRule, "dpft.clippings")
 
 
 @cache
@@ -83,6 +92,13 @@ def decoder(name: str) -> type:
     return decoders()[name]
 
 
+def clipping(name: str) -> type:
+    """The clipping rule class called `name`. Raises BadInput with the nearest match."""
+    if name not in clippings():
+        raise unknown("clipping", name, clippings())
+    return clippings()[name]
+
+
 def task(name: str) -> type:
     """The task class called `name`. Raises BadInput with the nearest match."""
     if name not in tasks():
@@ -90,39 +106,38 @@ def task(name: str) -> type:
     return tasks()[name]
 
 
-def options(method: type, decoder: type) -> dict[str, Any]:
-    """Defaults of all options of a method run with a decoder: the decoder's < the method's for its own decoder, the method's.
-
-    Raises BadInput when the two use one name for different things.
+def defaults_of(method: type, decoder: type, rule: type | None = None) -> dict[str, Any]:
+    """Defaults of all options of a method run with a decoder and a clipping rule: the decoder's < the method's for its own
+    decoder, the method's, the rule's. Raises BadInput when two of them use one name for different things.
     """
-    both = sorted(method.options.keys() & decoder.options.keys())
-    if both:
-        raise BadInput(
-            f"Method {method.name} and decoder {decoder.name} both have an option {both[0]!r}; rename one of them."
-        )
+    parts = [("method", method), ("decoder", decoder)] + ([] if rule is None else [("clipping rule", rule)])
+    for (kind, one), (its, other) in combinations(parts, 2):
+        if both := sorted(one.options.keys() & other.options.keys()):
+            raise BadInput(
+                f"{kind.capitalize()} {one.name} and {its} {other.name} both have an option {both[0]!r}; rename one of them."
+            )
     own = method.decoder_options if method.defaults.get("decoder", "mean") == decoder.name else {}
     if extra := own.keys() - decoder.options.keys():
         raise BadInput(
             f"{method.name} sets {min(extra)!r}, which decoder {decoder.name} has not; mend decoder_options."
         )
-    return {**decoder.options, **own, **method.options}
+    return {**decoder.options, **own, **method.options, **({} if rule is None else rule.options)}
 
 
-def make(method_name: str, decoder_name: str, changed: dict[str, Any]) -> Any:
-    """The method with its decoder; `changed`: options of the two that differ from their defaults."""
-    kind, post = method(method_name), decoder(decoder_name)
-    settings = {**options(kind, post), **changed}
+def make(method_name: str, decoder_name: str, changed: dict[str, Any], clipping_name: str = "abadi") -> Any:
+    """The method with its decoder and clipping rule; `changed`: options of the three that differ from their defaults."""
+    kind, post, rule = method(method_name), decoder(decoder_name), clipping(clipping_name)
+    settings = {**defaults_of(kind, post, rule), **changed}
     chosen = post({key: settings[key] for key in post.options})
-    return kind({key: settings[key] for key in kind.options}, chosen)
+    made = kind({key: settings[key] for key in kind.options}, chosen)
+    made.rule = rule({key: settings[key] for key in rule.options})
+    return made
 
 
 def instance(spec: Any) -> Any:
     """The method of a RunSpec, with its decoder and clipping rule, which knows its run."""
-    from dpft.methods.clipping.base import ClippingRule
-
-    made = make(spec.method, spec.decoder, spec.options)
-    made.spec, made.steps, made.rule = spec, spec.steps, ClippingRule()
-    made.rule.function = spec.clipping
+    made = make(spec.method, spec.decoder, spec.options, spec.clipping)
+    made.spec, made.steps = spec, spec.steps
     return made
 
 

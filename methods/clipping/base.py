@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dpft.harness.errors import BadInput
+from dpft.harness.query.queries import Gradients
 from dpft.methods.decoders.base import check_options
 
 if TYPE_CHECKING:
     import torch
 
     from dpft.harness.query.noisy_sum import NoisySum
-    from dpft.harness.query.queries import Gradients, Values
+    from dpft.harness.query.queries import Seen, Values
     from dpft.harness.runs.spec import RunSpec
 
 
@@ -35,8 +39,11 @@ class ClippingRule:
     def __init__(self, options: dict[str, Any] | None = None):
         self.settings = {**self.options, **(options or {})}
 
-    def validate(self, spec: RunSpec) -> None:
-        """Refuse settings that cannot work, before anything trains. Raises BadInput."""
+    def validate(self, spec: RunSpec, asks: Sequence[type]) -> None:
+        """Refuse settings that cannot work with a method that asks these kinds of questions, before anything trains.
+
+        Raises BadInput.
+        """
         check_options(self.settings, self.choices, self.ranges)
 
     def start(self, spec: RunSpec, noise_multiplier: float) -> None:
@@ -59,3 +66,58 @@ class ClippingRule:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned."""
+
+
+def whole(seen: Seen) -> torch.Tensor:
+    """[batch] float64: norms of the gradients before clipping, all groups together."""
+    return seen.lengths.double().square().sum(1).sqrt()
+
+
+class Adaptive(ClippingRule):
+    """A bound C that starts at the run's clip norm and is multiplied by exp(clip_rate * error) after each step, |error| <= 1.
+
+    Noise follows it (the multiplier never does). C stays between `clip_least` and `clip_most` times where it started: the
+    range moves with the start, so that a start that is wrong by 30 leaves room for another 33 on the far side, and no scale of
+    gradients is built in. From a start that is wrong by a factor f it takes at least log(f) / (clip_rate * |error|) steps.
+    """
+
+    adaptive = True
+    options: ClassVar = {"clip_rate": 0.2, "clip_least": 1e-3, "clip_most": 1e3}
+    ranges: ClassVar = {"clip_rate": (0.0, 5.0), "clip_least": (1e-9, 1.0), "clip_most": (1.0, 1e9)}
+
+    def validate(self, spec: RunSpec, asks: Sequence[type]) -> None:
+        super().validate(spec, asks)
+        if spec.clip_norm is None:
+            raise BadInput(
+                f"{spec.method} clips nothing, so clipping {self.name} has nothing to adapt; leave clipping out."
+            )
+        if Gradients not in asks:
+            raise BadInput(
+                f"{spec.method} asks for no gradients, so clipping {self.name} has nothing to "
+                "adapt; leave clipping out."
+            )
+        if spec.mechanism != "gaussian":
+            raise BadInput(
+                f"Clipping {self.name} releases more than one sum in a step, which is certified for Gaussian noise alone; leave "
+                "mechanism out, or take a fixed rule."
+            )
+
+    def start(self, spec: RunSpec, noise_multiplier: float) -> None:
+        self.clip_norm: float = spec.clip_norm
+        self._range = spec.clip_norm * self.settings["clip_least"], spec.clip_norm * self.settings["clip_most"]
+
+    def amend(self, gradient: Gradients) -> tuple[Gradients, Mapping[str, Values]]:
+        return replace(gradient, bound=self.clip_norm), {}
+
+    def move(self, error: float) -> None:
+        """C <- C exp(clip_rate * error), within its range."""
+        least, most = self._range
+        self.clip_norm = min(max(self.clip_norm * math.exp(self.settings["clip_rate"] * error), least), most)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {"clip_norm": torch.tensor([self.clip_norm], dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.clip_norm = float(state["clip_norm"])

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from dpft.harness.runs import spec
+from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import loop
 from dpft.harness.train.mechanism import GaussianMechanism
 from dpft.harness.train.noise import source
@@ -14,7 +14,7 @@ SIZE = dict(task="sst2", batch_size=60, steps=4, eval_every=2, epsilon=3.0, max_
 
 
 def a_spec(method, tiny_bert, **more):
-    return spec.resolve({"method": method, "model": str(tiny_bert), **SIZE, **more})
+    return resolve({"method": method, "model": str(tiny_bert), **SIZE, **more})
 
 
 def quiet(step, row):

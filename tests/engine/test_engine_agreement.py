@@ -245,9 +245,9 @@ def test_an_engine_that_goes_wrong_during_the_run_is_stopped(wrong, monkeypatch,
         step[0] = now
         return trains(ask, now)
 
-    def drifting(self, batch, total, clip_norm, encodings):
+    def drifting(self, batch, total, bound, encodings):
         factor = 1.01 if step[0] >= 3 else 1.0
-        losses, norms = accumulate(self, batch, total, clip_norm * (factor if wrong == "sum" else 1), encodings)
+        losses, norms = accumulate(self, batch, total, bound * (factor if wrong == "sum" else 1), encodings)
         return losses, norms / (factor if wrong == "norms" else 1)
 
     monkeypatch.setattr(FactoredEngine, "accumulate", drifting)

@@ -13,7 +13,7 @@ from dpft.harness.engine.base import zero_sums
 from dpft.harness.errors import BadInput
 from dpft.harness.probes import Clock
 from dpft.harness.runs import registry
-from dpft.harness.runs.spec import resolve
+from dpft.harness.runs.resolve import resolve
 
 
 def squared_error(model, batch):

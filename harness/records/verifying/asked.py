@@ -8,8 +8,8 @@ from typing import Any
 
 from dpft.harness.errors import BadInput
 from dpft.harness.runs import registry
-from dpft.harness.runs import spec as specs
-from dpft.harness.runs.spec import RunSpec, completed
+from dpft.harness.runs.resolve import check
+from dpft.harness.runs.spec import TYPES, RunSpec, completed, typed
 
 
 @dataclass(frozen=True)
@@ -40,30 +40,33 @@ def read(record: dict[str, Any]) -> Asked:
         return Asked(findings=found)
     notices: list[str] = []
     kinds = {kind: _kind(kind, spec, notices) for kind in ("task", "method", "decoder")}
+    rule = registry.clippings().get(spec.clipping)
+    if rule is None:
+        notices.append(f"clipping {spec.clipping} is not known here, so what depends on it was not checked")
     try:
-        specs._validate(spec)
+        check(spec)
         if kinds["task"] is not None:
             kinds["task"](spec.task_options).validate()
     except BadInput as problem:
         found.append(f"The spec cannot be run: {problem}")
     if not found and kinds["method"] is not None:
-        found += _of_method(spec, kinds["method"], kinds["decoder"])
+        found += _of_method(spec, kinds["method"], kinds["decoder"], rule)
     return Asked(spec, kinds["task"], kinds["method"], found, notices)
 
 
 def _types(spec: RunSpec) -> Iterator[str]:
-    for key in specs._TYPES:
+    for key in TYPES:
         value = getattr(spec, key)
         if key in ("options", "task_options"):
             if not isinstance(value, dict):
                 yield f"{key} in the spec must be an object, not {value!r}."
             continue
         try:
-            typed = specs._typed(key, value)
+            kept = typed(key, value)
         except (BadInput, ValueError, OverflowError):
             yield f"{key} in the spec cannot be {value!r}."
             continue
-        if type(typed) is not type(value) or typed != value:
+        if type(kept) is not type(value) or kept != value:
             yield f"{key} in the spec cannot be {value!r}."
 
 
@@ -79,16 +82,16 @@ def _kind(kind: str, spec: RunSpec, notices: list[str]) -> type | None:
     return known
 
 
-def _of_method(spec: RunSpec, method: type, decoder: type | None) -> Iterator[str]:
+def _of_method(spec: RunSpec, method: type, decoder: type | None, rule: type | None) -> Iterator[str]:
     private = spec.epsilon is not None
     if private != method.private:
         yield f"{spec.method} is {'' if method.private else 'not '}private, but the spec has epsilon {spec.epsilon!r}."
     elif private != (spec.clip_norm is not None):
         yield f"A run with epsilon {spec.epsilon!r} cannot have clip_norm {spec.clip_norm!r}."
-    if decoder is None:
+    if decoder is None or rule is None:
         return
     try:
-        known = registry.options(method, decoder)
+        known = registry.defaults_of(method, decoder, rule)
         for key, value in spec.options.items():
             if key not in known:
                 yield f"{spec.method} has no option {key!r}."
@@ -96,7 +99,9 @@ def _of_method(spec: RunSpec, method: type, decoder: type | None) -> Iterator[st
             if type(value) is not type(known[key]) or value == known[key]:
                 yield f"The option {key} of {spec.method} cannot be recorded as {value!r}."
                 return
-        registry.make(spec.method, spec.decoder, spec.options).validate(spec)
+        made = registry.make(spec.method, spec.decoder, spec.options, spec.clipping)
+        made.validate(spec)
+        made.rule.validate(spec, made.asks)
     except BadInput as problem:
         yield f"The spec cannot be run: {problem}"
     except Exception as problem:
