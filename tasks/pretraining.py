@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from dpft.harness.cache import cache_dir
 from dpft.harness.errors import CannotRun, unknown
-from dpft.tasks import digits
 from dpft.tasks.downloads import sha256_hex, sha256_of
+from dpft.tasks.handwriting import PUBLIC, of_classes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +67,7 @@ def folder(name: str) -> str:
     """
     import torch
 
-    recipe = {"name": name, "config": MODELS[name], "public": digits.PUBLIC, "epochs": EPOCHS, "batch": BATCH, "lr": LR}
+    recipe = {"name": name, "config": MODELS[name], "public": PUBLIC, "epochs": EPOCHS, "batch": BATCH, "lr": LR}
     recipe |= {"torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability()}
     text = json.dumps(recipe, sort_keys=True)
     path = cache_dir() / "pretrained" / f"{name}-{sha256_hex(text.encode())[:16]}"
@@ -120,9 +120,9 @@ def _pretrained(config: dict[str, Any]) -> nn.Module:
     import transformers
 
     from dpft.tasks.groupnorm import convert
-    from dpft.tasks.images import Collator, Form, shifted
+    from dpft.tasks.pixels import Collator, Form, shifted
 
-    images, labels = digits.of_classes(digits.PUBLIC)
+    images, labels = of_classes(PUBLIC)
     targets = torch.tensor(labels)
     form = Form((config["image_size"],) * 2, 1, tuple(FORM["image_mean"]), tuple(FORM["image_std"]), 1)
     random = numpy.random.Generator(numpy.random.PCG64(0))
@@ -132,7 +132,7 @@ def _pretrained(config: dict[str, Any]) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            made = transformers.AutoConfig.for_model(config["model_type"], num_labels=len(digits.PUBLIC), **options)
+            made = transformers.AutoConfig.for_model(config["model_type"], num_labels=len(PUBLIC), **options)
             model = transformers.AutoModelForImageClassification.from_config(made)
         convert(model)
         optimizer = torch.optim.Adam(model.parameters(), lr=LR)

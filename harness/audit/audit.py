@@ -10,7 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 from dpft.harness.audit import batch_checks, bounds
-from dpft.harness.audit.checks import LEVEL, Check, alarms, run_checks
+from dpft.harness.audit.alarms import LEVEL, Check, alarms
+from dpft.harness.audit.all_checks import run_checks
 from dpft.harness.audit.observe import Observation, observe
 from dpft.harness.audit.replayed import Replay, replay
 from dpft.harness.audit.sensitivity import MATCH, ROUNDING, Sensitivity, sensitivity

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 from scipy import stats
 
-from dpft.harness.audit.checks import Check
+from dpft.harness.audit.alarms import Check
 from dpft.harness.audit.observe import Observation
 
 FAR = "sensitivity exceeds the clip norm"

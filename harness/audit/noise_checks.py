@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 from scipy import stats
 
-from dpft.harness.audit.checks import Check
+from dpft.harness.audit.alarms import Check
 from dpft.harness.audit.observe import Observation
 
 ENOUGH = 16  # entries that two steps or parameters must have in common to be compared

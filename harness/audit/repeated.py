@@ -8,8 +8,8 @@ from typing import Any
 
 from scipy import stats
 
+from dpft.harness.audit.alarms import LEVEL
 from dpft.harness.audit.audit import Audit, audit
-from dpft.harness.audit.checks import LEVEL
 from dpft.harness.audit.subject import Question
 
 CONFIDENCE = 0.95

@@ -18,8 +18,8 @@ def of_audit(found: Audit) -> str:
     """Certificate, bound, every check, verdict."""
     from tabulate import tabulate
 
+    from dpft.harness.audit.alarms import LEVEL
     from dpft.harness.audit.bounds import CONFIDENCE
-    from dpft.harness.audit.checks import LEVEL
 
     asked = found.question
     lines = [
@@ -110,7 +110,7 @@ def of_repeated(found: Repeated, methods: Sequence[str]) -> str:
     """Audits accused, the interval of their rate, and how the p-values of every check are spread."""
     from tabulate import tabulate
 
-    from dpft.harness.audit.checks import LEVEL
+    from dpft.harness.audit.alarms import LEVEL
     from dpft.harness.audit.repeated import CONFIDENCE, LOW
 
     lines = [
@@ -132,7 +132,7 @@ def planted(rows: Sequence[tuple[str, Audit]], versions: dict[str, str]) -> str:
     """The table of planted bugs. rows: (what was planted, the audit of it), the first without a bug."""
     from tabulate import tabulate
 
-    from dpft.harness.audit.checks import LEVEL
+    from dpft.harness.audit.alarms import LEVEL
 
     first = rows[0][1]
     asked = first.question

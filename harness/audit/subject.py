@@ -15,7 +15,8 @@ import torch
 from dpft.harness.audit.directions import first_lengths
 from dpft.harness.errors import BadInput
 from dpft.harness.runs.plan import PrivacyPlan, plan
-from dpft.harness.runs.spec import RunSpec, resolve
+from dpft.harness.runs.resolve import resolve
+from dpft.harness.runs.spec import RunSpec
 from dpft.harness.train import loop, run
 from dpft.harness.train.parts import Run, Setup
 from dpft.harness.train.settings import Settings

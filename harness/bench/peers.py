@@ -71,7 +71,7 @@ def non_private_step(job: Job, model: nn.Module, loss: Loss | None = None) -> St
 def _prepared(name: str, model: nn.Module, examples: int = 1, decoder: str | None = None):
     """(spec, method, model as it trains it). Raises Skipped."""
     from dpft.harness.runs import registry
-    from dpft.harness.runs.spec import resolve
+    from dpft.harness.runs.resolve import resolve
 
     spec = resolve({"task": "sentences", "method": name, "batch_size": examples, "decoder": decoder})
     method = registry.instance(spec)

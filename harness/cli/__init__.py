@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from dpft.harness.cli import auditing, checking, listing, measuring, memory, noise, records, running
+from dpft.harness.cli import auditing, checking, listing, measuring, memory, noise, reporting, running
 from dpft.harness.errors import BadInput
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -48,10 +48,10 @@ def cli(plugins: tuple[str, ...]) -> None:
 for command in (
     running.run,
     running.plan,
-    records.report,
+    reporting.report,
     checking.check,
-    records.verify,
-    records.merge,
+    reporting.verify,
+    reporting.merge,
     listing.list_,
     listing.describe,
     measuring.bench,

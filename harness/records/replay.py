@@ -16,11 +16,10 @@ from dpft.harness.records.verifying.curves import COLUMNS
 from dpft.harness.records.verifying.layout import findings
 from dpft.harness.regression.golden import changes
 from dpft.harness.runs import registry
-from dpft.harness.runs import spec as specs
-from dpft.harness.runs.spec import RunSpec, completed
+from dpft.harness.runs.spec import NOISE_STREAM, RunSpec, completed
 from dpft.harness.train.settings import Settings
 
-NOISE_STREAMS = range(1, getattr(specs, "NOISE_STREAM", 1) + 1)  # versions of the noise stream that this code can draw
+NOISE_STREAMS = range(1, NOISE_STREAM + 1)  # versions of the noise stream that this code can draw
 # Elsewhere sums are rounded differently, and training carries that on: relative to the value, and absolute near zero.
 TOLERANCE = {"epsilon": 1e-4, "loss": 0.02, "metric": 0.02, "lr": 1e-9}
 

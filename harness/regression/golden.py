@@ -13,7 +13,8 @@ from typing import Any
 from dpft.harness.errors import BadInput
 from dpft.harness.regression import baseline
 from dpft.harness.runs import registry
-from dpft.harness.runs.spec import completed, resolve
+from dpft.harness.runs.resolve import resolve
+from dpft.harness.runs.spec import completed
 
 # A task with its own model: nothing to download. The batch is large enough for the signal to stand out of the noise, so that
 # spectral decoders do something; 20 steps reach every branch that depends on the step.

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpft.harness.errors import BadInput, unknown
 from dpft.harness.records.store import Store, atomic
-from dpft.harness.report import checks, decoders, export, figures, overall, pairs, plots, tables, text, texts
+from dpft.harness.report import decoders, export, figures, overall, pairs, plots, rejections, tables, text, texts
 from dpft.harness.report.figures import Figures
 from dpft.harness.report.reading import Curves, summaries
 from dpft.harness.report.text import Part, latex
@@ -43,7 +43,7 @@ class Report:
     def __init__(self, records: list[dict[str, Any]], store: Store, options: Options):
         self.store, self.options = store, options
         records, self.twice = _once(records)
-        wrong = checks.rejected(records)
+        wrong = rejections.rejected(records)
         self.records = [
             {**record, "spec": completed(record["spec"]), "rejected": wrong.get(record["run_id"])} for record in records
         ]

@@ -105,7 +105,7 @@ def in_theory(record: dict[str, Any]) -> bool:
         return False
     if spec["method"] not in registry.methods():
         return False
-    given = {**registry.options(registry.method(spec["method"]), registry.decoder("rmt")), **spec["options"]}
+    given = {**registry.defaults_of(registry.method(spec["method"]), registry.decoder("rmt")), **spec["options"]}
     plain = {"input": "release", "shrinker": "frobenius", "threshold": "tracy-widom", "gate": False}
     return all(given[key] == value for key, value in plain.items())
 

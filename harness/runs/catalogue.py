@@ -54,7 +54,7 @@ def description(name: str) -> dict[str, Any]:
             "ranked": m.private and not m.control,
             "defaults": m.defaults,
             "decoder": decoder.name,
-            "options": registry.options(m, decoder),
+            "options": registry.defaults_of(m, decoder),
         }
     if name in registry.decoders():
         d = registry.decoders()[name]
@@ -102,7 +102,7 @@ def _of_rule(rule: type[ClippingRule]) -> dict[str, Any]:
 
 def _asked(method: str) -> list[dict[str, Any]] | str:
     """What a method asks in each kind of step, on the audit's model; a reason where it cannot train that."""
-    from dpft.harness.runs.spec import resolve
+    from dpft.harness.runs.resolve import resolve
     from dpft.harness.train.described import questions
 
     try:

@@ -106,7 +106,7 @@ def task(name: str) -> type:
     return tasks()[name]
 
 
-def options(method: type, decoder: type, rule: type | None = None) -> dict[str, Any]:
+def defaults_of(method: type, decoder: type, rule: type | None = None) -> dict[str, Any]:
     """Defaults of all options of a method run with a decoder and a clipping rule: the decoder's < the method's for its own
     decoder, the method's, the rule's. Raises BadInput when two of them use one name for different things.
     """
@@ -127,7 +127,7 @@ def options(method: type, decoder: type, rule: type | None = None) -> dict[str, 
 def make(method_name: str, decoder_name: str, changed: dict[str, Any], clipping_name: str = "abadi") -> Any:
     """The method with its decoder and clipping rule; `changed`: options of the three that differ from their defaults."""
     kind, post, rule = method(method_name), decoder(decoder_name), clipping(clipping_name)
-    settings = {**options(kind, post, rule), **changed}
+    settings = {**defaults_of(kind, post, rule), **changed}
     chosen = post({key: settings[key] for key in post.options})
     made = kind({key: settings[key] for key in kind.options}, chosen)
     made.rule = rule({key: settings[key] for key in rule.options})

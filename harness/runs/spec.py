@@ -1,4 +1,4 @@
-"""A run is a value: RunSpec, its canonical JSON, its id; suites that expand to runs."""
+"""A run is a value: RunSpec, its canonical JSON, its id, and what its fields may hold. Asks nobody what is registered."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 from dpft.harness.errors import BadInput, unknown
 from dpft.harness.privacy.noise_kinds import MECHANISMS, family_law
 from dpft.harness.privacy.noise_kinds import SHAPES as NOISE_SHAPES
-from dpft.harness.runs import registry
 from dpft.tasks.base import BATCH_NORMS, HEADS
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -119,79 +118,12 @@ def _default(f) -> Any:
     return f.default
 
 
-DEFAULTS: dict[str, Any] = {
-    "epsilon": 8.0,
-    "clip_norm": 1.0,
-    "batch_size": 256,
-    "steps": 100,
-    "optimizer": "adam",
-    "eval_every": 10,
-}
+TYPES = {f.name: str(f.type) for f in fields(RunSpec)}
 
 
-def resolve(settings: dict[str, Any]) -> RunSpec:
-    """Complete `settings` to a RunSpec: general defaults < the task's < the method's < what is given.
-
-    Keys that are no field of RunSpec are options of the method, its decoder or its clipping rule. Raises BadInput for unknown
-    names and bad values.
-    """
-    settings = {k: v for k, v in settings.items() if v is not None}
-    for key in ("task", "method"):
-        if key not in settings:
-            raise BadInput(f"A run needs a {key}; give --{key} or set it in the suite.")
-    task, method = registry.task(settings["task"]), registry.method(settings["method"])
-    names = {f.name for f in fields(RunSpec)} - {
-        "options",
-        "task_options",
-        "task_version",
-        "method_version",
-        "decoder_version",
-        "noise_stream",
-    }
-    of_task = {"model": task.default_model, "head": task.default_head, "max_length": task.default_max_length}
-    merged = {**DEFAULTS, **of_task, **method.defaults}
-    decoder = registry.decoder(_typed("decoder", settings.get("decoder", method.defaults.get("decoder", "mean"))))
-    rule = registry.clipping(_typed("clipping", settings.get("clipping", method.defaults.get("clipping", "abadi"))))
-    defaults = registry.options(method, decoder, rule)
-    options, of_its_own = dict(defaults), dict(task.options)
-    for key, value in settings.items():
-        if key in names:
-            merged[key] = value
-        elif key in options:
-            options[key] = _like(key, value, options[key])
-        elif key in of_its_own:
-            of_its_own[key] = _like(key, value, of_its_own[key])
-        else:
-            both = settings["method"] if decoder.name == "mean" else f"{settings['method']} with decoder {decoder.name}"
-            all_three = f"{both}, clipping {rule.name}" if rule.options else both
-            raise unknown(f"setting of {all_three}", key, names | options.keys() | of_its_own.keys())
-    if not method.private:
-        merged["epsilon"] = merged["clip_norm"] = None
-        merged |= {"mechanism": "gaussian", "noise_shape": "spherical", "noise_law": None}  # there is no noise
-    else:
-        merged["noise_stream"] = NOISE_STREAM
-    spec = RunSpec(
-        **{k: _typed(k, v) for k, v in merged.items()},
-        task_version=task.version,
-        method_version=method.version,
-        decoder_version=decoder.version,
-        options={key: value for key, value in options.items() if value != defaults[key]},
-        task_options={key: value for key, value in of_its_own.items() if value != task.options[key]},
-    )
-    _validate(spec)
-    task(spec.task_options).validate()
-    made = registry.make(spec.method, spec.decoder, spec.options, spec.clipping)
-    made.validate(spec)
-    made.rule.validate(spec, made)
-    return spec
-
-
-_TYPES = {f.name: str(f.type) for f in fields(RunSpec)}
-
-
-def _typed(key: str, value: Any) -> Any:
-    """`value` as the type its field declares, so that 8 and 8.0 give the same run id."""
-    declared = _TYPES[key]
+def typed(key: str, value: Any) -> Any:
+    """`value` as the type its field declares, so that 8 and 8.0 give the same run id. Raises BadInput for another type."""
+    declared = TYPES[key]
     if value is None and "None" in declared:
         return None
     for kind in (float, int, str):
@@ -207,21 +139,8 @@ def _typed(key: str, value: Any) -> Any:
     raise BadInput(f"{key} = {value!r} is not {declared.split(' ')[0]}; correct it.")
 
 
-def _like(key: str, value: Any, default: Any) -> Any:
-    """An option's value with the type of its default."""
-    if isinstance(value, str) and not isinstance(default, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            raise BadInput(f"{key} = {value!r} must look like its default {default!r}; correct it.") from None
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not type(default):
-        raise BadInput(f"{key} = {value!r} must look like its default {default!r}; correct it.")
-    return value
-
-
-def _validate(spec: RunSpec) -> None:
+def check_values(spec: RunSpec) -> None:
+    """That every field holds what it may hold, whatever the task and the method are. Raises BadInput."""
     for key, allowed in (
         ("optimizer", OPTIMIZERS),
         ("schedule", SCHEDULES),
@@ -249,22 +168,17 @@ def _validate(spec: RunSpec) -> None:
         value = getattr(spec, key)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise BadInput(f"{key} must be a positive number, not {value}; correct it.")
-    for key in ("clip_norm", "epsilon"):
-        if getattr(spec, key) is None and registry.method(spec.method).private:
-            raise BadInput(f"{key} must be a positive number, not None: {spec.method} is private; give one.")
     for key in ("weight_decay", "momentum", "warmup_steps", "seed"):
         if not (math.isfinite(getattr(spec, key)) and getattr(spec, key) >= 0):
             raise BadInput(f"{key} must be zero or more, not {getattr(spec, key)}; correct it.")
     if spec.warmup_steps >= spec.steps:
         raise BadInput(f"warmup_steps ({spec.warmup_steps}) must be fewer than steps ({spec.steps}); lower it.")
-    _validate_noise(spec)
-    if (spec.views, spec.batch_norm) != (1, "refuse") and not registry.task(spec.task).images:
-        raise BadInput(f"views and batch_norm are settings of image tasks, which {spec.task} is not; leave them out.")
+    _check_noise(spec)
     if spec.delta is not None and not 0 < spec.delta < 1:
         raise BadInput(f"delta must lie between 0 and 1, not {spec.delta}; 1/(2N) is the usual choice.")
 
 
-def _validate_noise(spec: RunSpec) -> None:
+def _check_noise(spec: RunSpec) -> None:
     if spec.noise_shape == "coordinates" and spec.mechanism != "laplace":
         raise BadInput(
             f"Noise of mechanism {spec.mechanism} with noise_shape coordinates has no certificate under L2 clipping that "

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput, unknown
-from dpft.harness.runs.spec import RunSpec, resolve
+from dpft.harness.runs.resolve import resolve
+from dpft.harness.runs.spec import RunSpec
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dpft.harness.query.noisy_sum import VALUES, NoisySum
 from dpft.harness.query.queries import Gradients, Nothing, Query, Seen, Values, named
 from dpft.harness.train.core import Core, Found, Watcher, encodings_of
 from dpft.harness.train.mechanism import BESIDE
-from dpft.harness.train.rows import Rows
+from dpft.harness.train.row_sum import Rows
 
 
 class Answers:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from scipy import stats
 
-from dpft.harness.audit import batch_checks, bounds, checks, noise_checks
+from dpft.harness.audit import batch_checks, bounds, noise_checks
+from dpft.harness.audit.alarms import LEVEL, alarms
+from dpft.harness.audit.all_checks import run_checks
 from dpft.harness.audit.directions import factors
 from dpft.harness.audit.noise_notes import Notes, _close
 from dpft.harness.audit.observe import Observation
@@ -55,9 +57,9 @@ def simulated(rng, steps=40, canaries=32, q=0.25, sigma=2.0, noise=None):
 def test_false_alarms_stay_under_the_stated_level():
     """300 correct runs: at most LEVEL alarm (within what chance allows), and no p-value is small too often."""
     rng = numpy.random.default_rng(7)
-    found = [checks.run_checks(simulated(rng)) for _ in range(300)]
-    accused = sum(bool(checks.alarms(one)) for one in found)
-    assert stats.binom.sf(accused - 1, len(found), checks.LEVEL) > 1e-3, accused
+    found = [run_checks(simulated(rng)) for _ in range(300)]
+    accused = sum(bool(alarms(one)) for one in found)
+    assert stats.binom.sf(accused - 1, len(found), LEVEL) > 1e-3, accused
     for number, check in enumerate(found[0]):
         low = sum(one[number].p_value < 0.05 for one in found)
         assert stats.binom.sf(low - 1, len(found), 0.05) > 1e-4, (check.name, low)
@@ -76,7 +78,7 @@ def test_a_cut_tail_is_seen_with_as_many_entries_as_is_said(at, entries, seen):
     rng = numpy.random.default_rng(5)
     steps = entries // 320
     one = simulated(rng, steps, noise=noted(rng, steps, lambda z: z.clamp(-at, at)))
-    assert (noise_checks._extremes(one).p_value < checks.LEVEL / 13) == seen
+    assert (noise_checks._extremes(one).p_value < LEVEL / 13) == seen
 
 
 def test_a_tail_too_far_out_is_seen():

@@ -239,19 +239,19 @@ def test_an_engine_that_goes_wrong_during_the_run_is_stopped(wrong, monkeypatch,
     """From its third step on, and by 1% only: what one example adds, or what the step takes its norms for."""
     setup = setup_of("dp-adam", steps=8)
     accumulate, step = FactoredEngine.accumulate, [0]
-    encodings = setup.method.encoding
+    ask = setup.method.step
 
-    def counted(name, parameter, now):
+    def counted(asking, now):
         step[0] = now
-        return encodings(name, parameter, now)
+        return ask(asking, now)
 
-    def drifting(self, batch, total, clip_norm, encodings):
+    def drifting(self, batch, total, bound, encodings):
         factor = 1.01 if step[0] >= 3 else 1.0
-        losses, norms = accumulate(self, batch, total, clip_norm * (factor if wrong == "sum" else 1), encodings)
+        losses, norms = accumulate(self, batch, total, bound * (factor if wrong == "sum" else 1), encodings)
         return losses, norms / (factor if wrong == "norms" else 1)
 
     monkeypatch.setattr(FactoredEngine, "accumulate", drifting)
-    setup.method.encoding = counted
+    setup.method.step = counted
     with pytest.raises(CannotRun, match="clipped sum" if wrong == "sum" else "another gradient"):
         trained(setup)
     assert step[0] == 4, "compared in the steps 1 and 4"

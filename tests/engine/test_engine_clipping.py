@@ -9,7 +9,8 @@ from engine_cases import assert_same, batch_for, clipped, model_for
 from dpft.harness.engine import NAMES
 from dpft.harness.engine.clipping import FUNCTIONS, Clipping
 from dpft.harness.errors import BadInput
-from dpft.harness.runs.spec import CLIP_GROUPS, resolve
+from dpft.harness.runs.resolve import resolve
+from dpft.harness.runs.spec import CLIP_GROUPS
 
 C = 0.3
 PUBLISHED = {

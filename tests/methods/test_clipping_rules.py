@@ -22,7 +22,7 @@ B, SIGMA = 256, 0.7
 
 
 def resolved(**more):
-    return spec.resolve({"task": "sst2", "method": "dp-adam", "batch_size": B, **more})
+    return resolve.resolve({"task": "sst2", "method": "dp-adam", "batch_size": B, **more})
 
 
 def started(name, sigma=SIGMA, **more):
@@ -286,7 +286,7 @@ def test_no_option_of_a_rule_means_something_else_elsewhere(monkeypatch):
     for rule in registry.clippings().values():
         for method in registry.methods().values():
             for post in registry.decoders().values():
-                assert not fields & registry.options(method, post, rule).keys()
+                assert not fields & registry.defaults_of(method, post, rule).keys()
         for task in registry.tasks().values():
             assert not rule.options.keys() & task.options.keys()
     monkeypatch.setattr(registry.clipping("quantile"), "options", {"rank": 1})

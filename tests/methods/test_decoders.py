@@ -10,6 +10,7 @@ from torch import nn
 
 from dpft.harness.errors import BadInput
 from dpft.harness.runs import registry, spec
+from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import loop, run
 from dpft.harness.train.mechanism import GaussianMechanism
 from dpft.harness.train.noise import source
@@ -22,7 +23,7 @@ IDENTITY = {"decoder": "rmt", "threshold": "kappa", "kappa": 0.0, "shrinker": "p
 
 
 def resolved(**more):
-    return spec.resolve({"task": "sst2", "method": "dp-adam", **more})
+    return resolve({"task": "sst2", "method": "dp-adam", **more})
 
 
 def released(tensors, noise_multiplier=1.0, clip_norm=1.0, batch=10):
@@ -51,7 +52,7 @@ def test_the_default_decoder_leaves_run_ids_alone_and_another_changes_them():
 
 
 def test_options_of_method_and_decoder_are_one_namespace():
-    found = spec.resolve({"task": "sst2", "method": "dp-lora", "decoder": "rmt", "shrinker": "nuclear", "rank": 4})
+    found = resolve({"task": "sst2", "method": "dp-lora", "decoder": "rmt", "shrinker": "nuclear", "rank": 4})
     assert found.options == {"shrinker": "nuclear", "rank": 4}
     method = registry.make(found.method, found.decoder, found.options)
     assert method.settings["rank"] == 4 and "shrinker" not in method.settings
@@ -94,10 +95,10 @@ def test_names_that_mean_two_things_are_refused(monkeypatch):
     fields = {f.name for f in dataclasses.fields(spec.RunSpec)}
     for method in registry.methods().values():
         for post in registry.decoders().values():
-            assert not fields & registry.options(method, post).keys()
+            assert not fields & registry.defaults_of(method, post).keys()
     monkeypatch.setattr(registry.decoder("doppler"), "options", {"rank": 1})
     with pytest.raises(BadInput, match="Method dp-lora and decoder doppler both have an option 'rank'"):
-        spec.resolve({"task": "sst2", "method": "dp-lora", "decoder": "doppler"})
+        resolve({"task": "sst2", "method": "dp-lora", "decoder": "doppler"})
 
 
 def test_the_command_line_shows_decoders_and_refuses_typos(tiny_bert, mirror, tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from dpft.harness.engine.base import zero_sums
 from dpft.harness.errors import BadInput
 from dpft.harness.probes import Clock
 from dpft.harness.runs import registry
-from dpft.harness.runs.spec import resolve
+from dpft.harness.runs.resolve import resolve
 from dpft.harness.train.mechanism import GaussianMechanism
 from dpft.harness.train.noise import source
 

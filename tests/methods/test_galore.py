@@ -6,7 +6,7 @@ from engine_cases import model_for
 from grape_cases import adam_by_hand, encodings_of, method_for, resumes_bit_for_bit
 
 from dpft.harness.errors import BadInput
-from dpft.harness.runs import spec
+from dpft.harness.runs.resolve import resolve
 from dpft.harness.train.mechanism import GaussianMechanism
 from dpft.harness.train.noise import source
 
@@ -74,4 +74,4 @@ def test_galore_cut_around_a_refresh_resumes_bit_for_bit(options, setup_of, tmp_
 def test_galore_refuses_an_adam_of_the_full_space():
     for decoder in ({"decoder": "adambc"}, {"decoder": "muon"}, {"decoder": "rmt", "input": "ema"}):
         with pytest.raises(BadInput, match="dp-galore runs Adam in its subspace"):
-            spec.resolve({"task": "sst2", "method": "dp-galore", **decoder})
+            resolve({"task": "sst2", "method": "dp-galore", **decoder})

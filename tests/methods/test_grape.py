@@ -13,7 +13,7 @@ from dpft.harness.engine.reference import ReferenceEngine
 from dpft.harness.errors import BadInput
 from dpft.harness.query import updates
 from dpft.harness.query.encoding import Encoding
-from dpft.harness.runs import spec
+from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import run
 from dpft.harness.train.mechanism import GaussianMechanism
 from dpft.harness.train.noise import source
@@ -133,7 +133,7 @@ def test_a_decoder_denoises_the_release_in_the_subspace(setup_of):
 )
 def test_bad_settings_are_refused_before_anything_trains(settings, message):
     with pytest.raises(BadInput, match=message):
-        spec.resolve({"task": "sst2", "method": "dp-grape", **settings})
+        resolve({"task": "sst2", "method": "dp-grape", **settings})
 
 
 def test_lazy_updates_are_applied_a_few_at_a_time_with_the_same_result(monkeypatch):

@@ -15,7 +15,8 @@ from dpft.harness.engine.base import PlainEngine, example_gradient, zero_sums
 from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.probes import LiveBytes
 from dpft.harness.query.encoding import Encoding
-from dpft.harness.runs import registry, spec
+from dpft.harness.runs import registry
+from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import loop, run
 from dpft.harness.train.mechanism import GaussianMechanism
 from dpft.harness.train.noise import source
@@ -274,7 +275,7 @@ def test_memory_of_a_training_step_falls_with_the_fraction(setup_of):
 )
 def test_bad_settings_are_refused_in_one_sentence(settings, message):
     with pytest.raises(BadInput, match=message):
-        spec.resolve({"task": "digits", "method": "sparta", **settings})
+        resolve({"task": "digits", "method": "sparta", **settings})
 
 
 def test_what_the_other_baselines_train():
@@ -291,7 +292,7 @@ def test_what_the_other_baselines_train():
 @pytest.mark.parametrize("model", ["digits-vit", "digits-resnet"])
 def test_sparta_runs_on_images(model):
     small = {"batch_size": 80, "steps": 4, "eval_every": 4, "views": 2, "score": "absolute"}
-    one = spec.resolve({"task": "digits", "model": model, "method": "sparta", **small})
+    one = resolve({"task": "digits", "model": model, "method": "sparta", **small})
     record, _ = run.execute(one, Settings(), quiet)
     assert record["status"] == "done", record["error"]
     assert record["cost"]["trainable_parameters"] < 0.5 * record["cost"]["total_parameters"]

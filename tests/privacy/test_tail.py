@@ -203,7 +203,8 @@ def test_ways_to_draw_are_compared_in_one_run():
 
 
 def test_old_records_keep_their_ids_and_their_streams():
-    from dpft.harness.runs.spec import RunSpec, completed, resolve
+    from dpft.harness.runs.resolve import resolve
+    from dpft.harness.runs.spec import RunSpec, completed
 
     for path in OFFICIAL.glob("*.json"):
         spec = RunSpec(**completed(json.loads(path.read_text())["spec"]))

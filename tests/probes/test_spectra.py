@@ -10,7 +10,7 @@ from dpft.harness.probes import Clock, LiveBytes, Look, spectra, uncounted
 from dpft.harness.records.store import Store
 from dpft.harness.report import rows as reading
 from dpft.harness.report.text import markdown
-from dpft.harness.runs import spec
+from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import run
 from dpft.harness.train.mechanism import GaussianMechanism
 from dpft.harness.train.noise import source
@@ -80,7 +80,7 @@ def store(tmp_path_factory):
     place = Store(tmp_path_factory.mktemp("runs"))
     for method, more in (("dp-adam", {}), ("rmt", {"norm_correction": "none"})):
         for lr in (0.1, 0.2):
-            one = spec.resolve({**SIZE, **more, "method": method, "lr": lr, "epsilon": 4.0})
+            one = resolve({**SIZE, **more, "method": method, "lr": lr, "epsilon": 4.0})
             place.write(*run.execute(one, Settings(), lambda step, row: None))
     return place
 
@@ -104,7 +104,7 @@ def test_the_low_rank_task_has_the_rank_it_says_and_is_learned(store):
 
 
 def test_other_models_are_refused_on_the_low_rank_task():
-    record, _ = run.execute(spec.resolve({**SIZE, "model": "minilm-l6"}), Settings(), lambda step, row: None)
+    record, _ = run.execute(resolve({**SIZE, "model": "minilm-l6"}), Settings(), lambda step, row: None)
     assert record["status"] == "error" and "a model of its own" in record["error"]
 
 
@@ -156,7 +156,7 @@ def test_fp32_means_fp32():
     try:
         torch.set_float32_matmul_precision("medium")
         torch.backends.cudnn.allow_tf32 = True
-        run.execute(spec.resolve({**SIZE, "steps": 1}), Settings(), lambda step, row: None)
+        run.execute(resolve({**SIZE, "steps": 1}), Settings(), lambda step, row: None)
         assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before[0])

@@ -15,7 +15,8 @@ from dpft.harness.execution import local as execution
 from dpft.harness.execution import progress
 from dpft.harness.records.store import Store
 from dpft.harness.regression import baseline, gate, golden
-from dpft.harness.runs import registry, spec
+from dpft.harness.runs import registry
+from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import noise
 from dpft.harness.train.settings import Settings
 from dpft.methods.decoders import spectral
@@ -41,7 +42,7 @@ def load_once():
 def make(folder, method, seeds):
     """Real runs of one configuration, of a third of a second each."""
     more = {"norm_correction": "none"} if method == "rmt" else {}  # its norm would hide a wrong shrinker
-    runs = [spec.resolve({**SIZE, **more, "method": method, "seed": seed}) for seed in seeds]
+    runs = [resolve({**SIZE, **more, "method": method, "seed": seed}) for seed in seeds]
     execution.run_all(runs, Store(folder), Settings(), execution.Policy(), progress.reporter(0, quiet=True))
     return folder
 

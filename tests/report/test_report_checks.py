@@ -8,7 +8,7 @@ from report_cases import ROOT, changed, lines, ranks, records, shorter, store_of
 
 from dpft.harness import report
 from dpft.harness.records.store import Store
-from dpft.harness.report import View, checks, rows
+from dpft.harness.report import View, rejections, rows
 from dpft.harness.runs.spec import completed
 
 
@@ -86,13 +86,13 @@ def test_findings_are_kept_until_the_record_changes(tmp_path):
     store = Store(ROOT / "results/noise")
     chosen = [r for r in report.summaries(store) if r["spec"]["mechanism"] == "plrv"]
     start = time.perf_counter()
-    assert checks.rejected(chosen) == {}
+    assert rejections.rejected(chosen) == {}
     first, start = time.perf_counter() - start, time.perf_counter()
-    assert checks.rejected(chosen) == {}
+    assert rejections.rejected(chosen) == {}
     assert time.perf_counter() - start < first / 5
     worse = copy.deepcopy(chosen)
     worse[0]["privacy"]["epsilon"][2] += 0.1
-    assert list(checks.rejected(worse)) == [worse[0]["run_id"]]
+    assert list(rejections.rejected(worse)) == [worse[0]["run_id"]]
 
 
 def test_rows_of_other_data_or_weights_are_not_ranked(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from dpft.harness.records.store import Store
 from dpft.harness.runs import registry, spec
+from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import run
 from dpft.harness.train.settings import Settings
 
@@ -187,7 +188,7 @@ def test_a_changed_model_folder(dpft, mine):
 
 def test_a_run_cut_short_on_other_data_starts_again(dpft, mine, tmp_path):
     def made(folder, settings, observe=lambda step, row: None, path=None):
-        one = spec.resolve({"task": "sst2", "method": "last-layer", "model": str(mine.model), "batch_size": 60, "steps": 4,
+        one = resolve({"task": "sst2", "method": "last-layer", "model": str(mine.model), "batch_size": 60, "steps": 4,
                             "epsilon": 3.0, "eval_every": 2, "max_length": 16})  # fmt: skip
         return run.execute(one, settings, observe, path)
 

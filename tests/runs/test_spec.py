@@ -6,10 +6,11 @@ import pytest
 
 from dpft.harness.errors import BadInput
 from dpft.harness.runs import registry, spec, suites
+from dpft.harness.runs.resolve import resolve
 
 
 def a_spec(**more):
-    return spec.resolve({"task": "sst2", "method": "dp-adam", **more})
+    return resolve({"task": "sst2", "method": "dp-adam", **more})
 
 
 def test_run_id_ignores_how_numbers_are_written_and_fields_at_their_default():
@@ -35,19 +36,19 @@ def test_mechanisms_leave_old_run_ids_alone():
     assert a_spec(mechanism="gaussian", noise_shape="spherical").run_id == a_spec().run_id
     laplace = [a_spec(mechanism="laplace", noise_shape=shape).run_id for shape in ("spherical", "coordinates")]
     assert len({a_spec().run_id, *laplace}) == 3
-    assert spec.resolve({"task": "sst2", "method": "non-private", "mechanism": "lmo"}).mechanism == "gaussian"
+    assert resolve({"task": "sst2", "method": "non-private", "mechanism": "lmo"}).mechanism == "gaussian"
 
 
 def test_defaults_are_general_then_the_tasks_then_the_methods_then_given():
     assert a_spec().lr == registry.method("dp-adam").defaults["lr"]
     assert a_spec(lr=0.25).lr == 0.25
-    lora = spec.resolve({"task": "sst2", "method": "dp-lora", "rank": 2})
+    lora = resolve({"task": "sst2", "method": "dp-lora", "rank": 2})
     assert lora.options == {"rank": 2}
-    assert spec.resolve({"task": "sst2", "method": "dp-lora", "rank": 8}).options == {}
+    assert resolve({"task": "sst2", "method": "dp-lora", "rank": 8}).options == {}
 
 
 def test_a_method_that_is_not_private_has_no_budget():
-    found = spec.resolve({"task": "sst2", "method": "non-private", "epsilon": 3})
+    found = resolve({"task": "sst2", "method": "non-private", "epsilon": 3})
     assert found.epsilon is None and found.clip_norm is None
 
 

@@ -15,8 +15,9 @@ from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import zero_sums
 from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.records.store import Store
-from dpft.harness.runs import registry, spec
+from dpft.harness.runs import registry
 from dpft.harness.runs.plan import plan
+from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import run
 from dpft.harness.train.settings import Settings
 from dpft.tasks import data_to_text, models
@@ -40,7 +41,7 @@ def folders(tmp_path_factory):
 
 def settings_of(method, folder, **more):
     size = dict(task="e2e", batch_size=30, steps=2, eval_every=1, epsilon=3.0, max_length=40, generate_examples=6)
-    return spec.resolve({"method": method, "model": folder, **size, "max_new_tokens": 10, **more})
+    return resolve({"method": method, "model": folder, **size, "max_new_tokens": 10, **more})
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -161,14 +162,14 @@ def test_text_files_that_cannot_be_used(options, complaint, tmp_path):
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_loaded(more, complaint):
     with pytest.raises(BadInput, match=complaint):
-        spec.resolve({"task": "e2e", "method": "dp-adam", **more})
+        resolve({"task": "e2e", "method": "dp-adam", **more})
 
 
 def test_task_options_are_part_of_the_run_id_and_old_ids_stay():
-    plain = spec.resolve({"task": "e2e", "method": "dp-adam"})
-    assert spec.resolve({"task": "e2e", "method": "dp-adam", "beams": 1}).run_id == plain.run_id
-    assert spec.resolve({"task": "e2e", "method": "dp-adam", "beams": 5}).run_id != plain.run_id
-    assert "task_options" not in spec.resolve({"task": "sst2", "method": "dp-adam"}).canonical()
+    plain = resolve({"task": "e2e", "method": "dp-adam"})
+    assert resolve({"task": "e2e", "method": "dp-adam", "beams": 1}).run_id == plain.run_id
+    assert resolve({"task": "e2e", "method": "dp-adam", "beams": 5}).run_id != plain.run_id
+    assert "task_options" not in resolve({"task": "sst2", "method": "dp-adam"}).canonical()
 
 
 def test_heads_and_mismatched_models_are_refused(mirror, folders):
@@ -272,7 +273,7 @@ def test_a_user_s_own_text_is_in_no_record_unless_asked_for(folders, tmp_path):
     size |= dict(max_length=40, generate_examples=2, max_new_tokens=4, method="dp-lora", model=folders("llama"))
     store, texts = Store(tmp_path), {}
     for samples in (0, 2):
-        one = spec.resolve({**size, **({"samples": samples} if samples else {})})
+        one = resolve({**size, **({"samples": samples} if samples else {})})
         record, curve = run.execute(one, Settings(None), quiet)
         assert record["status"] == "done", record["error"]
         store.write(record, curve)

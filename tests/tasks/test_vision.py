@@ -15,12 +15,14 @@ from test_engine_models import check
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import zero_sums
 from dpft.harness.errors import BadInput, CannotRun
-from dpft.harness.runs import registry, spec
+from dpft.harness.runs import registry
+from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import run
 from dpft.harness.train.settings import Settings
 from dpft.tasks import digits, groupnorm, heads, imagesets, models, pretraining
 from dpft.tasks.base import ModelSpec
-from dpft.tasks.images import Collator, Form
+from dpft.tasks.handwriting import PRIVATE, PUBLIC, of_classes
+from dpft.tasks.pixels import Collator, Form
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BODY = dict(
@@ -193,9 +195,9 @@ def test_digits_keep_the_public_classes_apart():
     labels = [row["label"] for row in data.validation]
     assert max(labels.count(k) for k in range(6)) / 277 == pytest.approx(digits.Digits.chance, abs=5e-4)
     private = {row["image"].tobytes() for row in [*data.train, *data.validation]}
-    public, _ = digits.of_classes(digits.PUBLIC)
+    public, _ = of_classes(PUBLIC)
     assert len(private) == 1077 and len(public) == 720 and not private & {image.tobytes() for image in public}
-    assert set(digits.PUBLIC) | set(digits.PRIVATE) == set(range(10)) and "0 to 3" in digits.Digits.description
+    assert set(PUBLIC) | set(PRIVATE) == set(range(10)) and "0 to 3" in digits.Digits.description
 
 
 # --- public pretraining
@@ -225,7 +227,7 @@ def test_pretraining_is_deterministic_kept_and_checked(tmp_path, monkeypatch):
 
 def a_run(method="dp-adam", **more):
     small = {"batch_size": 80, "steps": 3, "eval_every": 3, "epsilon": 8.0}
-    return spec.resolve({"task": "digits", "method": method, **small, **more})
+    return resolve({"task": "digits", "method": method, **small, **more})
 
 
 @pytest.mark.parametrize("model", ["digits-vit", "digits-resnet"])
@@ -255,7 +257,7 @@ def test_views_do_not_depend_on_microbatches_and_change_with_the_step():
 def test_settings_of_images_are_refused_for_texts_and_others_for_images():
     for more in ({"views": 2}, {"batch_norm": "group"}):
         with pytest.raises(BadInput, match="settings of image tasks, which sst2 is not"):
-            spec.resolve({"task": "sst2", "method": "dp-adam", **more})
+            resolve({"task": "sst2", "method": "dp-adam", **more})
     with pytest.raises(BadInput, match="batch_norm"):
         a_run(batch_norm="keep")
     with pytest.raises(BadInput, match="views must be a positive number"):

@@ -8,8 +8,8 @@ from typing import Any
 
 from dpft.harness.errors import BadInput
 from dpft.harness.runs import registry
-from dpft.harness.runs import spec as specs
-from dpft.harness.runs.spec import RunSpec, completed
+from dpft.harness.runs.resolve import check
+from dpft.harness.runs.spec import TYPES, RunSpec, completed, typed
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def read(record: dict[str, Any]) -> Asked:
     if rule is None:
         notices.append(f"clipping {spec.clipping} is not known here, so what depends on it was not checked")
     try:
-        specs._validate(spec)
+        check(spec)
         if kinds["task"] is not None:
             kinds["task"](spec.task_options).validate()
     except BadInput as problem:
@@ -55,18 +55,18 @@ def read(record: dict[str, Any]) -> Asked:
 
 
 def _types(spec: RunSpec) -> Iterator[str]:
-    for key in specs._TYPES:
+    for key in TYPES:
         value = getattr(spec, key)
         if key in ("options", "task_options"):
             if not isinstance(value, dict):
                 yield f"{key} in the spec must be an object, not {value!r}."
             continue
         try:
-            typed = specs._typed(key, value)
+            kept = typed(key, value)
         except (BadInput, ValueError, OverflowError):
             yield f"{key} in the spec cannot be {value!r}."
             continue
-        if type(typed) is not type(value) or typed != value:
+        if type(kept) is not type(value) or kept != value:
             yield f"{key} in the spec cannot be {value!r}."
 
 
@@ -91,7 +91,7 @@ def _of_method(spec: RunSpec, method: type, decoder: type | None, rule: type | N
     if decoder is None or rule is None:
         return
     try:
-        known = registry.options(method, decoder, rule)
+        known = registry.defaults_of(method, decoder, rule)
         for key, value in spec.options.items():
             if key not in known:
                 yield f"{spec.method} has no option {key!r}."

@@ -1,0 +1,101 @@
+"""From settings to a run: names looked up in the registry, defaults filled in, everything checked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+from dpft.harness.errors import BadInput, unknown
+from dpft.harness.runs import registry
+from dpft.harness.runs.spec import NOISE_STREAM, RunSpec, check_values, typed
+
+DEFAULTS: dict[str, Any] = {
+    "epsilon": 8.0,
+    "clip_norm": 1.0,
+    "batch_size": 256,
+    "steps": 100,
+    "optimizer": "adam",
+    "eval_every": 10,
+}
+
+
+def resolve(settings: dict[str, Any]) -> RunSpec:
+    """Complete `settings` to a RunSpec: general defaults < the task's < the method's < what is given.
+
+    Keys that are no field of RunSpec are options of the method, its decoder or its clipping rule. Raises BadInput for unknown
+    names and bad values.
+    """
+    settings = {k: v for k, v in settings.items() if v is not None}
+    for key in ("task", "method"):
+        if key not in settings:
+            raise BadInput(f"A run needs a {key}; give --{key} or set it in the suite.")
+    task, method = registry.task(settings["task"]), registry.method(settings["method"])
+    names = {f.name for f in fields(RunSpec)} - {
+        "options",
+        "task_options",
+        "task_version",
+        "method_version",
+        "decoder_version",
+        "noise_stream",
+    }
+    of_task = {"model": task.default_model, "head": task.default_head, "max_length": task.default_max_length}
+    merged = {**DEFAULTS, **of_task, **method.defaults}
+    decoder = registry.decoder(typed("decoder", settings.get("decoder", method.defaults.get("decoder", "mean"))))
+    rule = registry.clipping(typed("clipping", settings.get("clipping", method.defaults.get("clipping", "abadi"))))
+    defaults = registry.defaults_of(method, decoder, rule)
+    options, of_its_own = dict(defaults), dict(task.options)
+    for key, value in settings.items():
+        if key in names:
+            merged[key] = value
+        elif key in options:
+            options[key] = _like(key, value, options[key])
+        elif key in of_its_own:
+            of_its_own[key] = _like(key, value, of_its_own[key])
+        else:
+            both = settings["method"] if decoder.name == "mean" else f"{settings['method']} with decoder {decoder.name}"
+            all_three = f"{both}, clipping {rule.name}" if rule.options else both
+            raise unknown(f"setting of {all_three}", key, names | options.keys() | of_its_own.keys())
+    if not method.private:
+        merged["epsilon"] = merged["clip_norm"] = None
+        merged |= {"mechanism": "gaussian", "noise_shape": "spherical", "noise_law": None}  # there is no noise
+    else:
+        merged["noise_stream"] = NOISE_STREAM
+    spec = RunSpec(
+        **{k: typed(k, v) for k, v in merged.items()},
+        task_version=task.version,
+        method_version=method.version,
+        decoder_version=decoder.version,
+        options={key: value for key, value in options.items() if value != defaults[key]},
+        task_options={key: value for key, value in of_its_own.items() if value != task.options[key]},
+    )
+    check(spec)
+    task(spec.task_options).validate()
+    made = registry.make(spec.method, spec.decoder, spec.options, spec.clipping)
+    made.validate(spec)
+    made.rule.validate(spec, made)
+    return spec
+
+
+def check(spec: RunSpec) -> None:
+    """That its fields hold what they may, and what its method and its task let them. Raises BadInput, for unknown names too."""
+    check_values(spec)
+    for key in ("clip_norm", "epsilon"):
+        if getattr(spec, key) is None and registry.method(spec.method).private:
+            raise BadInput(f"{key} must be a positive number, not None: {spec.method} is private; give one.")
+    if (spec.views, spec.batch_norm) != (1, "refuse") and not registry.task(spec.task).images:
+        raise BadInput(f"views and batch_norm are settings of image tasks, which {spec.task} is not; leave them out.")
+
+
+def _like(key: str, value: Any, default: Any) -> Any:
+    """An option's value with the type of its default."""
+    if isinstance(value, str) and not isinstance(default, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise BadInput(f"{key} = {value!r} must look like its default {default!r}; correct it.") from None
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise BadInput(f"{key} = {value!r} must look like its default {default!r}; correct it.")
+    return value
