@@ -14,7 +14,7 @@ from dpft.harness.engine.clipping import FUNCTIONS
 from dpft.harness.errors import BadInput
 from dpft.harness.query.noisy_sum import VALUES, NoisySum
 from dpft.harness.query.queries import Beside, Gradients, Seen, Values
-from dpft.harness.runs import registry, spec
+from dpft.harness.runs import registry, resolve, spec
 from dpft.methods.clipping.slaclip import slots, slots_for
 
 ADAPTIVE = [name for name, rule in registry.clippings().items() if rule.adaptive]
