@@ -20,7 +20,7 @@ GAMMA = 0.01  # of auto-s and psac, as published
 
 
 @dataclass(frozen=True)
-class Rows:
+class Contributions:
     """Of n canaries and one question, what is released side by side, fp32, in units of the question's bound.
 
     rows: [n, coordinates], what each is to add to the sum; norms: [n], lengths before clipping; parts: name -> number of
@@ -55,7 +55,7 @@ class Directions:
         return self.rows / self.expected.clamp_min(1e-30)[:, None]
 
 
-def joint(parts: Sequence[tuple[Rows, float]]) -> Directions:
+def joint(parts: Sequence[tuple[Contributions, float]]) -> Directions:
     """Of the releases of a step, in their order, each with its weight."""
     asked = [rows for rows, _ in parts if rows.gradients]
     if asked:
@@ -76,10 +76,10 @@ def first_lengths(setup: Setup, canaries: Sequence[int]) -> torch.Tensor:
     return torch.stack([rows.norms for rows in found.values()]).amin(0)
 
 
-def breath(setup: Setup, queries: Mapping[str, Query], canaries: Sequence[int]) -> dict[str, Rows]:
+def breath(setup: Setup, queries: Mapping[str, Query], canaries: Sequence[int]) -> dict[str, Contributions]:
     """What those canaries are to add to the answers of one call of `ask`, at the present weights."""
     batch = setup.prepared.collate([setup.prepared.train[i] for i in canaries])
-    found: dict[str, Rows] = {}
+    found: dict[str, Contributions] = {}
     lengths = clipped = None
     for name, query in named(queries, Gradients).items():
         found[name], lengths, clipped = _gradients(setup, query, batch, len(canaries))
@@ -87,17 +87,17 @@ def breath(setup: Setup, queries: Mapping[str, Query], canaries: Sequence[int]) 
         if isinstance(query, Nothing):
             sizes = {name: p.numel() for name, p in setup.parameters.items()}
             nothing = torch.zeros(len(canaries), sum(sizes.values()))
-            found[name] = Rows(nothing, nothing.sum(1), sizes, False)
+            found[name] = Contributions(nothing, nothing.sum(1), sizes, False)
         elif isinstance(query, Values):
             seen = Seen(setup.prepared.model, batch, _losses(setup, query.at, batch), lengths, clipped)
             rows = _numbers(query.of, seen, len(canaries))
             norms = rows.norm(dim=1) / query.bound
             rows = rows / query.bound / norms.clamp_min(1.0)[:, None]
-            found[name] = Rows(rows.float(), norms.float(), {"values": query.size}, False)
+            found[name] = Contributions(rows.float(), norms.float(), {"values": query.size}, False)
     return {name: found[name] for name in queries}
 
 
-def _gradients(setup: Setup, query: Gradients, batch, count: int) -> tuple[Rows, torch.Tensor, torch.Tensor]:
+def _gradients(setup: Setup, query: Gradients, batch, count: int) -> tuple[Contributions, torch.Tensor, torch.Tensor]:
     """(rows, lengths [n, groups] before clipping, lengths [n] after it), the lengths as they are."""
     gradients = _per_example(setup, query, batch, count)
     encodings = encodings_of(query, setup.parameters)
@@ -115,7 +115,7 @@ def _gradients(setup: Setup, query: Gradients, batch, count: int) -> tuple[Rows,
         room = (ball**2 - clipped.square()).clamp_min(0).sqrt()
         beside = beside * (room / beside.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)[:, None]
         rows, parts = torch.cat([rows, beside.float()], 1), {**parts, "(beside)": query.beside.size}
-    return Rows(rows / ball, norms, parts, True), lengths, clipped
+    return Contributions(rows / ball, norms, parts, True), lengths, clipped
 
 
 def _per_example(setup: Setup, query: Gradients, batch, count: int) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 
-from dpft.harness.audit.directions import Rows, breath
+from dpft.harness.audit.directions import Contributions, breath
 from dpft.harness.privacy.shares import noise_multiplier
 from dpft.harness.query.noisy_sum import NoisySum
 from dpft.harness.query.queries import Query, Values
@@ -32,7 +32,7 @@ class Heard:
     bound: float
     noise_multiplier: float
     weight: float
-    rows: Rows | None
+    rows: Contributions | None
     noisy: NoisySum
 
     @property
@@ -56,7 +56,7 @@ class Listener(Watcher):
         self._setup, self._run, self._canaries = setup, run, canaries
         self.step, self.names = Step(), Counter()
         self._shares: Mapping[str, float] = {}
-        self._asked: dict[str, tuple[float, Rows | None]] = {}
+        self._asked: dict[str, tuple[float, Contributions | None]] = {}
 
     def begun(self, shares: Mapping[str, float]) -> None:
         """A step is about to ask; shares: what it declared."""

@@ -150,12 +150,12 @@ def noiseless_selection() -> Iterator[None]:
     """The release by which rows are chosen has no noise."""
     selecting = [False]
 
-    def noted(encoding):
-        def asked(self, name, parameter, step):
-            selecting[0] = self.selects(step)
-            return encoding(self, name, parameter, step)
+    def noted(step_of):
+        def stepped(self, ask, step):
+            selecting[0] = self.kind(step) == "selection"
+            return step_of(self, ask, step)
 
-        return asked
+        return stepped
 
-    with wrapped(Sparta, "encoding", noted), scaled_noise(lambda mechanism: float(not selecting[0])):
+    with wrapped(Sparta, "step", noted), scaled_noise(lambda mechanism: float(not selecting[0])):
         yield

@@ -27,9 +27,9 @@ Pair = tuple[list[int], int]  # the others, ascending, and the one that comes an
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """worst: the largest distance of two neighbouring sums without noise, in clip norms; others: examples in that batch.
-    off: the largest distance of what one example adds from its clipped gradient, in clip norms; of: that example's gradient
-    norm, in clip norms. pairs: how many were compared."""
+    """worst: the largest distance of two neighbouring sums without noise, of one release or of all of a step side by side, in
+    bounds; others: examples in that batch. off: the largest distance of what one example adds from what it is to add, in
+    bounds; of: that example's gradient norm, in bounds. pairs: how many were compared."""
 
     worst: float
     others: int
@@ -51,8 +51,12 @@ def sensitivity(question: Question, seen: Observation) -> Sensitivity:
         more = {step: sorted([*others, one]) for step, (others, one) in pairs.items()}
         with_it, wanted = _sums(question, seen, more, {step: one for step, (_, one) in pairs.items()})
         for step in sorted(without.keys() & with_it.keys()):
-            moved, (clipped, norm) = with_it[step] - without[step], wanted[step]
-            found.append((float(moved.norm()), len(batches[step]), float((moved - clipped).norm()), norm))
+            (expected, norm), moved = wanted[step], []
+            for (weight, before), (_, after) in zip(without[step], with_it[step], strict=True):
+                moved.append((weight, after - before))
+            whole = torch.cat([weight * part for weight, part in moved])
+            worst = max(float(part.norm()) for part in (whole, *(part for _, part in moved)))
+            found.append((worst, len(batches[step]), float((whole - expected).norm()), norm))
     if not found:
         return Sensitivity(0.0, 0, 0.0, 0.0, 0)
     far, off = max(found), max(found, key=lambda pair: pair[2])
@@ -90,9 +94,9 @@ def _cycled(canaries: list[int], rng: random.Random, count: int) -> list[int]:
 
 def _sums(
     question: Question, seen: Observation, batches: dict[int, list[int]], ones: dict[int, int]
-) -> tuple[dict[int, torch.Tensor], dict[int, tuple[torch.Tensor, float]]]:
-    """By step, of those batches: all releases without noise side by side, times the expected batch size, in bounds (float64), and
-    what `ones` are to add, and their gradient norms, in bounds."""
+) -> tuple[dict[int, list[tuple[float, torch.Tensor]]], dict[int, tuple[torch.Tensor, float]]]:
+    """By step, of those batches: the weight of each release, and it without noise times the expected batch size, in bounds
+    (float64); and what `ones` are to add to all of them side by side, with their gradient norms, in bounds."""
     sums, added, run = {}, {}, Run()
     with built(question, seen.spec, seen.privacy) as setup:
         aim(setup)
@@ -111,8 +115,9 @@ def _sums(
             if step not in batches or not heard:
                 return
             size = seen.spec.batch_size
-            parts = [flattened(c).double() * (size * one.weight / one.bound) for one, c in zip(heard, clean, strict=True)]
-            sums[step] = torch.cat(parts)
+            sums[step] = [
+                (one.weight, flattened(c).double() * (size / one.bound)) for one, c in zip(heard, clean, strict=True)
+            ]
             if step in ones:
                 found = joint([(one.rows, one.weight) for one in heard])
                 added[step] = found.rows[0].double(), float(found.norms[0])
