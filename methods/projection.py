@@ -14,11 +14,11 @@ KINDS = ("gaussian", "rows", "srht", "identity")
 SCALES = ("unbiased", "code")
 
 
-def generator(device: torch.device, seed: int, layer: int, refresh: int) -> torch.Generator:
-    """The stream of one layer's projection after so many refreshes: a function of these counters alone, on any replica."""
+def generator(device: torch.device, seed: int, *counters: int) -> torch.Generator:
+    """The stream of one projection (of a layer, after so many refreshes) or direction: a function of these alone."""
     import torch
 
-    digest = hashlib.sha256(f"projection/{seed}/{layer}/{refresh}".encode()).digest()
+    digest = hashlib.sha256("/".join(map(str, ("projection", seed, *counters))).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
