@@ -68,6 +68,13 @@ BUGS = (
         _noise.after_releases,
     ),
     Bug("realised-size", "divided by the realised batch size", UNEVEN, _noise.realised_size),
+    Bug(
+        "noise-of-directions",
+        "noise from the seed of the first direction (dp-zo)",
+        KEY,
+        _noise.from_directions,
+        method="dp-zo",
+    ),
     Bug("noise-every-step", "the same noise in every step", REPEATED, lambda: _noise.reseeded(False)),
     Bug("noise-every-tensor", "the same noise in every tensor", REPEATED, lambda: _noise.reseeded(True)),
     Bug("bias-every-step", "one bias has the same noise in every step", REPEATED, _noise.constant_bias),
@@ -80,6 +87,13 @@ BUGS = (
     ),
     Bug(
         "off-centre", "a count of 1 or 0 with the noise of 1/2 or -1/2", FAR, _clipping.off_centre, {"clipping": "quantile"}
+    ),
+    Bug(
+        "scalars-apart",
+        "each of K numbers is clipped to C, charged once (dp-zo)",
+        FAR,
+        _clipping.scalars_by_themselves,
+        method="dp-zo",
     ),
     Bug("median-clip", "clipped to min(C, median of the norms)", UNLIKE, _clipping.median_clip),
     Bug("clip-after-sum", "the sum of a microbatch is clipped", FAR, _clipping.clip_after_sum),

@@ -11,7 +11,7 @@ from scipy import stats
 from dpft.harness.audit.alarms import Check
 from dpft.harness.audit.observe import Observation
 
-ENOUGH = 16  # entries that two steps or parameters must have in common to be compared
+ENOUGH = 2  # two steps or parameters with more entries in common are compared
 REPEATED = "noise is repeated"
 
 
@@ -115,14 +115,13 @@ def _between_steps(seen: Observation) -> Check:
     if len(kept) < 2:
         return Check("noise of two steps", 0.0, 0.0, 1.0, REPEATED)
     found = [_any_two(kept[:, part], quiet[:, part]) for part in (slice(None), *seen.noise.columns.values())]
-    tested = sum(number for _, _, number in found)
-    if not tested:
-        return Check("noise of two steps", 0.0, 0.0, 1.0, REPEATED)
     p_any, largest, _ = min(found)
-    inner, common = (kept[1:] * kept[:-1]).sum(), (quiet[1:] * quiet[:-1]).sum()
-    scale = max(float((kept**2).sum() / max(1.0, quiet.sum())), 1e-30)
-    p_lag = 2 * stats.norm.sf(abs(inner) / scale / max(1.0, common) ** 0.5)
-    return Check("noise of two steps", largest, 0.0, min(1.0, 2 * min(tested * p_any, float(p_lag))), REPEATED)
+    tested = sum(number for _, _, number in found)
+    both = quiet[1:] * quiet[:-1]
+    sums = [kept[1:] * kept[:-1], kept[1:] ** 2 * both, kept[:-1] ** 2 * both, both]
+    p_lag, lag, _ = _smallest(*(numpy.array([one.sum()]) for one in sums))
+    p, r = min((max(1, tested) * p_any, largest), (p_lag, lag))
+    return Check("noise of two steps", r, 0.0, min(1.0, 2 * p), REPEATED)
 
 
 def _any_two(kept: numpy.ndarray, quiet: numpy.ndarray) -> tuple[float, float, int]:

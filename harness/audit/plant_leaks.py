@@ -98,7 +98,7 @@ def kept_rows() -> Iterator[None]:
 
             def of(seen):
                 rows = more["count"].of(seen)
-                kept[0] = float(rows.mean())
+                kept[0] += float(rows.sum())
                 return rows
 
             return found, {"count": replace(more["count"], of=of)}
@@ -107,7 +107,8 @@ def kept_rows() -> Iterator[None]:
 
     def stepping(step_of):
         def stepped(self, ask, step):
-            return {name: t * (1.0 + kept[0]) for name, t in step_of(self, ask, step).items()}
+            kept[0] = 0.0
+            return {name: t * (1.0 + abs(kept[0])) for name, t in step_of(self, ask, step).items()}
 
         return stepped
 

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 
 import torch
 
-from dpft.harness.audit.patches import altered_noise, batches, released, scaled_noise, wrapped
+from dpft.harness.audit.patches import altered_noise, batches, numbers, released, scaled_noise, wrapped
 from dpft.harness.audit.subject import MICROBATCH
+from dpft.methods import projection
 from dpft.methods.sparta import Sparta
+from dpft.methods.zeroth import DPZO
 
 
 def noise_over_batch():
@@ -158,4 +160,23 @@ def noiseless_selection() -> Iterator[None]:
         return stepped
 
     with wrapped(Sparta, "step", noted), scaled_noise(lambda mechanism: float(not selecting[0])):
+        yield
+
+
+@contextlib.contextmanager
+def from_directions() -> Iterator[None]:
+    """The noise is drawn by the generator that draws the first direction of the step, from its seed."""
+    this: dict = {}
+
+    def noted(step_of):
+        def stepped(self, ask, step):
+            this["generator"] = lambda: projection.generator(torch.device("cpu"), self._seed, step, 0, 0)
+            return step_of(self, ask, step)
+
+        return stepped
+
+    def drawn(noise):
+        return {name: torch.randn(z.shape, generator=this["generator"]()) for name, z in noise.items()}
+
+    with wrapped(DPZO, "step", noted), altered_noise(drawn, of=numbers):
         yield
