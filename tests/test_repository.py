@@ -37,6 +37,7 @@ def test_dependencies_point_one_way():
         if room(path).startswith("harness/report/") or room(path) in (
             "harness/records/store.py",
             "harness/statistics/thresholds.py",
+            "harness/runs/resolve.py",
             "harness/runs/spec.py",
             "harness/runs/plan.py",
             "harness/regression/baseline.py",

@@ -131,7 +131,7 @@ def plan(suite, overrides, data_dir, results, tries, as_json):
     """Show every run of SUITE: what it will spend, whether it is there, and what it should cost. Trains nothing."""
     from dpft.harness.privacy.selection import check_tries
     from dpft.harness.records.store import Store
-    from dpft.harness.runs.forecast import overview
+    from dpft.harness.runs.forecast import overview, table
 
     if tries is not None:
         check_tries(tries)
@@ -141,7 +141,7 @@ def plan(suite, overrides, data_dir, results, tries, as_json):
         return
     from tabulate import tabulate
 
-    click.echo(tabulate(rows, headers="keys", tablefmt="github"))
+    click.echo(tabulate(table(rows), headers="keys", tablefmt="github"))
 
 
 def _runs(suite: str | None, overrides: dict[str, Any]):

@@ -14,6 +14,8 @@ from typing import Any
 
 from dpft.harness.cache import cached
 from dpft.harness.errors import CannotRun
+from dpft.harness.privacy import shares
+from dpft.harness.privacy.shares import Kinds
 
 SLACK = 0.025  # "matched": target * (1 - SLACK) <= estimate and upper <= target
 MIN_SIGMA, MAX_EPSILON, MAX_CELLS = 0.3, 20.0, 2e7
@@ -60,8 +62,11 @@ def calibrate(
     sampling_probability: float,
     steps: int,
     noise_stream: int = 1,
+    kinds: Kinds = (),
 ) -> float:
     """The noise multiplier of `steps` Poisson-subsampled Gaussian steps that matches a target; cached on disk.
+
+    kinds: of steps whose releases share it (harness/privacy/shares.py); empty: one release a step.
 
     The returned sigma is on the private side: `upper <= target` and `target * (1 - .025) <= estimate`, as `epsilon`
     computes them at the delta that the noise's tail leaves (harness/privacy/tail.py). Raises CannotRun, saying which of
@@ -78,7 +83,8 @@ def calibrate(
         from dpft.harness.privacy import tail
 
         inputs |= tail.cache_key(noise_stream)
-    return cached("sigma", inputs, valid, lambda: _search(target, delta, q, int(steps), noise_stream))
+    inputs |= shares.cache_key(kinds)
+    return cached("sigma", inputs, valid, lambda: _search(target, delta, q, int(steps), noise_stream, kinds))
 
 
 def matches(values: Sequence[float], target: float) -> bool:
@@ -86,14 +92,15 @@ def matches(values: Sequence[float], target: float) -> bool:
     return target * (1 - SLACK) <= values[1] and values[2] <= target
 
 
-def _search(target: float, delta: float, q: float, steps: int, noise_stream: int) -> float:
+def _search(target: float, delta: float, q: float, steps: int, noise_stream: int, kinds: Kinds) -> float:
     """The calibrated sigma: found on a coarse grid, then confirmed, and if need be improved, on the certified one."""
     from dpft.harness.privacy import tail
     from dpft.harness.privacy.ledger import Release
 
     def fine(sigma: float) -> tuple[float, float, float]:
-        left = tail.of_noise(Release(name="gradient", noise_multiplier=sigma), q, steps, delta, noise_stream)
-        return prv_epsilon(((q, sigma, steps),), left, target)
+        entry = Release(name="gradient", noise_multiplier=sigma)
+        left = tail.of_noise(entry, q, steps, delta, noise_stream, kinds)
+        return prv_epsilon(((q, shares.least(sigma, kinds), steps),), left, target)
 
     def coarse(sigma: float) -> tuple[float, float, float]:
         kinds = ((q, sigma, steps),)

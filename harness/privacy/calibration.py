@@ -16,6 +16,7 @@ from dpft.harness.privacy.accountant import Unmet, bracket, calibrate, check_num
 from dpft.harness.privacy.curve import epsilon_curve
 from dpft.harness.privacy.ledger import Release
 from dpft.harness.privacy.scale_law import ScaleLaw, parse
+from dpft.harness.privacy.shares import Kinds, cache_key, least
 from dpft.harness.privacy.spent import certified, kinds_of, mixture_epsilon
 
 CURVE_POINTS = 24
@@ -44,18 +45,27 @@ class Noise:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The budget that noise is calibrated to; noise_stream: how it will be drawn (harness/train/noise.py)."""
+    """The budget that noise is calibrated to.
+
+    noise_stream: how it will be drawn (harness/train/noise.py). shares: of the kinds of steps, as `shares.counted` gives them;
+    empty: one release a step. Raises ValueError where those are of another number of steps.
+    """
 
     target: float
     delta: float
     sampling_probability: float
     steps: int
     noise_stream: int = 1
+    shares: Kinds = ()
+
+    def __post_init__(self) -> None:
+        if self.shares and sum(number for number, _ in self.shares) != self.steps:
+            raise ValueError(f"the kinds of steps {self.shares!r} are not those of {self.steps} steps")
 
     def delta_for(self, noise: Noise) -> float:
         """The delta at which epsilon is computed: what is promised, less what the tail of such noise lacks."""
         entry = noise.entry("gradient")
-        return tail.of_noise(entry, self.sampling_probability, self.steps, self.delta, self.noise_stream)
+        return tail.of_noise(entry, self.sampling_probability, self.steps, self.delta, self.noise_stream, self.shares)
 
     @property
     def key(self) -> dict[str, Any]:
@@ -70,6 +80,7 @@ class Wanted:
             "prv_accountant": library_version(),
             "dp_accounting": version("dp-accounting"),
             **tail.cache_key(self.noise_stream),
+            **cache_key(self.shares),
         }
 
 
@@ -115,7 +126,9 @@ def _grid(mechanism: str) -> Iterator[str]:
 
 
 def _gaussian(wanted: Wanted) -> float:
-    return calibrate(wanted.target, wanted.delta, wanted.sampling_probability, wanted.steps, wanted.noise_stream)
+    return calibrate(
+        wanted.target, wanted.delta, wanted.sampling_probability, wanted.steps, wanted.noise_stream, wanted.shares
+    )
 
 
 def _spherical(wanted: Wanted, mechanism: str, law: str | None, dimension: int | None) -> Noise:
@@ -175,7 +188,7 @@ def curve_of(noise: Noise, wanted: Wanted) -> list[float]:
     sigma = noise_kinds.covering_gaussian(noise.mechanism, noise.noise_multiplier, noise.parameters)
     q, steps, delta, target = wanted.sampling_probability, wanted.steps, wanted.delta_for(noise), wanted.target
     if sigma is not None:
-        return epsilon_curve(sigma, q, steps, delta, target)
+        return epsilon_curve(least(sigma, wanted.shares), q, steps, delta, target)
     points = _points(_kind(noise, wanted), wanted, delta)
     values = [0.0]
     for count, value in points:  # between two counts the later one's: epsilon grows with the steps

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,8 @@ MERGE_TOLERANCE = 1e-9
 class Release:
     """One noisy quantity computed on a batch; its noise has std `noise_multiplier * sensitivity` of that quantity.
 
-    `sensitivity_ratio`: the sensitivity in units of the clip norm (information only, the accounting does not use it).
+    `sensitivity_ratio`: the sensitivity in units of the bound that the release had, so 1 of all of ours; other programs may give
+    it in units of their clip norm (information only, the accounting does not use it).
     `parameters`: what else defines the mechanism (harness/privacy/noise_kinds.py); none for a Gaussian.
     Raises ValueError for an unknown mechanism, parameters it has not, or a number that is not finite and positive.
     """
@@ -112,6 +114,19 @@ class Ledger:
     def events(self) -> list[dict[str, Any]]:
         """The events as fresh dicts ready for JSON, contiguous half-open ranges [step_from, step_to) from 0."""
         return [event.to_dict() for event in self._events]
+
+    @property
+    def releases_per_step(self) -> int | None:
+        """How many releases every step makes, 1 of none; None where steps differ."""
+        counts = {len(event.releases) for event in self._events} or {1}
+        return counts.pop() if len(counts) == 1 else None
+
+    def booked(self, step: int) -> dict[str, Any] | None:
+        """The event of one step (from 0) alone, None where it is not booked; as of `events`, without making all of them."""
+        if not 0 <= step < self.steps:
+            return None
+        at = bisect_right(self._events, step, key=lambda event: event.step_from) - 1
+        return {**self._events[at].to_dict(), "step_from": step, "step_to": step + 1}
 
     @classmethod
     def from_events(cls, events: Any) -> "Ledger":

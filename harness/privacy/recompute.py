@@ -163,9 +163,11 @@ def _events(record: dict[str, Any], privacy: dict[str, Any], events: list[dict[s
         named = privacy.get("mechanism", asked)
         if named is not None and event["mechanism"] != named:
             yield f"{where} have mechanism {event['mechanism']!r}, but the record declares {named!r}."
-        ratios = [release["sensitivity_ratio"] for release in event["releases"] if release["name"] == "gradient"]
-        if not foreign and ratios != [1.0]:
-            yield f"{where} must release one gradient of sensitivity_ratio 1, not {ratios!r}."
+        ratios, names = ([release[key] for release in event["releases"]] for key in ("sensitivity_ratio", "name"))
+        if not foreign and any(ratio != 1 for ratio in ratios):
+            yield f"{where} must have releases of sensitivity_ratio 1, not {ratios!r}."
+        if not foreign and len(set(names)) < len(names):
+            yield f"{where} release the same name twice: {', '.join(names)}."
 
 
 def _threshold(

@@ -16,6 +16,8 @@ from dpft.harness.privacy import mixtures, noise_kinds
 from dpft.harness.privacy.accountant import MAX_EPSILON, Composition, check_numbers, guarded, prv_epsilon, tolerance
 from dpft.harness.privacy.ledger import Ledger
 
+SAME_NOISE = 1e-9  # what several releases merge to differs in the last digits from what other numbers of them do
+
 
 def epsilon(events: Sequence[dict[str, Any]], delta: float, target: float) -> tuple[float, float, float]:
     """(lower, estimate, upper) epsilon of a ledger's events at `delta`, heterogeneous events composed in one call.
@@ -51,7 +53,13 @@ def _counted(ledger: Ledger, of_release: Any) -> Composition | None:
             return None
         kind = (event["sampling_probability"], sigma)
         counts[kind] = counts.get(kind, 0) + event["step_to"] - event["step_from"]
-    return tuple((q, sigma, steps) for (q, sigma), steps in sorted(counts.items()))
+    found: list[tuple[float, float, int]] = []
+    for (q, sigma), steps in sorted(counts.items()):
+        if found and found[-1][0] == q and sigma <= found[-1][1] * (1 + SAME_NOISE):
+            found[-1] = (*found[-1][:2], found[-1][2] + steps)  # all at the least of the noise
+        else:
+            found.append((q, sigma, steps))
+    return tuple(found)
 
 
 def _event_sigma(event: dict[str, Any], of_release: Any) -> float | None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dpft.harness.privacy import noise_kinds
-from dpft.harness.privacy.ledger import Ledger
+from dpft.harness.privacy.shares import Kinds, of_kind
 
 # The largest standard draw by stream (harness/train/noise.py). 2: at least this on every device. A Gaussian pair lies in a
 # radius sqrt(2 * 64 * log 2) = 9.42, which is left more easily than a square of that half-width, by a factor under 7; a
@@ -36,16 +36,27 @@ def missing(events: Sequence[Mapping[str, Any]], delta: float, noise_stream: int
     """What must be added to the delta of a ledger's events, an upper bound; 0 for stream 1, whose `shortfall` is told instead.
 
     Per sampled batch and release q times the mass beyond, and the normalisation of the law within its reach, both over all steps.
+    Releases are counted before they are summed, so that neither their order nor their names change the last digit.
     """
     if noise_stream == 1:
         return 0.0
-    beyond, cut = 0.0, 0.0
+    beyond, cut = [], []
+    for (q, *_), (steps, release) in _alike(events).items():
+        beyond.append(steps * q * _worst(release, MOST_COORDINATES))
+        cut.append(steps * MOST_COORDINATES * _above(_kind(release), REACH[_kind(release)]))
+    return math.fsum(sorted(beyond)) + delta * math.expm1(min(math.fsum(sorted(cut)), 100.0))
+
+
+def _alike(events: Iterable[Mapping[str, Any]]) -> dict[tuple, tuple[int, Mapping[str, Any]]]:
+    """(number of releases, one of them) by all that they cost depends on."""
+    found: dict[tuple, tuple[int, Mapping[str, Any]]] = {}
     for event in events:
-        steps = event["step_to"] - event["step_from"]
         for release in event["releases"]:
-            beyond += steps * event["sampling_probability"] * _worst(release, MOST_COORDINATES)
-            cut += steps * MOST_COORDINATES * _above(_kind(release), REACH[_kind(release)])
-    return beyond + delta * math.expm1(min(cut, 100.0))
+            parameters = tuple(sorted(release.get("parameters", {}).items()))
+            key = (event["sampling_probability"], release["mechanism"], release["noise_multiplier"], parameters)
+            before, _ = found.get(key, (0, release))
+            found[key] = (before + event["step_to"] - event["step_from"], release)
+    return found
 
 
 def checked(events: Sequence[Mapping[str, Any]], delta: float, noise_stream: int) -> float:
@@ -53,11 +64,26 @@ def checked(events: Sequence[Mapping[str, Any]], delta: float, noise_stream: int
     return max(0.0, delta - missing(events, delta, noise_stream))
 
 
-def of_noise(entry: Any, sampling_probability: float, steps: int, delta: float, noise_stream: int) -> float:
-    """`checked` for `steps` equal steps of one release (harness/privacy/ledger.py, Release)."""
-    ledger = Ledger()
-    ledger.append(0, sampling_probability, [entry])
-    return checked([{**ledger.events[0], "step_to": steps}], delta, noise_stream)
+def of_noise(
+    entry: Any, sampling_probability: float, steps: int, delta: float, noise_stream: int, kinds: Kinds = ()
+) -> float:
+    """`checked` for `steps` steps of one release (harness/privacy/ledger.py, Release), or of several that share its noise.
+
+    Raises ValueError for several of which one is not Gaussian.
+    """
+    if kinds and entry.mechanism != "gaussian":
+        raise ValueError(f"only Gaussian releases may share a step, not those of mechanism {entry.mechanism}")
+    planned = [(n, of_kind(entry.noise_multiplier, kind)) for n, kind in kinds] or [(steps, [entry])]
+    events = [
+        {
+            "step_from": 0,
+            "step_to": number,
+            "sampling_probability": sampling_probability,
+            "releases": [release.to_dict() for release in releases],
+        }
+        for number, releases in planned
+    ]
+    return checked(events, delta, noise_stream)
 
 
 def shortfall(events: Iterable[Mapping[str, Any]], reach: float, dimension: int | None) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,11 +37,11 @@ def closed(value: str, result: Mapping[str, Any] | None) -> str:
 
 
 def booked(events: Sequence[Mapping[str, Any]], step: int) -> dict[str, Any] | None:
-    """The event of one step (from 0) out of a run-length encoded ledger's, searched from its end; None: not booked."""
-    for event in reversed(events):
-        if event["step_from"] <= step < event["step_to"]:
-            return {**event, "step_from": step, "step_to": step + 1}
-    return None
+    """The event of one step (from 0) out of a run-length encoded ledger's; None: not booked. As `Ledger.booked`."""
+    at = bisect_right(events, step, key=lambda event: event["step_from"]) - 1
+    if at < 0 or step >= events[at]["step_to"]:
+        return None
+    return {**events[at], "step_from": step, "step_to": step + 1}
 
 
 def values(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

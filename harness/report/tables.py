@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from dpft.harness.report import budgets
 from dpft.harness.report.reading import Curves, Target
 from dpft.harness.report.rows import Row, over
 from dpft.harness.report.text import Part, Table
@@ -32,6 +33,9 @@ def comparison(group: Group, curves: Curves, public: bool = False) -> list[Part]
     privacies = [r["privacy"] for row in group.private for r in row.records if r["privacy"] and not r.get("rejected")]
     if privacies:
         parts.append(_budget(privacies, group.view.steps_free))
+    shared = budgets.line(group.rows, group.names)
+    if shared is not None:
+        parts.append(shared)
     if group.matched is not None:
         parts.append(group.matched)
     if group.left_out:

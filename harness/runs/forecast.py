@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dpft.harness.errors import CannotRun
+from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.privacy import selection
 from dpft.harness.privacy.noise_kinds import covering_gaussian
+from dpft.harness.privacy.shares import described
 from dpft.harness.records.store import Store
 from dpft.harness.runs.plan import PrivacyPlan, plan
+from dpft.harness.runs.releases import GRADIENT
 from dpft.harness.runs.sources import Sources, differences
 from dpft.harness.runs.spec import RunSpec, completed
 
@@ -19,7 +21,9 @@ def overview(
 ) -> list[dict[str, Any]]:
     """One row per run; tries: also what the best of about so many such runs costs (harness/privacy/selection.py).
 
-    Time and memory come from a record of the same task, model, method and batch size, else null."""
+    `releases`: the shares of the budget, by name, of every stretch of equal steps. Time and memory come from a record of the
+    same task, model, method and batch size, else null.
+    """
     records = store.records() if store.folder.is_dir() else []
     by_id = {r["run_id"]: r for r in records}
     sources = Sources(data_dir)
@@ -49,11 +53,11 @@ def _state(record: dict[str, Any], spec: RunSpec, sources: Sources) -> str:
 
 
 def _budget(spec: RunSpec, sources: Sources, tries: float | None) -> dict[str, Any]:
-    row = {"epsilon": None, "delta": None, "sigma": None, "q": None, "T": spec.steps, "problem": None}
+    row = {"epsilon": None, "delta": None, "sigma": None, "q": None, "T": spec.steps, "releases": None, "problem": None}
     try:
         size = sources.train_size(spec)
         found = plan(spec, sources.data_dir, lambda: _dimension(spec, sources.data_dir), size)
-    except CannotRun as error:
+    except BadInput as error:
         return row | {"problem": str(error)}
     curve = found.epsilon_curve
     if tries is not None and found.noise is not None:
@@ -63,7 +67,19 @@ def _budget(spec: RunSpec, sources: Sources, tries: float | None) -> dict[str, A
         "delta": found.delta,
         "sigma": found.noise_multiplier,
         "q": found.sampling_probability,
+        "releases": [{"from": first, "to": last, "shares": shares} for first, last, shares in found.shares],
     }
+
+
+def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows for a reader: what is released is said in words, and only where some run releases more than a gradient a step."""
+    said = []
+    for row in rows:
+        stretches = row["releases"] or []
+        said.append(described((one["to"] - one["from"], one["shares"]) for one in stretches) if stretches else None)
+    if all(text in (None, GRADIENT) for text in said):
+        return [{key: value for key, value in row.items() if key != "releases"} for row in rows]
+    return [{**row, "releases": text} for row, text in zip(rows, said, strict=True)]
 
 
 def _choice(spec: RunSpec, found: PrivacyPlan, tries: float) -> dict[str, Any]:

@@ -1,31 +1,56 @@
-"""From a spec to its privacy parameters: q, sigma, delta and the epsilon of every step. Needs no torch itself."""
+"""From a spec to its privacy parameters: q, sigma, delta, what is released when, epsilon after every step. Needs no torch."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dpft.harness.errors import CannotRun
+from dpft.harness.errors import BadInput, CannotRun
+from dpft.harness.privacy.accountant import check_numbers
 from dpft.harness.privacy.calibration import Noise, Wanted, curve_of, fit
+from dpft.harness.privacy.shares import counted, noise_multipliers
 from dpft.harness.runs import registry
+from dpft.harness.runs.releases import Schedule, schedule
 from dpft.harness.runs.spec import RunSpec
 
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """What a run will spend. epsilon_curve[t]: certified upper epsilon after t steps; null fields: not private."""
+    """What a run will spend.
+
+    Attributes:
+        num_examples: the public N.
+        sampling_probability: q, of every example in every step.
+        delta: None where the run is not private, as `noise` and `epsilon_curve`.
+        noise: of a whole step; what its releases have of it, `releases` says.
+        epsilon_curve: certified upper epsilon after 0..T steps.
+        shares: (first step, step after the last, share of the budget by name) of every stretch of equal steps.
+        releases: the same with noise multipliers, each in units of its own bound; empty where the run is not private.
+    """
 
     num_examples: int
     sampling_probability: float
     delta: float | None
     noise: Noise | None
     epsilon_curve: list[float] | None
+    shares: Schedule = ()
+    releases: Schedule = ()
 
     @property
     def noise_multiplier(self) -> float | None:
-        """Standard deviation of one coordinate of the noise in units of the clip norm."""
+        """Of a whole step: standard deviation of one coordinate of a lone release's noise in units of its bound."""
         return None if self.noise is None else self.noise.noise_multiplier
+
+    def noises(self, step: int) -> dict[str, Noise]:
+        """The noise of every release of a step, by name: `noise.entry(name)` of each is to be booked. Empty: not private."""
+        if self.noise is None:
+            return {}
+        at = bisect_right(self.releases, step, key=lambda stretch: stretch[0]) - 1
+        return {
+            name: replace(self.noise, noise_multiplier=multiplier) for name, multiplier in self.releases[at][2].items()
+        }
 
 
 def plan(
@@ -34,7 +59,8 @@ def plan(
     dimension: Callable[[], int] | None = None,
     num_examples: int | None = None,
 ) -> PrivacyPlan:
-    """Calibrate `spec`. Raises CannotRun when the budget cannot be reached or the batch is larger than the data.
+    """Calibrate `spec`. Raises CannotRun when the budget cannot be reached or the batch is larger than the data, BadInput for
+    releases that do not add up, or share a step with noise that cannot be shared.
 
     dimension: says how many coordinates the released sum has, for noise whose epsilon depends on it. num_examples: N where
     it is known; None: as the task says.
@@ -46,15 +72,33 @@ def plan(
         )
     q = spec.batch_size / n
     if spec.epsilon is None:
-        return PrivacyPlan(n, q, None, None, None)
+        return PrivacyPlan(n, q, None, None, None, _shares(spec))
     delta = spec.delta if spec.delta is not None else 1 / (2 * n)
     if delta >= 1 / n:
         raise CannotRun(
             f"delta = {delta:g} is not below 1/N = {1 / n:g}, so it protects nobody; choose 1/(2N) or less."
         )
-    wanted = Wanted(spec.epsilon, delta, q, spec.steps, spec.noise_stream)
+    check_numbers(((q, 1.0, spec.steps),), delta, spec.epsilon)
+    shares = _shares(spec)
+    kinds = counted((last - first, share) for first, last, share in shares)
+    wanted = Wanted(spec.epsilon, delta, q, spec.steps, spec.noise_stream, kinds)
     spherical = spec.mechanism != "gaussian" and spec.noise_shape == "spherical"
     if spherical and dimension is None:
         raise CannotRun(f"Noise of mechanism {spec.mechanism} can be calibrated only where the model is known.")
     noise = fit(wanted, spec.mechanism, spec.noise_shape, spec.noise_law, dimension() if spherical else None)
-    return PrivacyPlan(n, q, delta, noise, curve_of(noise, wanted))
+    sigma = noise.noise_multiplier
+    releases = tuple((first, last, noise_multipliers(sigma, share)) for first, last, share in shares)
+    return PrivacyPlan(n, q, delta, noise, curve_of(noise, wanted), shares, releases)
+
+
+def _shares(spec: RunSpec) -> Schedule:
+    method = registry.instance(spec)
+    found = schedule(method, method.rule, spec.steps)
+    several = [(first, names) for first, _, names in found if len(names) > 1]
+    if several and spec.mechanism != "gaussian":
+        first, names = several[0]
+        raise BadInput(
+            f"Step {first} of {spec.method} releases {' and '.join(names)}; only Gaussian noise can be shared, so leave out "
+            f"mechanism={spec.mechanism}."
+        )
+    return found

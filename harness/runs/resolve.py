@@ -73,7 +73,7 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
     task(spec.task_options).validate()
     made = registry.make(spec.method, spec.decoder, spec.options, spec.clipping)
     made.validate(spec)
-    made.rule.validate(spec, made)
+    made.rule.validate(spec, made.asks)
     return spec
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from dpft.harness.query.noisy_sum import NoisySum
     from dpft.harness.query.queries import Seen, Values
     from dpft.harness.runs.spec import RunSpec
-    from dpft.methods.base import Method
 
 
 class ClippingRule:
@@ -40,8 +39,11 @@ class ClippingRule:
     def __init__(self, options: dict[str, Any] | None = None):
         self.settings = {**self.options, **(options or {})}
 
-    def validate(self, spec: RunSpec, method: Method) -> None:
-        """Refuse settings that cannot work, before anything trains. Raises BadInput."""
+    def validate(self, spec: RunSpec, asks: Sequence[type]) -> None:
+        """Refuse settings that cannot work with a method that asks these kinds of questions, before anything trains.
+
+        Raises BadInput.
+        """
         check_options(self.settings, self.choices, self.ranges)
 
     def start(self, spec: RunSpec, noise_multiplier: float) -> None:
@@ -83,13 +85,13 @@ class Adaptive(ClippingRule):
     options: ClassVar = {"clip_rate": 0.2, "clip_least": 1e-3, "clip_most": 1e3}
     ranges: ClassVar = {"clip_rate": (0.0, 5.0), "clip_least": (1e-9, 1.0), "clip_most": (1.0, 1e9)}
 
-    def validate(self, spec: RunSpec, method: Method) -> None:
-        super().validate(spec, method)
+    def validate(self, spec: RunSpec, asks: Sequence[type]) -> None:
+        super().validate(spec, asks)
         if spec.clip_norm is None:
             raise BadInput(
                 f"{spec.method} clips nothing, so clipping {self.name} has nothing to adapt; leave clipping out."
             )
-        if Gradients not in method.asks:
+        if Gradients not in asks:
             raise BadInput(
                 f"{spec.method} asks for no gradients, so clipping {self.name} has nothing to "
                 "adapt; leave clipping out."

@@ -43,8 +43,8 @@ class SlaClip(Adaptive):
     choices: ClassVar = {"tiny": ("share", "over-bound")}
     ranges: ClassVar = {**Adaptive.ranges, "slack_weight": (0.0, 1.0), "slots": (0, MOST_SLOTS)}
 
-    def validate(self, spec, method):
-        super().validate(spec, method)
+    def validate(self, spec, asks):
+        super().validate(spec, asks)
         if self.settings["slots"] == 1:
             raise BadInput("slots must be 2 or more, or 0 for a number that suits batch and noise; correct it.")
 

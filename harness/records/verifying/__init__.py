@@ -13,7 +13,7 @@ from dpft.harness.errors import BadInput
 from dpft.harness.privacy import verify_record
 from dpft.harness.privacy.recompute import is_foreign
 from dpft.harness.records.store import Store, check
-from dpft.harness.records.verifying import asked, chains, curves, known, layout, results, tails
+from dpft.harness.records.verifying import asked, chains, curves, declared, known, layout, results, tails
 
 
 @dataclass
@@ -79,7 +79,8 @@ def _verify(record: dict[str, Any], rows: curves.Rows | None) -> Verdict:
         verdict.findings += [*known.findings(record), *results.findings(record, run)]
         verdict.findings += curves.findings(record, run, rows) if rows else ["The record has no curve beside it."]
     if not verdict.findings:
-        verdict.findings += [*results.against_curve(record, run, rows), *chains.findings(record, rows)]
+        verdict.findings += [*results.against_curve(record, run, rows), *declared.findings(record, run)]
+        verdict.findings += chains.findings(record, rows)
     verdict.notices += [*chains.notices(record), *tails.notices(record)]
     return verdict
 

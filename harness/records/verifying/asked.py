@@ -101,7 +101,7 @@ def _of_method(spec: RunSpec, method: type, decoder: type | None, rule: type | N
                 return
         made = registry.make(spec.method, spec.decoder, spec.options, spec.clipping)
         made.validate(spec)
-        made.rule.validate(spec, made)
+        made.rule.validate(spec, made.asks)
     except BadInput as problem:
         yield f"The spec cannot be run: {problem}"
     except Exception as problem:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from dpft.harness.errors import BadInput
 from dpft.harness.privacy.shape import is_number
 from dpft.harness.records.verifying import known, spending
 from dpft.harness.records.verifying.asked import Asked
 from dpft.harness.records.verifying.curves import Rows
+from dpft.harness.runs import registry
 
 SHARES = ("accuracy",)  # metrics that are a number of examples over all examples
 UNLIKELY = 1e-9  # how improbable the last row may be, as a sample of what the final value is over
@@ -31,7 +33,7 @@ def findings(record: dict[str, Any], asked: Asked) -> Iterator[str]:
         yield f"{cost['trainable_parameters']} of {cost['total_parameters']} parameters cannot be trained."
     if cost["warmup_s"] > cost["train_s"] * (1 + 1e-9) or (cost["step_s"] or 0) > cost["train_s"]:
         yield "The first steps, or one step, took longer than all of them."
-    yield from _spectra(record)
+    yield from _spectra(record, asked)
 
 
 def against_curve(record: dict[str, Any], asked: Asked, rows: Rows) -> Iterator[str]:
@@ -69,20 +71,42 @@ def _probability(size: int, good: int, sample: int, seen: int) -> float:
     return 2 * min(low, high) / total
 
 
-def _spectra(record: dict[str, Any]) -> Iterator[str]:
-    """The noise in the released matrices against sigma C / B."""
+def _spectra(record: dict[str, Any], asked: Asked) -> Iterator[str]:
+    """The noise in the released matrices against sigma C / B: sigma of the gradient, C where it stays the run's."""
     privacy, spec = record["privacy"], record["spec"]
-    if privacy is None or privacy["noise_multiplier"] is None or "spectra" not in record["diagnostics"]:
+    if privacy is None or "spectra" not in record["diagnostics"] or _adaptive(asked):
         return
-    std = privacy["noise_multiplier"] * spec["clip_norm"] / spec["batch_size"]
-    spectra = record["diagnostics"]["spectra"]
+    spectra, scale = record["diagnostics"]["spectra"], spec["clip_norm"] / spec["batch_size"]
     for row in spectra if isinstance(spectra, list) else [None]:
-        matrices = row.get("matrices") if isinstance(row, dict) else None
-        if not isinstance(matrices, dict) or not all(isinstance(one, dict) for one in matrices.values()):
+        step, matrices = (row.get("step"), row.get("matrices")) if isinstance(row, dict) else (None, None)
+        shaped = isinstance(matrices, dict) and all(isinstance(one, dict) for one in matrices.values())
+        if not shaped or type(step) is not int:
             yield "The spectra in the diagnostics are not matrices by step."
             return
+        known_std = [sigma * scale for sigma in _gradient_noise(privacy, step)]
         for name, one in matrices.items():
             found = one.get("noise_std")
-            if not is_number(found) or not math.isclose(found, std, rel_tol=1e-3):
-                yield f"The release of {name} had noise of standard deviation {found!r}, but sigma C / B is {std:.4g}."
+            if not is_number(found) or not any(math.isclose(found, std, rel_tol=1e-3) for std in known_std):
+                said = " or ".join(f"{std:.4g}" for std in known_std) or "that of no gradient"
+                yield f"The release of {name} had noise of standard deviation {found!r}, but sigma C / B is {said}."
                 return
+
+
+def _gradient_noise(privacy: dict[str, Any], step: int) -> list[float]:
+    """Noise multipliers that the gradient of that step (from 1) may have had: of any step, where releases were lost."""
+    found = {
+        release["noise_multiplier"]
+        for event in privacy["ledger"]
+        if privacy.get("steps_lost") or event["step_from"] < step <= event["step_to"]
+        for release in event["releases"]
+        if release["name"] == "gradient"
+    }
+    return sorted(found)
+
+
+def _adaptive(asked: Asked) -> bool:
+    """Whether the clip norm follows releases, so that the spec does not say what it was."""
+    try:
+        return registry.instance(asked.spec).rule.adaptive
+    except BadInput:
+        return False

@@ -42,9 +42,8 @@ function certificate(privacy) {
   if (!privacy) return [make("h3", { text: "Privacy" }), make("p", { text: "This run is not private: it has no ledger." })];
   const { ledger, epsilon, cross_checks: checks, ...rest } = privacy;
   const head = epsilon ? `ε ≤ ${epsilon[2].toFixed(4)} at δ = ${significant(privacy.delta, 3)}` : "ε is not certified";
-  const rows = ledger.map((event) => make("tr", {},
-    ...[`${event.step_from}–${event.step_to}`, significant(event.sampling_probability, 6), event.mechanism, significant(event.noise_multiplier, 6),
-      event.releases.map((release) => `${release.name} (sensitivity × ${significant(release.sensitivity_ratio)})`).join(", ")]
+  const rows = kindsOf(ledger).map(([steps, event]) => make("tr", {},
+    ...[steps, significant(event.sampling_probability, 6), event.mechanism, significant(event.noise_multiplier, 6), released(event)]
       .map((text, i) => make("td", { text, class: i === 1 || i === 3 ? "number" : "" }))));
   const heads = ["Steps", "Sampling probability", "Mechanism", "Noise multiplier", "Releases in each step"];
   return [
@@ -59,6 +58,26 @@ function certificate(privacy) {
     make("div", { class: "box", tabindex: "0", role: "region", "aria-label": "Ledger" },
       make("table", { class: "ledger" }, make("thead", {}, make("tr", {}, ...heads.map((text) => make("th", { scope: "col", class: "plain", text })))), make("tbody", {}, ...rows))),
   ];
+}
+
+// [its steps, event] of every event; of a long ledger one row a kind of step, with how many there are
+function kindsOf(ledger) {
+  if (ledger.length <= 24) return ledger.map((event) => [`${event.step_from}–${event.step_to}`, event]);
+  const kinds = new Map();
+  for (const { step_from: from, step_to: to, ...event } of ledger) {
+    const key = JSON.stringify(event);
+    kinds.set(key, [(kinds.has(key) ? kinds.get(key)[0] : 0) + to - from, event]);
+  }
+  return [...kinds.values()].map(([steps, event]) => [`${steps.toLocaleString("en")} steps`, event]);
+}
+
+// the releases of a step by name; several with what each has of the budget and its own noise multiplier
+function released(event) {
+  const several = event.releases.length > 1;
+  return event.releases.map((release) => {
+    const share = several ? `${significant(100 * (event.noise_multiplier / release.noise_multiplier) ** 2)}% of the budget, noise multiplier ${significant(release.noise_multiplier, 6)}, ` : "";
+    return `${release.name} (${share}sensitivity × ${significant(release.sensitivity_ratio)})`;
+  }).join(", ");
 }
 
 function texts(samples) {
