@@ -14,6 +14,7 @@ import torch
 
 from dpft.harness.audit.directions import Contributions, breath
 from dpft.harness.privacy.shares import noise_multiplier
+from dpft.harness.probes import uncounted
 from dpft.harness.query.noisy_sum import NoisySum
 from dpft.harness.query.queries import Query, Values
 from dpft.harness.train import loop
@@ -64,7 +65,8 @@ class Listener(Watcher):
 
     def asked(self, queries: Mapping[str, Query]) -> None:
         canaries = self._canaries(self._run.progress.step)
-        rows = breath(self._setup, queries, canaries) if canaries else {}
+        with uncounted():
+            rows = breath(self._setup, queries, canaries) if canaries else {}
         self._asked |= {name: (self._bound(query), rows.get(name)) for name, query in queries.items()}
 
     def released(self, name: str, noisy: NoisySum) -> None:

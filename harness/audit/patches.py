@@ -92,3 +92,13 @@ def batches(look: Callable[[list[int]], Any]):
         return told
 
     return wrapped(loop, "microbatches", make)
+
+
+def touched(this: dict):
+    """`this["touched"]` is how many examples touch each row: what a question for numbers is answered with, before its noise."""
+
+    def around(ask, mechanism, clipped_sum):
+        this["touched"] = clipped_sum[VALUES].clone()
+        return ask(clipped_sum)
+
+    return released(around, of=numbers)

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import torch
 
-from dpft.harness.audit.patches import batches, released, wrapped
+from dpft.harness.audit.patches import batches, released, touched, wrapped
 from dpft.harness.query.queries import Gradients
 from dpft.harness.train import loop
 from dpft.methods.clipping.quantile import Quantile
 from dpft.methods.full import DPAdam
 from dpft.methods.grape import DPGRAPE
+from dpft.methods.tables import TableRows
 
 
 @contextlib.contextmanager
@@ -166,4 +167,19 @@ def membership_buffer() -> Iterator[None]:
         return finished
 
     with batches(count), wrapped(loop, "finish", ending):
+        yield
+
+
+@contextlib.contextmanager
+def untouched_rows_dropped() -> Iterator[None]:
+    """Rows of the table that survive though nobody in the batch touched them are not asked for: their gradient is zero anyway."""
+    this: dict = {}
+
+    def dropping(train_rows):
+        def trained(self, ask, rows, seen):
+            return train_rows(self, ask, rows[this["touched"][rows] > 0], seen)
+
+        return trained
+
+    with touched(this), wrapped(TableRows, "train_rows", dropping):
         yield

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import torch
 
-from dpft.harness.audit.patches import altered_noise, batches, numbers, released, scaled_noise, wrapped
+from dpft.harness.audit.patches import altered_noise, batches, numbers, released, scaled_noise, touched, wrapped
 from dpft.harness.audit.subject import MICROBATCH
 from dpft.methods import projection
 from dpft.methods.sparta import Sparta
+from dpft.methods.tables import TableRows
 from dpft.methods.zeroth import DPZO
 
 
@@ -179,4 +180,24 @@ def from_directions() -> Iterator[None]:
         return {name: torch.randn(z.shape, generator=this["generator"]()) for name, z in noise.items()}
 
     with wrapped(DPZO, "step", noted), altered_noise(drawn, of=numbers):
+        yield
+
+
+@contextlib.contextmanager
+def untouched_rows_bare() -> Iterator[None]:
+    """Rows of the table that survive though nobody in the batch touched them get no noise."""
+    this: dict = {}
+
+    def noted(train_rows):
+        def trained(self, ask, rows, seen):
+            this["table"], this["untouched"] = self.table, this["touched"][rows] == 0
+            return train_rows(self, ask, rows, seen)
+
+        return trained
+
+    def bared(noise):
+        noise[this["table"]][this["untouched"]] = 0.0
+        return noise
+
+    with touched(this), wrapped(TableRows, "train_rows", noted), altered_noise(bared, of=lambda s: not numbers(s)):
         yield
