@@ -110,18 +110,24 @@ def _empty_batch(seen: Observation) -> Check:
 
 
 def _between_steps(seen: Observation) -> Check:
-    """Correlation of any two steps, over all that is kept and by parameter (uncentred, exact t), and of neighbours pooled."""
+    """Correlation of any two steps, over all that is kept and by part (uncentred, exact t), and of neighbours pooled."""
     kept, quiet = seen.noise.kept.astype(float), seen.noise.quiet.astype(float)
     if len(kept) < 2:
         return Check("noise of two steps", 0.0, 0.0, 1.0, REPEATED)
-    found = [_any_two(kept[:, part], quiet[:, part]) for part in (slice(None), *seen.noise.columns.values())]
+    parts = [slice(None), *seen.noise.columns.values()]
+    found = [_any_two(kept[:, part], quiet[:, part]) for part in parts]
     p_any, largest, _ = min(found)
     tested = sum(number for _, _, number in found)
-    both = quiet[1:] * quiet[:-1]
-    sums = [kept[1:] * kept[:-1], kept[1:] ** 2 * both, kept[:-1] ** 2 * both, both]
-    p_lag, lag, _ = _smallest(*(numpy.array([one.sum()]) for one in sums))
-    p, r = min((max(1, tested) * p_any, largest), (p_lag, lag))
+    p_lag, lag, pooled = _smallest(*numpy.array([_neighbours(kept[:, part], quiet[:, part]) for part in parts]).T)
+    p, r = min((max(1, tested) * p_any, largest), (max(1, pooled) * p_lag, lag))
     return Check("noise of two steps", r, 0.0, min(1.0, 2 * p), REPEATED)
+
+
+def _neighbours(kept: numpy.ndarray, quiet: numpy.ndarray) -> tuple[float, float, float, float]:
+    """What `_smallest` asks of one pair: each step and the next, pooled; [steps, entries]."""
+    both = quiet[1:] * quiet[:-1]
+    parts = kept[1:] * kept[:-1], kept[1:] ** 2 * both, kept[:-1] ** 2 * both, both
+    return tuple(float(part.sum()) for part in parts)
 
 
 def _any_two(kept: numpy.ndarray, quiet: numpy.ndarray) -> tuple[float, float, int]:
