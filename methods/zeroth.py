@@ -51,9 +51,11 @@ class DPZO(Method):
             raise BadInput(
                 f"{self.name} releases {self.settings['directions']} numbers, no gradient; leave out decoder."
             )
-        if spec.mechanism != "gaussian" and self.settings["directions"] > 1:
+        alone = self.settings["directions"] == 1 and (spec.mechanism, spec.noise_shape) == ("laplace", "coordinates")
+        if spec.mechanism != "gaussian" and not alone:
             raise BadInput(
-                f"{self.name} with several directions has Gaussian noise only; set directions=1 or leave out mechanism."
+                f"{self.name} has Gaussian noise, and with directions=1 also mechanism=laplace with noise_shape=coordinates; "
+                "take one of them."
             )
 
     def skip(self, model: nn.Module) -> str | None:

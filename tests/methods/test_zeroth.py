@@ -1,20 +1,24 @@
 """dp-zo: its update is the gradient on average, its release one clipped vector, its streams its own, its memory inference's."""
 
 import contextlib
+import json
 import math
 
 import pytest
 import torch
 from engine_cases import batch_for, loss, model_for
+from small_runs import a_spec, quiet
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from zeroth_cases import Slopes, linear, method_for, step, whole
 
 from dpft.harness.errors import BadInput
+from dpft.harness.privacy import verify_record
 from dpft.harness.probes import Clock, LiveBytes
 from dpft.harness.query import updates
 from dpft.harness.query.noisy_sum import VALUES, NoisySum
 from dpft.harness.runs.resolve import resolve
+from dpft.harness.train import run
 from dpft.methods import directions, projection
 from dpft.methods.directions import Directions
 from dpft.methods.lora import DPLoRA
@@ -233,7 +237,8 @@ def test_what_trains_is_moved_and_nothing_else():
         ({"clipping": "auto-s"}, "leave out clipping"),
         ({"clip_groups": "layer"}, "leave out clipping"),
         ({"decoder": "doppler"}, "leave out decoder"),
-        ({"mechanism": "laplace"}, "set directions=1 or leave out mechanism"),
+        ({"mechanism": "laplace", "noise_shape": "coordinates"}, "has Gaussian noise"),
+        ({"mechanism": "laplace", "directions": 1}, "has Gaussian noise"),
         ({"directions": 0}, "directions must be 1 or more"),
         ({"smoothing": 0.0}, "smoothing must be between 1e-06 and 1"),
         ({"trains": "body"}, "no trains called 'body'"),
@@ -245,8 +250,13 @@ def test_bad_settings_are_refused_before_anything_trains(settings, message):
         resolve({"task": "sst2", "method": "dp-zo", **settings})
 
 
-def test_one_direction_may_have_other_noise():
-    assert resolve({"task": "sst2", "method": "dp-zo", "directions": 1, "mechanism": "laplace"}).clip_norm > 0
+def test_one_direction_may_have_laplace_noise(tiny_bert, settings):
+    more = {"directions": 1, "mechanism": "laplace", "noise_shape": "coordinates"}
+    record, curve = run.execute(a_spec("dp-zo", tiny_bert, **more), settings, quiet)
+    assert record["status"] == "done", record["error"]
+    (release,) = record["privacy"]["ledger"][0]["releases"]
+    assert (release["name"], release["mechanism"], release["sensitivity_ratio"]) == ("values", "laplace", 1.0)
+    assert verify_record(json.loads(json.dumps(record)), 4) == [] and curve[-1]["epsilon"] <= 3
 
 
 def test_a_model_without_a_head_is_skipped_where_the_head_should_train():
