@@ -100,6 +100,6 @@ def test_targets_and_smoothing():
 def test_what_a_preconditioning_decoder_takes_for_the_gradient_is_what_is_aligned(setup_of):
     """In the first step the running mean of releases is the release; Adam's direction, its sign, is something else."""
     setup = setup_of("dp-adambc", eval_every=1, steps=1)
-    row = trained(setup).curve[0]
+    row = trained(setup).progress.curve[0]
     assert row["alignment_decoded"] == pytest.approx(row["alignment_noisy"], rel=1e-6)
     assert setup.method.decoder.estimate is None
