@@ -35,7 +35,7 @@ class DPZO(Method):
     summary = "no gradients: differences of losses along K random directions, K numbers released"
     reference = "arXiv:2401.04343"
     asks = (Values,)
-    defaults: ClassVar = {"optimizer": "sgd", "lr": 1e-3, "clip_norm": 1.0}
+    defaults: ClassVar = {"optimizer": "sgd", "lr": 1e-3, "clip_norm": 0.5}  # that of dp-sgd, over sqrt(16)
     options: ClassVar = {"directions": 16, "smoothing": 1e-3, "trains": "all", "head_lr_factor": 1.0}
     choices: ClassVar = {"trains": ("all", "head")}
     ranges: ClassVar = {"directions": (1, float("inf")), "smoothing": (1e-6, 1.0)}

@@ -11,7 +11,7 @@ from dpft.harness.train.answer import Answers
 from dpft.harness.train.core import Core
 from dpft.harness.train.mechanism import GaussianMechanism
 from dpft.harness.train.noise import source
-from dpft.methods.directions import Directions
+from dpft.methods.random_directions import Directions
 
 
 def method_for(model, seed=0, clip_norm=1e9, **options):

@@ -19,9 +19,9 @@ from dpft.harness.query import updates
 from dpft.harness.query.noisy_sum import VALUES, NoisySum
 from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import run
-from dpft.methods import directions, projection
-from dpft.methods.directions import Directions
+from dpft.methods import projection, random_directions
 from dpft.methods.lora import DPLoRA
+from dpft.methods.random_directions import Directions
 from dpft.methods.zeroth import DPZO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,7 +134,7 @@ def test_directions_are_standard_normal_and_all_different():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(), (5,), (100, 7), (7, 100, 3)])
 def test_pieces_make_the_whole(shape, dtype, monkeypatch):
-    monkeypatch.setattr(directions, "PIECE", 64)
+    monkeypatch.setattr(random_directions, "PIECE", 64)
     p = torch.randn(shape).to(dtype)
     p = p.mT if p.dim() > 1 else p
     one = Directions(1, 2)
@@ -202,7 +202,7 @@ def peak_of(count, fake):
 
 
 def test_memory_is_that_of_inference_and_of_the_largest_tensor_whatever_k(monkeypatch):
-    monkeypatch.setattr(directions, "PIECE", 128)
+    monkeypatch.setattr(random_directions, "PIECE", 128)
     monkeypatch.setattr(updates, "_TOGETHER", 1)
     inference, whole, largest = peak_of(0, fake=False)
     one, many = (peak_of(count, fake=False)[0] for count in (1, 16))
