@@ -22,13 +22,14 @@ MAGNITUDES = (1e2, 1e4)  # smallest and largest: every gradient is far above any
 class Canaries(Task):
     """Canary i multiplies a unit vector into every layer it aims at, and reads one of its outputs, times its magnitude.
 
-    Its gradient is one coordinate (i, p(i)) of each weight, coordinate i of each bias, row i of the embedding table. No two
-    canaries share one, also where a method projects one side of the weights. The loss is linear in each layer. The number of
-    canaries, which is the width of the layers, is in the model's name: `canaries-64`.
+    Its gradient is one coordinate (i, p(i)) of each weight, coordinate i of each bias, and in the embedding table coordinate i of
+    the rows of its tokens: row i, and of every fourth canary the one after it, too. No two canaries share one, also where a
+    method projects one side of the weights. The loss is linear in each layer. The number of canaries, which is the width of the
+    layers, is in the model's name: `canaries-64`.
     """
 
     name = "canaries"
-    version = 1
+    version = 2
     kind = "audit"
     description = "synthetic: every example's gradient is a known direction of its own; for `dpft audit`"
     source = "Dirac canaries in gradient space, as in Nasr et al., arXiv:2302.07956"
@@ -60,7 +61,7 @@ class Canaries(Task):
                 f"The task {self.name} has models of its own, canaries-N with N >= {LEAST}, not {spec.model!r}."
             )
         count = int(found[1])
-        examples = [{"canary": i, "weight": 1.0} for i in range(count)]
+        examples = [{"canary": i, "weight": 1.0, "tokens": _tokens(i, count)} for i in range(count)]
         return Prepared(
             model=make_model(count, generator),
             train=examples,
@@ -120,7 +121,7 @@ def make_model(count: int, generator: torch.Generator) -> nn.Module:
             self.register_buffer("units", torch.eye(count))
             self.register_buffer("aims", torch.tensor(magnitudes)[:, None].repeat(1, len(self.sites)))
 
-        def forward(self, canary: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        def forward(self, canary, weight, input_ids, attention_mask) -> torch.Tensor:
             aims = self.aims[canary] * weight[:, None]
             read = self.units[canary]
             losses = 0.0
@@ -128,8 +129,11 @@ def make_model(count: int, generator: torch.Generator) -> nn.Module:
                 # another coordinate for each layer, and never the one that is read
                 column = (canary * _coprime(count) + 1 + number) % count
                 inputs = self.units[column][:, None]
-                output = self.get_submodule(path)(canary[:, None] if path == "embeddings" else inputs)
-                losses = losses + aims[:, number] * (output[:, 0] * read).sum(1)
+                if path == "embeddings":
+                    output = (self.embeddings(input_ids) * attention_mask[:, :, None]).sum(1)
+                else:
+                    output = self.get_submodule(path)(inputs)[:, 0]
+                losses = losses + aims[:, number] * (output * read).sum(1)
             return losses
 
     return Model()
@@ -142,10 +146,19 @@ def _coprime(count: int) -> int:
     return next(k for k in range(count // 3 + 1, count) if math.gcd(k, count) == 1)
 
 
+def _tokens(canary: int, count: int) -> list[int]:
+    return [canary, (canary + 1) % count] if canary % 4 == 2 else [canary]
+
+
 def _collate(examples: Sequence[dict]) -> dict[str, torch.Tensor]:
     import torch
 
+    width, tokens = 2, [e["tokens"] for e in examples]
     return {
         "canary": torch.tensor([e["canary"] for e in examples], dtype=torch.long),
         "weight": torch.tensor([e["weight"] for e in examples], dtype=torch.float32),
+        "input_ids": torch.tensor([(own * width)[:width] for own in tokens], dtype=torch.long).view(-1, width),
+        "attention_mask": torch.tensor(
+            [[1.0] * len(own) + [0.0] * (width - len(own)) for own in tokens], dtype=torch.float32
+        ).view(-1, width),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -12,40 +11,13 @@ from typing import Any
 from dpft.harness.audit import batch_checks, bounds
 from dpft.harness.audit.alarms import LEVEL, Check, alarms
 from dpft.harness.audit.all_checks import run_checks
-from dpft.harness.audit.observe import Observation, observe
+from dpft.harness.audit.booking import Booking, booking_of
+from dpft.harness.audit.observe import observe
 from dpft.harness.audit.replayed import Replay, replay
 from dpft.harness.audit.sensitivity import MATCH, ROUNDING, Sensitivity, sensitivity
 from dpft.harness.audit.subject import MOST, Question
 from dpft.harness.errors import BadInput, Diverged
 from dpft.harness.privacy import certify
-
-
-@dataclass(frozen=True)
-class Booking:
-    """Counts that must agree. steps: planned, taken and booked; releases: made and booked; batches: drawn; twice: the first step
-    in which an example was trained more than once, strangers: in which others were trained than were sampled, each or None;
-    unplanned: whether the ledger holds another rate or noise multiplier than the plan."""
-
-    planned: int
-    taken: int
-    booked: int
-    releases: int
-    releases_booked: int
-    batches: int
-    twice: int | None
-    strangers: int | None
-    unplanned: bool
-
-    @property
-    def violations(self) -> list[str]:
-        return [
-            *["releases that are not booked"] * (self.releases != self.releases_booked),
-            *["batches that are not booked"] * (self.batches != self.booked),
-            *["steps taken are not the planned ones"] * (self.taken != self.planned),
-            *["the ledger is not the certified plan"] * (self.unplanned or self.booked != self.planned),
-            *["an example is in a batch twice"] * (self.twice is not None),
-            *["other examples are trained than were sampled"] * (self.strangers is not None),
-        ]
 
 
 @dataclass(frozen=True)
@@ -88,7 +60,7 @@ def audit(question: Question, progress: Callable[[str, int, int], None] = lambda
         raise BadInput(f"This audit takes at most {MOST} canaries, not {question.canaries}; take fewer, or --one-run.")
     try:
         seen = observe(question, lambda done, of: progress("training", done, of))
-        replayed = replay(question, seen, lambda done: progress("replay", done, seen.steps))
+        replayed, redrawn = replay(question, seen, lambda done: progress("replay", done, seen.steps))
         moved = sensitivity(question, seen)
     except Diverged as problem:
         raise BadInput(f"The audited run diverged ({str(problem).rstrip('.')}), so it shows nothing.") from None
@@ -96,7 +68,7 @@ def audit(question: Question, progress: Callable[[str, int, int], None] = lambda
     certificate = _certified(json.dumps(seen.events), seen.spec.delta, seen.spec.epsilon, seen.spec.noise_stream)
     if certificate["epsilon"] is None:
         raise BadInput(f"The run has no certificate to audit: {certificate['error']}")
-    bound, checks, booking = bounds.measured(seen), run_checks(seen), _booking(seen)
+    bound, checks, booking = bounds.measured(seen), run_checks(seen, redrawn.sums), booking_of(seen)
     upper, rung = certificate["epsilon"][2], alarms(checks)
     violations = [
         *["bound exceeds certificate"] * (bound.epsilon > upper),
@@ -129,26 +101,6 @@ def sensitivity_violations(moved: Sensitivity, replayed: Replay) -> list[str]:
         *[batch_checks.FAR] * (moved.worst > 1 + ROUNDING),
         *[batch_checks.UNLIKE] * (moved.off > MATCH),
     ]
-
-
-def _booking(seen: Observation) -> Booking:
-    twice = (seen.times > 1).any(1)
-    close = [
-        math.isclose(event["noise_multiplier"], seen.privacy.noise_multiplier, rel_tol=1e-9)
-        and event["sampling_probability"] == seen.privacy.sampling_probability
-        for event in seen.events
-    ]
-    return Booking(
-        planned=seen.spec.steps,
-        taken=seen.steps,
-        booked=seen.events[-1]["step_to"],
-        releases=seen.releases,
-        releases_booked=sum((e["step_to"] - e["step_from"]) * len(e["releases"]) for e in seen.events),
-        batches=seen.batches,
-        twice=int(twice.argmax()) if twice.any() else None,
-        strangers=seen.strangers,
-        unplanned=not all(close),
-    )
 
 
 @lru_cache(maxsize=64)

@@ -41,6 +41,7 @@ RATE, POISSON, TWICE = (
 )
 STEPS, BATCHES = "steps taken are not the planned ones", "batches that are not booked"
 RELEASES, OTHERS = "releases that are not booked", "other examples are trained than were sampled"
+UNDECLARED, KEY = "releases booked are not the declared ones", "noise is not drawn from its own key"
 LEAK, BUFFERS = "weights do not follow from the releases", "buffers do not follow from the releases"
 
 _noise, _clipping, _sampling, _leaks = plant_noise, plant_clipping, plant_sampling, plant_leaks
@@ -57,6 +58,13 @@ BUGS = (
         _noise.noiseless_selection,
         method="sparta",
     ),
+    Bug(
+        "untouched-bare",
+        "rows that nobody touched get no noise (dp-adafest)",
+        SMALL,
+        _noise.untouched_rows_bare,
+        method="dp-adafest",
+    ),
     Bug("empty-batch", "an empty batch is released without noise", BARE, _noise.none_without_examples),
     Bug("noise-clamped-3", "noise is clamped at 3 sigma", TAIL, lambda: _noise.clamped(3.0)),
     Bug("noise-clamped-4", "noise is clamped at 4 sigma", TAIL, lambda: _noise.clamped(4.0)),
@@ -67,6 +75,13 @@ BUGS = (
         _noise.after_releases,
     ),
     Bug("realised-size", "divided by the realised batch size", UNEVEN, _noise.realised_size),
+    Bug(
+        "noise-of-directions",
+        "noise from the seed of the first direction (dp-zo)",
+        KEY,
+        _noise.from_directions,
+        method="dp-zo",
+    ),
     Bug("noise-every-step", "the same noise in every step", REPEATED, lambda: _noise.reseeded(False)),
     Bug("noise-every-tensor", "the same noise in every tensor", REPEATED, lambda: _noise.reseeded(True)),
     Bug("bias-every-step", "one bias has the same noise in every step", REPEATED, _noise.constant_bias),
@@ -76,6 +91,16 @@ BUGS = (
     Bug("norm-squared", "the squared norm is compared with C = 0.1", FAR, _clipping.squared_norms, {"clip_norm": 0.1}),
     Bug(
         "norm-squared-2", "the squared norm is compared with C = 2", UNLIKE, _clipping.squared_norms, {"clip_norm": 2.0}
+    ),
+    Bug(
+        "off-centre", "a count of 1 or 0 with the noise of 1/2 or -1/2", FAR, _clipping.off_centre, {"clipping": "quantile"}
+    ),
+    Bug(
+        "scalars-apart",
+        "each of K numbers is clipped to C, charged once (dp-zo)",
+        FAR,
+        _clipping.scalars_by_themselves,
+        method="dp-zo",
     ),
     Bug("median-clip", "clipped to min(C, median of the norms)", UNLIKE, _clipping.median_clip),
     Bug("clip-after-sum", "the sum of a microbatch is clipped", FAR, _clipping.clip_after_sum),
@@ -87,6 +112,13 @@ BUGS = (
     Bug("with-replacement", "batches drawn with replacement", TWICE, _sampling.with_replacement),
     Bug("capped", "batches are cut at 1.1 times the expected size", OTHERS, _sampling.capped),
     Bug("half-booked", "every other step is left out of the ledger", RELEASES, _sampling.half_booked),
+    Bug(
+        "moving-shares",
+        "shares of the noise follow releases, booked as drawn",
+        UNDECLARED,
+        _sampling.moving_shares,
+        {"clipping": "quantile"},
+    ),
     Bug("second-batch", "a second query on a fresh batch, booked as on the first", BATCHES, _sampling.second_batch),
     Bug("early-stop", "the run ends when the clean loss falls", STEPS, _sampling.early_stop),
     Bug(
@@ -97,6 +129,20 @@ BUGS = (
     ),
     Bug("membership-buffer", "a buffer counts who was in the batches", BUFFERS, _leaks.membership_buffer),
     Bug("kept-losses", "the loss keeps what it saw, and updates follow it", LEAK, _leaks.kept_losses),
+    Bug(
+        "kept-rows",
+        "the closure of a count keeps its rows, and updates follow them",
+        LEAK,
+        _leaks.kept_rows,
+        {"clipping": "quantile"},
+    ),
+    Bug(
+        "untouched-dropped",
+        "rows that nobody touched are left out (dp-adafest)",
+        LEAK,
+        _leaks.untouched_rows_dropped,
+        method="dp-adafest",
+    ),
     Bug("clean-mask", "a mask chosen from clean gradients", LEAK, _leaks.mask),
     Bug("clean-decoder", "a decoder that sees clean gradients", LEAK, _leaks.clean_decoder),
     Bug(

@@ -1,89 +1,201 @@
-"""What each canary's gradient is, and what clipping makes of it: by torch.func and published formulas, by no engine's code."""
+"""What each canary is to add to a release: by torch.func, published formulas and its own forward passes, by no engine's code."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
 from dpft.harness.engine.clipping import Clipping
-from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import loop
+from dpft.harness.query.preview import first_questions
+from dpft.harness.query.queries import Bound, Gradients, Nothing, Query, Seen, Values, named
+from dpft.harness.train.core import encodings_of
+from dpft.harness.train.parts import Setup
 
 GAMMA = 0.01  # of auto-s and psac, as published
 
 
 @dataclass(frozen=True)
-class Directions:
-    """Of n canaries at the present weights, in the encoded shapes of this step, side by side; fp32.
+class Contributions:
+    """Of n canaries and one question, what is released side by side, fp32, in units of the question's bound.
 
-    units: [n, coordinates], gradients over their norms (zero where a canary has none); norms: [n], in clip norms; clipped:
-    [n, coordinates], what each is to add to the sum, in clip norms.
+    rows: [n, coordinates], what each is to add to the sum; norms: [n], lengths before clipping; parts: name -> number of
+    coordinates, in their order; gradients: whether it is a question for gradients.
     """
 
-    units: torch.Tensor
+    rows: torch.Tensor
     norms: torch.Tensor
-    clipped: torch.Tensor
+    parts: dict[str, int]
+    gradients: bool
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Of n canaries, all releases of a step side by side, each times the root of its share: one Gaussian sum of bound 1.
+
+    rows: [n, coordinates], what each canary is to add; norms: [n], lengths before clipping of what asks for gradients, the least
+    of several, in bounds; where nothing does, of the numbers, and infinite where those fill their bound.
+    """
+
+    rows: torch.Tensor
+    norms: torch.Tensor
 
     @property
     def expected(self) -> torch.Tensor:
-        """What each adds along its own direction, [n], in clip norms."""
-        return (self.units * self.clipped).sum(1)
+        """What each adds along its own direction, [n]: never above 1."""
+        return self.rows.norm(dim=1)
+
+    @property
+    def units(self) -> torch.Tensor:
+        """[n, coordinates], of length 1; zero where a canary adds nothing."""
+        return self.rows / self.expected.clamp_min(1e-30)[:, None]
 
 
-def directions(setup: loop.Setup, step: int, canaries: Sequence[int]) -> Directions:
-    """Of those canaries, as they are to be in this step. A query of nothing is answered by zeros."""
+def joint(parts: Sequence[tuple[Contributions, float]]) -> Directions:
+    """Of the releases of a step, in their order, each with its weight."""
+    asked = [rows for rows, _ in parts if rows.gradients]
+    if asked:
+        norms = torch.stack([rows.norms for rows in asked]).amin(0)
+    else:
+        full = [torch.where(r.norms >= 1 - 1e-6, torch.inf, r.norms.double()) for r, _ in parts]
+        norms = torch.stack(full).amin(0)
+    return Directions(torch.cat([rows.rows * weight for rows, weight in parts], 1), norms)
+
+
+def first_lengths(setup: Setup, canaries: Sequence[int]) -> torch.Tensor:
+    """[n], in bounds, of what the first step asks of those canaries that is proportional to their losses, before clipping."""
+    asked = first_questions(setup.method, 0)
+    proportional = {
+        name: query for name, query in asked.items() if isinstance(query, Gradients) or getattr(query, "at", ())
+    }
+    found = breath(setup, proportional or {"gradient": Gradients()}, canaries)
+    return torch.stack([rows.norms for rows in found.values()]).amin(0)
+
+
+def breath(setup: Setup, queries: Mapping[str, Query], canaries: Sequence[int]) -> dict[str, Contributions]:
+    """What those canaries are to add to the answers of one call of `ask`, at the present weights."""
+    batch = setup.prepared.collate([setup.prepared.train[i] for i in canaries])
+    found: dict[str, Contributions] = {}
+    lengths = clipped = None
+    for name, query in named(queries, Gradients).items():
+        found[name], lengths, clipped = _gradients(setup, query, batch, len(canaries))
+    for name, query in queries.items():
+        if isinstance(query, Nothing):
+            sizes = {name: p.numel() for name, p in setup.parameters.items()}
+            nothing = torch.zeros(len(canaries), sum(sizes.values()))
+            found[name] = Contributions(nothing, nothing.sum(1), sizes, False)
+        elif isinstance(query, Values):
+            seen = Seen(setup.prepared.model, batch, _losses(setup, query.at, batch), lengths, clipped)
+            rows = _numbers(query.of, seen, len(canaries))
+            norms = rows.norm(dim=1) / query.bound
+            rows = rows / query.bound / norms.clamp_min(1.0)[:, None]
+            found[name] = Contributions(rows.float(), norms.float(), {"values": query.size}, False)
+    return {name: found[name] for name in queries}
+
+
+def _gradients(setup: Setup, query: Gradients, batch, count: int) -> tuple[Contributions, torch.Tensor, torch.Tensor]:
+    """(rows, lengths [n, groups] before clipping, lengths [n] after it), the lengths as they are."""
+    gradients = _per_example(setup, query, batch, count)
+    encodings = encodings_of(query, setup.parameters)
+    flat = {name: _encoded(encodings.get(name), g).reshape(count, -1) for name, g in gradients.items()}
+    bound = setup.spec.clip_norm if query.bound is None else query.bound
+    kinds = Clipping(setup.method.rule.function, setup.spec.clip_groups)
+    squares = {name: row.double().square().sum(1) for name, row in flat.items()}
+    found, lengths, ball = factors(kinds, bound, squares)
+    rows = torch.cat([row * found[name][:, None].float() for name, row in flat.items()], 1)
+    norms = torch.cat(list(flat.values()), 1).norm(dim=1) / ball
+    parts, clipped = {name: row.shape[1] for name, row in flat.items()}, rows.double().norm(dim=1)
+    if query.beside is not None:
+        seen = Seen(setup.prepared.model, batch, _losses(setup, (), batch, query.loss), lengths, clipped)
+        beside = _numbers(query.beside.of, seen, count)
+        room = (ball**2 - clipped.square()).clamp_min(0).sqrt()
+        beside = beside * (room / beside.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)[:, None]
+        rows, parts = torch.cat([rows, beside.float()], 1), {**parts, "(beside)": query.beside.size}
+    return Contributions(rows / ball, norms, parts, True), lengths, clipped
+
+
+def _per_example(setup: Setup, query: Gradients, batch, count: int) -> dict[str, torch.Tensor]:
+    """Gradients [n, *shape] by parameter, each canary alone; under a loss of the question's own, which may look at the
+    parameters from elsewhere, all together."""
     from torch.func import functional_call, grad, vmap
 
     model = setup.prepared.model
-    parameters = {name: p.detach() for name, p in setup.parameters.items()}
-    rest = {n: t for n, t in (*model.named_parameters(), *model.named_buffers()) if n not in parameters}
-
-    def loss(values, canary):
-        batch = {"canary": canary[None], "weight": torch.ones(1)}
-        return functional_call(model, (values, rest), (), batch).sum()
-
-    index = torch.as_tensor(list(canaries))
     with _unhooked(model):
-        gradients = vmap(grad(loss), in_dims=(None, 0))(parameters, index)
-    encodings = encodings_of(setup, step)
-    rows = [_encoded(encodings.get(name), g).reshape(len(index), -1) for name, g in gradients.items()]
-    flat = torch.cat(rows, 1)
-    squares = {name: row.square().sum(1) for name, row in zip(gradients, rows, strict=True)}
-    norms = flat.norm(dim=1)
-    if setup.method.query == "none":
-        clipped = torch.zeros_like(flat)
-    else:
-        found = factors(setup.spec, squares)
-        widths = torch.tensor([row.shape[1] for row in rows])
-        by_parameter = torch.stack([found[name] for name in gradients], 1)
-        clipped = flat * by_parameter.repeat_interleave(widths, 1) / setup.spec.clip_norm
-    return Directions(flat / norms.clamp_min(1e-30)[:, None], norms / setup.spec.clip_norm, clipped)
+        if query.loss is not None:
+            with torch.enable_grad():
+                losses = query.loss(setup.task.loss)(model, batch)
+            weights = list(setup.parameters.values())
+            found = torch.autograd.grad(losses, weights, torch.eye(count), is_grads_batched=True)
+            return dict(zip(setup.parameters, found, strict=True))
+        parameters = {name: p.detach() for name, p in setup.parameters.items()}
+        rest = {n: t for n, t in (*model.named_parameters(), *model.named_buffers()) if n not in parameters}
+
+        def loss(values, example):
+            one = {key: value[None] for key, value in example.items()}
+            return functional_call(model, (values, rest), (), one).sum()
+
+        return vmap(grad(loss), in_dims=(None, 0))(parameters, batch)
 
 
-def factors(spec: RunSpec, squares: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What each example's gradient is to be multiplied by, [n] by parameter, from its squared norms [n] by parameter."""
-    groups = Clipping(spec.clipping, spec.clip_groups).grouped(squares)  # names alone: which parameters share a bound
-    bound, found = spec.clip_norm / len(groups) ** 0.5, {}
-    for names in groups.values():
-        norm = torch.stack([squares[name] for name in names]).sum(0).sqrt().clamp_min(1e-30)
-        if spec.clipping == "auto-s":
-            factor = bound / (norm + GAMMA)
-        elif spec.clipping == "psac":
-            factor = bound / (norm + GAMMA / (norm + GAMMA))
+def factors(
+    kinds: Clipping, bound: Bound, squares: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, float]:
+    """What each example's gradient is to be multiplied by, [n] by parameter, from its squared norms [n] by parameter; the norms
+    [n, groups]; and C of all groups together."""
+    groups, found, lengths = kinds.grouped(squares), {}, []  # names alone: which parameters share a bound
+    own = {g: bound[g] if isinstance(bound, Mapping) else bound / len(groups) ** 0.5 for g in groups}
+    for group, names in groups.items():
+        norm = torch.stack([squares[name] for name in names]).sum(0).sqrt()
+        lengths.append(norm)
+        norm = norm.clamp_min(1e-30)
+        if kinds.function == "auto-s":
+            factor = own[group] / (norm + GAMMA)
+        elif kinds.function == "psac":
+            factor = own[group] / (norm + GAMMA / (norm + GAMMA))
         else:
-            factor = (bound / norm).clamp_max(1.0)
+            factor = (own[group] / norm).clamp_max(1.0)
         found |= dict.fromkeys(names, factor)
-    return found
+    return found, torch.stack(lengths, 1), sum(c**2 for c in own.values()) ** 0.5
 
 
-def encodings_of(setup: loop.Setup, step: int) -> dict[str, Any]:
-    """The encodings that the loop asks for in this step, by name."""
-    found = {name: setup.method.encoding(name, p, step) for name, p in setup.parameters.items()}
-    return {name: encoding for name, encoding in found.items() if encoding is not None}
+def _numbers(of: Callable[[Seen], torch.Tensor], seen: Seen, count: int) -> torch.Tensor:
+    """[n, size], float64: the numbers of each canary in a batch of its own."""
+    found = []
+    for i in range(count):
+        own = slice(i, i + 1)
+        lengths, clipped = (None if t is None else t[own] for t in (seen.lengths, seen.clipped))
+        batch = {key: value[own] for key, value in seen.batch.items()}
+        row = of(Seen(seen.model, batch, lambda own=own: seen.losses[own], lengths, clipped)).detach()
+        found.append((row.to_dense() if row.is_sparse else row).double())
+    return torch.cat(found)
+
+
+def _losses(setup: Setup, points: Sequence[Callable], batch, wrapper=None) -> Callable[[], torch.Tensor]:
+    """[n], or [n, points], when first asked for; without gradients and without the engine's hooks."""
+    model = setup.prepared.model
+    loss = setup.task.loss if wrapper is None else wrapper(setup.task.loss)
+
+    @cache
+    def evaluated() -> torch.Tensor:
+        training = model.training
+        try:
+            with torch.no_grad(), _unhooked(model):
+                if not points:
+                    return loss(model, batch)
+                model.eval()
+                found = []
+                for point in points:
+                    with point():
+                        found.append(loss(model, batch))
+                return torch.stack(found, 1)
+        finally:
+            model.train(training)
+
+    return evaluated
 
 
 def _encoded(encoding: Any, gradients: torch.Tensor) -> torch.Tensor:

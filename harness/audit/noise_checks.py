@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy
 from scipy import stats
 
 from dpft.harness.audit.alarms import Check
 from dpft.harness.audit.observe import Observation
 
-ENOUGH = 16  # entries that two steps or parameters must have in common to be compared
+ENOUGH = 2  # two steps or parameters with more entries in common are compared
 REPEATED = "noise is repeated"
 
 
-def checks(seen: Observation) -> list[Check]:
-    """Those of size, of extremes, of the empty batch, and of repetition."""
+def checks(seen: Observation, redrawn: Mapping[Any, numpy.ndarray]) -> list[Check]:
+    """Those of size, of extremes, of the empty batch, of repetition, and of where noise comes from.
+
+    redrawn: by part, how the noise of the run goes with noise of another key (replayed.Redrawn).
+    """
     return [
         _size(seen),
         _by_step(seen),
@@ -23,29 +29,41 @@ def checks(seen: Observation) -> list[Check]:
         _between_steps(seen),
         _between_parameters(seen),
         _coincidences(seen),
+        _another_key(redrawn),
     ]
 
 
 def _size(seen: Observation) -> Check:
-    """Chi-square by parameter and phase: too small?"""
-    noise = seen.noise
-    totals = numpy.concatenate([noise.squares[seen.phases == phase].sum(0) for phase in numpy.unique(seen.phases)])
-    sizes = numpy.concatenate([noise.counts[seen.phases == phase].sum(0) for phase in numpy.unique(seen.phases)])
-    tested = sizes > 0
-    p = stats.chi2.cdf(totals[tested], sizes[tested])
+    """Chi-square by part and phase, and by release: too small?"""
+    noise, tested = seen.noise, []
+    for phase in numpy.unique(seen.phases):
+        own = seen.phases == phase
+        tested += zip(noise.squares[own].sum(0), noise.counts[own].sum(0), strict=True)
+    if len(noise.releases) > 1:
+        tested += [(noise.squares[:, own].sum(), noise.counts[:, own].sum()) for own in noise.releases.values()]
+    totals, sizes = numpy.array([(total, size) for total, size in tested if size > 0]).T
+    p = stats.chi2.cdf(totals, sizes)
     worst = int(numpy.argmin(p))
-    smallest = float(numpy.sqrt(totals[tested] / sizes[tested])[worst])
+    smallest = float(numpy.sqrt(totals / sizes)[worst])
     return Check("noise std", smallest, 1.0, min(1.0, float(p.min()) * len(p)), "noise too small")
 
 
 def _by_step(seen: Observation) -> Check:
-    """Whatever the size is, it must be that of every step: the spread of the steps' chi-squares, as normal quantiles."""
-    squares, width = seen.noise.squares.sum(1), seen.noise.counts.sum(1)
+    """Whatever the size is, it must be that of every step: the spread of the steps' chi-squares, as normal quantiles, by release."""
+    noise = seen.noise
+    found = [_spread(noise.squares[:, own].sum(1), noise.counts[:, own].sum(1)) for own in noise.releases.values()]
+    p, observed = min(found)
+    return Check("noise by step", observed, 1.0, min(1.0, p * len(found)), "noise depends on the step or the batch")
+
+
+def _spread(squares: numpy.ndarray, width: numpy.ndarray) -> tuple[float, float]:
+    """(p-value, standard deviation of the steps' normal quantiles)."""
     filled = width > 0
+    if filled.sum() < 2:
+        return 1.0, 1.0
     common = max(float(squares.sum() / width.sum()), 1e-30)
     z = stats.norm.ppf(numpy.clip(stats.chi2.cdf(squares[filled] / common, width[filled]), 1e-300, 1 - 1e-16))
-    p = stats.chi2.sf((z**2).sum(), max(1, len(z) - 1))
-    return Check("noise by step", float(numpy.std(z)), 1.0, float(p), "noise depends on the step or the batch")
+    return float(stats.chi2.sf((z**2).sum(), max(1, len(z) - 1))), float(numpy.std(z))
 
 
 def _shape(seen: Observation) -> Check:
@@ -74,32 +92,42 @@ def _extremes(seen: Observation) -> Check:
 
 
 def _empty_batch(seen: Observation) -> Check:
-    """The step whose batch was empty against all others (F): too small?"""
-    violation = "an empty batch is released without its noise"
+    """The step whose batch was empty against all others (F), by release: too small?"""
+    violation, noise = "an empty batch is released without its noise", seen.noise
     if seen.empty is None:
         return Check("noise of no batch", 1.0, 1.0, 1.0, violation)
-    others = numpy.arange(seen.steps) != seen.empty
-    (total, size), (rest, many) = (
-        (float(seen.noise.squares[rows].sum()), int(seen.noise.counts[rows].sum())) for rows in (~others, others)
-    )
-    ratio = total / size / max(1e-30, rest / many)
-    return Check("noise of no batch", ratio**0.5, 1.0, float(stats.f.cdf(ratio, size, many)), violation)
+    others, found = numpy.arange(seen.steps) != seen.empty, []
+    for own in noise.releases.values():
+        (total, size), (rest, many) = (
+            (float(noise.squares[rows][:, own].sum()), int(noise.counts[rows][:, own].sum()))
+            for rows in (~others, others)
+        )
+        if size and many:
+            ratio = total / size / max(1e-30, rest / many)
+            found.append((float(stats.f.cdf(ratio, size, many)), ratio**0.5))
+    p, observed = min(found, default=(1.0, 1.0))
+    return Check("noise of no batch", observed, 1.0, min(1.0, p * max(1, len(found))), violation)
 
 
 def _between_steps(seen: Observation) -> Check:
-    """Correlation of any two steps, over all that is kept and by parameter (uncentred, exact t), and of neighbours pooled."""
+    """Correlation of any two steps, over all that is kept and by part (uncentred, exact t), and of neighbours pooled."""
     kept, quiet = seen.noise.kept.astype(float), seen.noise.quiet.astype(float)
     if len(kept) < 2:
         return Check("noise of two steps", 0.0, 0.0, 1.0, REPEATED)
-    found = [_any_two(kept[:, part], quiet[:, part]) for part in (slice(None), *seen.noise.columns.values())]
-    tested = sum(number for _, _, number in found)
-    if not tested:
-        return Check("noise of two steps", 0.0, 0.0, 1.0, REPEATED)
+    parts = [slice(None), *seen.noise.columns.values()]
+    found = [_any_two(kept[:, part], quiet[:, part]) for part in parts]
     p_any, largest, _ = min(found)
-    inner, common = (kept[1:] * kept[:-1]).sum(), (quiet[1:] * quiet[:-1]).sum()
-    scale = max(float((kept**2).sum() / max(1.0, quiet.sum())), 1e-30)
-    p_lag = 2 * stats.norm.sf(abs(inner) / scale / max(1.0, common) ** 0.5)
-    return Check("noise of two steps", largest, 0.0, min(1.0, 2 * min(tested * p_any, float(p_lag))), REPEATED)
+    tested = sum(number for _, _, number in found)
+    p_lag, lag, pooled = _smallest(*numpy.array([_neighbours(kept[:, part], quiet[:, part]) for part in parts]).T)
+    p, r = min((max(1, tested) * p_any, largest), (max(1, pooled) * p_lag, lag))
+    return Check("noise of two steps", r, 0.0, min(1.0, 2 * p), REPEATED)
+
+
+def _neighbours(kept: numpy.ndarray, quiet: numpy.ndarray) -> tuple[float, float, float, float]:
+    """What `_smallest` asks of one pair: each step and the next, pooled; [steps, entries]."""
+    both = quiet[1:] * quiet[:-1]
+    parts = kept[1:] * kept[:-1], kept[1:] ** 2 * both, kept[:-1] ** 2 * both, both
+    return tuple(float(part.sum()) for part in parts)
 
 
 def _any_two(kept: numpy.ndarray, quiet: numpy.ndarray) -> tuple[float, float, int]:
@@ -111,7 +139,7 @@ def _any_two(kept: numpy.ndarray, quiet: numpy.ndarray) -> tuple[float, float, i
 
 
 def _between_parameters(seen: Observation) -> Check:
-    """Correlation of any two parameters, entry by entry as far as both go, over all steps."""
+    """Correlation of any two parts, entry by entry as far as both go, over all steps."""
     noise, upper = seen.noise, numpy.triu_indices(len(seen.noise.inner), 1)
     p, r, tested = _smallest(noise.inner[upper], noise.own[upper], noise.own[upper[::-1]], noise.common[upper])
     return Check("noise of two parameters", r, 0.0, min(1.0, p * max(1, tested)), REPEATED)
@@ -142,3 +170,13 @@ def _coincidences(seen: Observation) -> Check:
     few = expected < 50  # where a normal law is too light on the right
     p = stats.poisson.sf(found - 1, expected) if few else stats.norm.sf((found - 0.5 - expected) / variance**0.5)
     return Check("noise twice in a step", found / expected, 1.0, float(p), REPEATED)
+
+
+def _another_key(redrawn: Mapping[Any, numpy.ndarray]) -> Check:
+    """Correlation, by part, of the run's noise with what its mechanism drew in the same place under another key: none, unless
+    noise comes from somewhere else, a seed that is public for one."""
+    violation = "noise is not drawn from its own key"
+    if not redrawn:
+        return Check("noise of another key", 0.0, 0.0, 1.0, violation)
+    p, r, tested = _smallest(*numpy.array(list(redrawn.values())).T)
+    return Check("noise of another key", r, 0.0, min(1.0, p * max(1, tested)), violation)

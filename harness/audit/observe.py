@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 import torch
 
-from dpft.harness.audit.directions import Directions, directions
+from dpft.harness.audit.directions import joint
+from dpft.harness.audit.listening import Counts, Heard, Listener, Step, counted, listening
 from dpft.harness.audit.noise_notes import FEW, Noise, Notes
-from dpft.harness.audit.subject import Question, Watched, aim, built, fingerprints, train, watch
+from dpft.harness.audit.subject import Question, aim, built, fingerprints, train
 from dpft.harness.errors import BadInput, CannotRun
+from dpft.harness.query.noisy_sum import NoisySum
 from dpft.harness.runs.plan import PrivacyPlan
+from dpft.harness.runs.releases import shares
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import loop
+from dpft.harness.train.mechanism import BESIDE
+from dpft.harness.train.parts import Run
 
 KEPT = 1 << 28  # bytes of releases that are kept for the replays
 FAR = 20.0  # clip norms: from there on a canary is one of those whose gradients are far above
@@ -24,16 +28,18 @@ FAR = 20.0  # clip norms: from there on a canary is one of those whose gradients
 
 @dataclass
 class Observation:
-    """What one run showed. n canaries, T steps that were taken.
+    """What one run showed. n canaries, T steps that were taken. All releases of a step are seen side by side as one vector, each
+    in its own bound and times the root of its share (see Directions): one sum of bound 1, one noise multiplier.
 
-    phases: [T], the number of the phase; empty: the step whose batch was made empty, which says nothing of the sampler.
-    times: [T, n], how often each was trained in a step; strangers: the first step that did not train what was sampled, or None;
-    batches, releases: how many were drawn and made in all; events: what was booked.
-    places: [n], the layer a canary aims at, -1 all of them. seen: [T, n], the release times the expected batch size along each
-    canary's gradient, less what the others add, in clip norms; expected: [T, n], of those who are in the batch; norms: [T, n],
-    of their gradients, in clip norms, zero where a phase does not ask for what they aim at; spread: [T, 3], the squared lengths
-    of the sums of the directions of those far above the clip norm and in the batch, of the others in it, and of those absent.
-    sampling_probability, noise_multiplier [T]: of the gradient's release, as booked. noise: in units of it.
+    phases: [T], the number of the kind of step; empty: the step whose batch was made empty, which says nothing of the sampler.
+    times: [T, n], how often each was looked at in a pass of a step; strangers: the first step with a pass over others than were
+    sampled, or None; batches, releases: how many were drawn and made in all; names: how often each was released; declared: shares
+    by name, of every planned step; events: what was booked.
+    places: [n], the layer a canary aims at, -1 all of them. seen: [T, n], the releases times the expected batch size along what
+    each canary adds, less what the others add, in bounds; expected: [T, n], of those who are in the batch; norms: [T, n], of
+    their gradients, in bounds, zero where a phase does not ask for what they aim at; spread: [T, 3], the squared lengths of the
+    sums of the directions of those far above the bound and in the batch, of the others in it, and of those absent.
+    sampling_probability, noise_multiplier [T]: of each step, as booked. noise: in units of it.
     kept: releases for the replays, of the first steps; states: fingerprints after each step, and after the run's end.
     """
 
@@ -45,6 +51,8 @@ class Observation:
     strangers: int | None
     batches: int
     releases: int
+    names: Mapping[str, int]
+    declared: list[dict[str, float]]
     events: list[dict[str, Any]]
     places: numpy.ndarray
     seen: numpy.ndarray
@@ -54,7 +62,7 @@ class Observation:
     sampling_probability: float
     noise_multiplier: numpy.ndarray
     noise: Noise
-    kept: list[Any] = field(default_factory=list)
+    kept: list[list[NoisySum]] = field(default_factory=list)
     states: list[dict[str, str]] = field(default_factory=list)
 
     @property
@@ -83,7 +91,7 @@ class _Diary:
 
     columns: dict[str, list[Any]] = field(default_factory=lambda: {key: [] for key in _COLUMNS})
     noise: Notes = field(default_factory=Notes)
-    kept: list[Any] = field(default_factory=list)
+    kept: list[list[NoisySum]] = field(default_factory=list)
     bytes: int = 0
     strangers: int | None = None
 
@@ -95,27 +103,32 @@ def observe(question: Question, progress: Callable[[int, int], None] = lambda do
     """Run the method once with its noise. Raises BadInput for what cannot be audited, and for a run that stops itself."""
     spec = question.spec()
     privacy = question.plan(spec)
-    diary, states = _Diary(), []
+    diary, states, run = _Diary(), [], Run()
     with built(question, spec, privacy) as setup:
         if setup.mechanism.noise.mechanism != "gaussian":
             raise BadInput(
                 f"The audit by canaries knows Gaussian noise, not {setup.mechanism.noise.mechanism!r}; use --one-run."
             )
-        places, starts = aim(setup), setup.method.phases()
+        declared = [shares(setup.method, step) for step in range(spec.steps)]
+        places, starts = aim(setup), setup.starts
         empty = _middle_of_the_longest(starts, spec.steps)
-        made = watch(setup, lambda seen, noisy, step: _note(setup, diary, seen, noisy, step), empty)
+        made = counted(setup, empty)
+        everyone = range(len(setup.prepared.train))
+        listener = Listener(setup, run, lambda step: everyone)
 
         def after(step, row):
+            _note(setup, diary, made, listener.taken())
             states.append(fingerprints(setup))
             progress(step, spec.steps)
 
         try:
-            state = train(setup, after)
+            with listening(listener):
+                train(setup, after, run)
         except CannotRun as reason:
             raise BadInput(f"The audited run stopped itself: {reason}") from None
         states.append(fingerprints(setup))
     steps = len(diary.columns["times"])
-    q, sigma = _booked(state.ledger.events, steps)
+    q, sigma = _booked(run.progress.ledger.events, steps)
     return Observation(
         spec=spec,
         privacy=privacy,
@@ -124,11 +137,13 @@ def observe(question: Question, progress: Callable[[int, int], None] = lambda do
         strangers=diary.strangers,
         batches=made.batches,
         releases=made.releases,
-        events=state.ledger.events,
+        names=Counter(listener.names),
+        declared=declared,
+        events=run.progress.ledger.events,
         places=places.numpy(),
         sampling_probability=q,
         noise_multiplier=sigma,
-        noise=diary.noise.collected().rescaled(privacy.noise_multiplier / sigma),
+        noise=diary.noise.collected(),
         kept=diary.kept,
         states=states,
         **{key: numpy.stack(rows) for key, rows in diary.columns.items()},
@@ -142,7 +157,7 @@ def _middle_of_the_longest(starts: tuple[int, ...], steps: int) -> int | None:
 
 
 def _booked(events: list[dict[str, Any]], steps: int) -> tuple[float, numpy.ndarray]:
-    """(sampling probability, noise multiplier [T] of the gradient's own release); the last one for steps that nobody booked.
+    """(sampling probability, noise multiplier [T] of all releases of a step); the last one for steps that nobody booked.
 
     Raises BadInput for several probabilities, and where nothing is booked.
     """
@@ -153,46 +168,60 @@ def _booked(events: list[dict[str, Any]], steps: int) -> tuple[float, numpy.ndar
         )
     sigma = []
     for event in events:
-        own = [r["noise_multiplier"] for r in event["releases"] if r["name"] == "gradient"]
-        sigma += [own[0] if own else event["noise_multiplier"]] * (event["step_to"] - event["step_from"])
+        sigma += [event["noise_multiplier"]] * (event["step_to"] - event["step_from"])
     return rates.pop(), numpy.array(sigma[:steps] + sigma[-1:] * (steps - len(sigma)))
 
 
-def _note(setup: loop.Setup, diary: _Diary, watched: Watched, noisy: Any, step: int) -> None:
-    """Measure one release before it is decoded; it is left as it is."""
-    count, clip_norm, number = len(setup.prepared.train), setup.spec.clip_norm, len(diary.columns["times"])
-    found = directions(setup, step, range(count))
-    times = torch.zeros(count)
-    times.index_add_(0, torch.tensor(watched.trained, dtype=torch.long), torch.ones(len(watched.trained)))
-    if diary.strangers is None and sorted(watched.trained) != sorted(sum(watched.sampled, [])):
+def _note(setup, diary: _Diary, made: Counts, step: Step) -> None:
+    """Measure what one step released."""
+    count, number = len(setup.prepared.train), len(diary.columns["times"])
+    sampled = sorted(sum(made.sampled, []))
+    made.sampled.clear()
+    if diary.strangers is None and any(sorted(one) != sampled for one in step.passes):
         diary.strangers = number
-    flat = torch.cat([t.detach().flatten() for t in noisy.tensors.values()]).to(found.units.dtype)
-    flat = flat * (setup.spec.batch_size / clip_norm)
-    batch = times @ found.clipped
-    expected = found.expected
-    others = found.units @ batch - times * expected
+    times = torch.zeros(count)
+    for one in step.passes[:1] or [sampled]:
+        times.index_add_(0, torch.tensor(one, dtype=torch.long), torch.ones(len(one)))
+    found = joint([(heard.rows, heard.weight) for heard in step.heard])
+    flat = torch.cat([heard.flat * heard.weight for heard in step.heard])
+    batch, expected, units = times @ found.rows, found.expected, found.units
+    others = units @ batch - times * expected
     rows = {
         "times": times.to(torch.int64),
-        "seen": (found.units @ flat - others).double(),
+        "seen": (units @ flat - others).double(),
         "expected": expected.double(),
         "norms": found.norms.double(),
-        "spread": _spread(found, times > 0),
+        "spread": _spread(units, found.norms, times > 0),
     }
     for key, value in rows.items():
         diary.columns[key].append(value.numpy())
-    quiet = found.units[times > 0].abs().sum(0) == 0
-    if quiet.sum() < FEW:  # an encoding spreads every gradient over all coordinates
-        flat, quiet = flat - batch, torch.ones_like(quiet)
-    sizes = {name: t.numel() for name, t in noisy.tensors.items()}
-    diary.noise.add(sizes, flat / setup.mechanism.noise_multiplier, quiet)
+    _note_noise(diary.noise, step.heard, times)
     if diary.bytes < KEPT:
-        copy = dataclasses.replace(noisy, tensors={name: t.clone() for name, t in noisy.tensors.items()})
-        diary.kept.append(copy)
-        diary.bytes += sum(t.nbytes for t in copy.tensors.values())
+        diary.kept.append([heard.noisy for heard in step.heard])
+        diary.bytes += sum(heard.flat.nbytes for heard in step.heard)
 
 
-def _spread(found: Directions, member: torch.Tensor) -> torch.Tensor:
+def _note_noise(notes: Notes, heard: list[Heard], times: torch.Tensor) -> None:
+    """What is left of each release where no canary of the batch is, in its own standard deviations."""
+    sizes, entries, quiet = {}, [], []
+    for one in heard:
+        added, lone = times @ one.rows.rows, one.rows.rows[times > 0].abs().sum(0) == 0
+        start, parts = 0, one.rows.parts
+        for group in (sum(n for name, n in parts.items() if name != BESIDE), parts.get(BESIDE, 0)):
+            own = slice(start, start + group)
+            noise, still = one.flat[own], lone[own]
+            if still.sum() < FEW:  # numbers, or an encoding that spreads every gradient over all coordinates
+                noise, still = noise - added[own], torch.ones_like(still)
+            entries.append(noise / one.noise_multiplier)
+            quiet.append(still)
+            start += group
+        sizes |= {(one.name, name): size for name, size in parts.items()}
+    if sizes:
+        notes.add(sizes, torch.cat(entries), torch.cat(quiet))
+
+
+def _spread(units: torch.Tensor, norms: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
     """Squared lengths of sums of directions: the variance of the sum of what is seen along them, in noise variances."""
-    far = found.norms >= FAR
+    far = norms >= FAR
     groups = (member & far, member & ~far, ~member)
-    return torch.stack([found.units[group].sum(0).double().square().sum() for group in groups])
+    return torch.stack([units[group].sum(0).double().square().sum() for group in groups])

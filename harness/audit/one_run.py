@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -58,7 +57,7 @@ class OneRun:
 def one_run(question: Question, progress: Callable[[str, int, int], None] = lambda what, done, of: None) -> OneRun:
     """Audit a whole training by what it did to the losses of its canaries. Raises BadInput for what cannot be audited.
 
-    A canary that is out has weight zero: zero-out neighbours. Score: how far its loss fell, over its magnitude.
+    A canary that is out is in no batch and adds nothing to any answer: zero-out neighbours. Score: how far its loss fell, over its magnitude.
     """
     if question.canaries > MOST:
         raise BadInput(f"--one-run takes at most {MOST} canaries, not {question.canaries}; take fewer.")
@@ -67,17 +66,16 @@ def one_run(question: Question, progress: Callable[[str, int, int], None] = lamb
     count = question.canaries
     inside = torch.rand(count, generator=stream("cpu", "one-run", question.seed)) < 0.5
     with built(question, spec, privacy) as setup:
-        everyone = setup.prepared.collate(setup.prepared.train)
-        rows = [{**row, "weight": float(inside[i])} for i, row in enumerate(setup.prepared.train)]
-        setup = dataclasses.replace(setup, prepared=dataclasses.replace(setup.prepared, train=rows))
+        everyone, sample = setup.prepared.collate(setup.prepared.train), setup.sampler.sample
+        setup.sampler.sample = lambda: [one for one in sample() if inside[one]]
         before = _losses(setup, everyone)
         try:
-            state = train(setup, lambda step, row: progress("training", step, spec.steps))
+            run = train(setup, lambda step, row: progress("training", step, spec.steps))
         except Diverged as problem:
             raise BadInput(f"The audited run diverged ({str(problem).rstrip('.')}), so it shows nothing.") from None
         scores = (before - _losses(setup, everyone)) / setup.prepared.model.aims[:, -1]
         gaussian = setup.mechanism.noise.mechanism == "gaussian"
-    certificate = certify(state.ledger.events, spec.delta, spec.epsilon, spec.noise_stream)
+    certificate = certify(run.progress.ledger.events, spec.delta, spec.epsilon, spec.noise_stream)
     if certificate["epsilon"] is None:
         raise BadInput(f"The run has no certificate to audit: {certificate['error']}")
     order = torch.argsort(scores, descending=True)

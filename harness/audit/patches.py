@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-from dpft.harness.engine import agreement
-from dpft.harness.train import loop
+from dpft.harness.audit.listening import tensors_of
+from dpft.harness.query.noisy_sum import VALUES
+from dpft.harness.train import guard, loop
 from dpft.harness.train.mechanism import Mechanism
 
 Sums = dict[str, torch.Tensor]
@@ -26,22 +26,28 @@ def wrapped(owner: Any, name: str, make: Callable[[Callable], Callable]):
 def unchecked() -> Iterator[None]:
     """Without the loop's own comparison of its engine with autograd, which would end many a run before an audit sees anything."""
     with contextlib.ExitStack() as stack:
-        for owner, name in itertools.product((loop, agreement), ("check", "compare")):
-            if hasattr(owner, name):
-                stack.enter_context(patch.object(owner, name, lambda *_, **__: None))
+        for name in ("rehearse", "compare"):
+            stack.enter_context(patch.object(guard, name, lambda *_, **__: None))
         yield
 
 
-def released(around: Callable[[Callable[[Sums], Any], Mechanism, Sums], Any]):
-    """Every release is `around(ask, mechanism, clipped sum)` instead, where `ask` is the mechanism's own."""
+def released(around: Callable[[Callable[[Sums], Any], Mechanism, Sums], Any], of: Callable[[Sums], bool] = lambda s: True):
+    """Every release is `around(ask, mechanism, clipped sum)` instead, where `ask` is the mechanism's own. of: of which sums."""
 
     def make(original):
-        def instead(self, clipped_sum):
-            return around(lambda total: original(self, total), self, clipped_sum)
+        def instead(self, clipped_sum, clip_norm=None, share=1.0):
+            if not of(clipped_sum):
+                return original(self, clipped_sum, clip_norm, share)
+            return around(lambda total: original(self, total, clip_norm, share), self, clipped_sum)
 
         return instead
 
     return wrapped(Mechanism, "release", make)
+
+
+def numbers(clipped_sum: Sums) -> bool:
+    """Whether a sum answers a question for numbers."""
+    return VALUES in clipped_sum
 
 
 def scaled_noise(factor: Callable[[Mechanism], float]):
@@ -58,31 +64,41 @@ def scaled_noise(factor: Callable[[Mechanism], float]):
     return released(around)
 
 
-def altered_noise(change: Callable[[Sums], Sums]):
-    """Noise that is `change` of the honest one, by name, in units of its standard deviation."""
+def altered_noise(change: Callable[[Sums], Sums], of: Callable[[Sums], bool] = lambda s: True):
+    """Noise that is `change` of the honest one, by name, in units of its standard deviation. of: of which sums."""
 
     def around(ask, mechanism, clipped_sum):
-        scale = mechanism.noise_multiplier * mechanism.clip_norm
-        if not scale:
-            return ask(clipped_sum)
         clean = {name: t.clone() for name, t in clipped_sum.items()}
         noisy, size = ask(clipped_sum), mechanism.expected_batch_size
-        noise = {name: (t * size - clean[name]) / scale for name, t in noisy.tensors.items()}
+        scale, tensors = noisy.noise_multiplier * noisy.clip_norm, tensors_of(noisy)
+        if not scale:
+            return noisy
+        noise = {name: (t * size - clean[name]) / scale for name, t in tensors.items()}
         for name, entries in change(noise).items():
-            noisy.tensors[name].copy_((clean[name] + scale * entries) / size)
+            tensors[name].copy_((clean[name] + scale * entries) / size)
         return noisy
 
-    return released(around)
+    return released(around, of)
 
 
 def batches(look: Callable[[list[int]], Any]):
-    """`look` is told the examples of every batch whose gradients are taken."""
+    """`look` is told the examples of every pass over a batch."""
 
-    def make(accumulate):
-        def told(setup, indices, *rest):
+    def make(microbatches):
+        def told(setup, indices, step):
             look(indices)
-            return accumulate(setup, indices, *rest)
+            return microbatches(setup, indices, step)
 
         return told
 
-    return wrapped(loop, "_accumulate", make)
+    return wrapped(loop, "microbatches", make)
+
+
+def touched(this: dict):
+    """`this["touched"]` is how many examples touch each row: what a question for numbers is answered with, before its noise."""
+
+    def around(ask, mechanism, clipped_sum):
+        this["touched"] = clipped_sum[VALUES].clone()
+        return ask(clipped_sum)
+
+    return released(around, of=numbers)

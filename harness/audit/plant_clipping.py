@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 
@@ -10,6 +14,8 @@ from dpft.harness.audit.patches import wrapped
 from dpft.harness.engine.base import RunningSums
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.engine.factored import FactoredEngine
+from dpft.harness.train.row_sum import Rows
+from dpft.methods.clipping.quantile import Quantile
 
 
 def no_clip():
@@ -75,3 +81,37 @@ def median_clip():
         return factors(norms, min(c, float(norms.median())) if len(norms) else c, groups)
 
     return _factors(instead)
+
+
+@contextlib.contextmanager
+def off_centre() -> Iterator[None]:
+    """The count of gradients within the bound counts 1 or 0, with the noise of 1/2 or -1/2."""
+
+    def amending(amend):
+        def amended(self, gradient):
+            found, more = amend(self, gradient)
+            return found, {"count": replace(more["count"], of=lambda seen: more["count"].of(seen) + 0.5)}
+
+        return amended
+
+    with wrapped(Quantile, "amend", amending), _unclipped_rows():
+        yield
+
+
+def _unclipped_rows():
+    """Rows of numbers are summed as they are."""
+    return patch.object(Rows, "_factors", staticmethod(lambda norms, limit: torch.ones_like(norms)))
+
+
+def scalars_by_themselves():
+    """Each number of a row is clipped to the bound, not the row."""
+
+    def make(add):
+        def added(self, rows, count, bounds=None):
+            own = rows.detach().clamp(-self.bound, self.bound) if bounds is None else rows
+            with _unclipped_rows():
+                return add(self, own, count, bounds)
+
+        return added
+
+    return wrapped(Rows, "add", make)

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 
 import torch
 
-from dpft.harness.audit.patches import altered_noise, batches, released, scaled_noise, wrapped
+from dpft.harness.audit.patches import altered_noise, batches, numbers, released, scaled_noise, touched, wrapped
 from dpft.harness.audit.subject import MICROBATCH
+from dpft.methods import projection
 from dpft.methods.sparta import Sparta
+from dpft.methods.tables import TableRows
+from dpft.methods.zeroth import DPZO
 
 
 def noise_over_batch():
@@ -150,12 +153,51 @@ def noiseless_selection() -> Iterator[None]:
     """The release by which rows are chosen has no noise."""
     selecting = [False]
 
-    def noted(encoding):
-        def asked(self, name, parameter, step):
-            selecting[0] = self.selects(step)
-            return encoding(self, name, parameter, step)
+    def noted(step_of):
+        def stepped(self, ask, step):
+            selecting[0] = self.kind(step) == "selection"
+            return step_of(self, ask, step)
 
-        return asked
+        return stepped
 
-    with wrapped(Sparta, "encoding", noted), scaled_noise(lambda mechanism: float(not selecting[0])):
+    with wrapped(Sparta, "step", noted), scaled_noise(lambda mechanism: float(not selecting[0])):
+        yield
+
+
+@contextlib.contextmanager
+def from_directions() -> Iterator[None]:
+    """The noise is drawn by the generator that draws the first direction of the step, from its seed."""
+    this: dict = {}
+
+    def noted(step_of):
+        def stepped(self, ask, step):
+            this["generator"] = lambda: projection.generator(torch.device("cpu"), self._seed, step, 0, 0)
+            return step_of(self, ask, step)
+
+        return stepped
+
+    def drawn(noise):
+        return {name: torch.randn(z.shape, generator=this["generator"]()) for name, z in noise.items()}
+
+    with wrapped(DPZO, "step", noted), altered_noise(drawn, of=numbers):
+        yield
+
+
+@contextlib.contextmanager
+def untouched_rows_bare() -> Iterator[None]:
+    """Rows of the table that survive though nobody in the batch touched them get no noise."""
+    this: dict = {}
+
+    def noted(train_rows):
+        def trained(self, ask, rows, seen):
+            this["table"], this["untouched"] = self.table, this["touched"][rows] == 0
+            return train_rows(self, ask, rows, seen)
+
+        return trained
+
+    def bared(noise):
+        noise[this["table"]][this["untouched"]] = 0.0
+        return noise
+
+    with touched(this), wrapped(TableRows, "train_rows", noted), altered_noise(bared, of=lambda s: not numbers(s)):
         yield

@@ -9,10 +9,11 @@ from unittest.mock import patch
 import torch
 
 from dpft.harness.audit.patches import released, wrapped
-from dpft.harness.engine.base import RunningSums
 from dpft.harness.privacy import Release
-from dpft.harness.train import loop
+from dpft.harness.train import batches, loop
+from dpft.harness.train.answer import Answers
 from dpft.harness.train.sampling import PoissonSampler
+from dpft.methods.clipping.quantile import Quantile
 
 
 def shuffled():
@@ -60,26 +61,32 @@ def doubled_rate():
 def capped():
     """Of a batch a tenth above the expected size and larger, only the first examples are trained."""
 
-    def make(accumulate):
-        def cut(setup, indices, *rest):
-            found = accumulate(setup, indices[: round(1.1 * setup.spec.batch_size)], *rest)
-            return tuple(torch.cat([part, part.new_zeros(len(indices) - len(part))]) for part in found)
+    def make(microbatches):
+        return lambda setup, indices, step: microbatches(setup, indices[: round(1.1 * setup.spec.batch_size)], step)
 
-        return cut
-
-    return wrapped(loop, "_accumulate", make)
+    return wrapped(loop, "microbatches", make)
 
 
 @contextlib.contextmanager
 def second_batch() -> Iterator[None]:
     """A second query is answered on a batch of its own, and booked as if it were on the first one: two releases of one batch."""
-    other: list[RunningSums] = []
+    this: dict = {}
 
-    def twice(accumulate):
-        def asked(setup, indices, step, total, encodings):
-            other[:] = [RunningSums(setup.parameters, encodings)]
-            accumulate(setup, setup.sampler.sample(), step, other[0], encodings)
-            return accumulate(setup, indices, step, total, encodings)
+    def noted(microbatches):
+        def noting(setup, indices, step):
+            this.update(setup=setup, step=step)
+            return microbatches(setup, indices, step)
+
+        return noting
+
+    def twice(sums_of):
+        def asked(self, queries):
+            found, own = sums_of(self, queries), self._batches
+            indices = this["setup"].sampler.sample()
+            self._batches = lambda: batches.microbatches(this["setup"], indices, this["step"])
+            this["other"], _ = sums_of(self, queries)
+            self._batches = own
+            return found
 
         return asked
 
@@ -87,34 +94,58 @@ def second_batch() -> Iterator[None]:
         honest = mechanism.noise_multiplier
         mechanism.noise_multiplier = honest * 2**0.5
         try:
-            answer, noisy = ask(other[0].complete()), ask(clipped_sum)
+            answer, noisy = ask(this["other"]["gradient"]), ask(clipped_sum)
         finally:
             mechanism.noise_multiplier = honest
         for name, tensor in noisy.tensors.items():
             tensor.add_(answer.tensors[name]).div_(2)
         return noisy
 
-    def book(setup, account, step):
+    def book(setup, run, declared):
         half = setup.mechanism.noise_multiplier * 2**0.5
-        account.append(
-            step,
-            setup.sampler.sampling_probability,
-            [Release(name=name, noise_multiplier=half) for name in ("gradient", "second")],
-        )
+        releases = [Release(name=name, noise_multiplier=half) for name in ("gradient", "second")]
+        run.progress.ledger.append(run.progress.step, setup.sampler.sampling_probability, releases)
 
-    with wrapped(loop, "_accumulate", twice), released(around), patch.object(loop, "_book", book):
+    with (
+        wrapped(loop, "microbatches", noted),
+        wrapped(Answers, "_sums", twice),
+        released(around),
+        patch.object(loop, "_book", book),
+    ):
         yield
 
 
 def half_booked():
     """Every other step is left out of the account."""
 
-    def book(setup, account, step):
-        if step % 2 == 0:
-            release = Release(name="gradient", noise_multiplier=setup.mechanism.noise_multiplier)
-            account.append(account.steps, setup.sampler.sampling_probability, [release])
+    def book(setup, run, declared):
+        if run.progress.step % 2 == 0:
+            ledger = run.progress.ledger
+            ledger.append(ledger.steps, setup.sampler.sampling_probability, setup.mechanism.entries(declared))
 
     return patch.object(loop, "_book", book)
+
+
+@contextlib.contextmanager
+def moving_shares() -> Iterator[None]:
+    """How much of the budget the count of `quantile` gets follows its last release; booked as drawn."""
+    last = [0.0]
+
+    def declaring(shares):
+        def declared(self):
+            return {name: share * (2.0 if last[0] > 0 else 1.0) for name, share in shares(self).items()}
+
+        return declared
+
+    def learning(learn):
+        def learnt(self, gradient, beside):
+            last[0] = float(beside["count"].values[0])
+            return learn(self, gradient, beside)
+
+        return learnt
+
+    with wrapped(Quantile, "shares", declaring), wrapped(Quantile, "learn", learning):
+        yield
 
 
 @contextlib.contextmanager
@@ -123,11 +154,11 @@ def early_stop() -> Iterator[None]:
     losses: list[float] = []
 
     def make(step_of):
-        def step(setup, state, *rest):
-            row = step_of(setup, state, *rest)
-            late = state.step > setup.spec.steps // 2 and losses and row["loss"] is not None
+        def step(setup, run, *rest):
+            row = step_of(setup, run, *rest)
+            late = run.progress.step > setup.spec.steps // 2 and losses and row["loss"] is not None
             if late and row["loss"] < losses[-1]:
-                state.step = setup.spec.steps - 1
+                run.progress.step = setup.spec.steps - 1
             losses.append(float("-inf") if row["loss"] is None else row["loss"])
             return row
 

@@ -63,7 +63,8 @@ def _when(found: Audit) -> str:
 def _booking(found: Audit) -> str:
     counts = found.booking
     if not counts.violations:
-        return f"{counts.taken} steps as planned, a batch and {counts.releases // max(1, counts.taken)} release each"
+        each = counts.releases / max(1, counts.taken)
+        return f"{counts.taken} steps as planned, a batch and {each:.3g} release{'s' * (each > 1)} each"
     return "; ".join(_faults(found))
 
 
@@ -72,7 +73,8 @@ def _faults(found: Audit) -> list[str]:
     counts, missing = found.booking, found.booking.releases - found.booking.releases_booked
     return [
         *[f"{missing} releases not booked"] * (missing > 0),
-        *[f"{-missing} releases booked that were not seen"] * (missing < 0),
+        *[f"of {name} more than is booked" for name in counts.missing],
+        *[f"step {(counts.undeclared or 0) + 1} booked otherwise than declared"] * (counts.undeclared is not None),
         *[f"{counts.batches} batches drawn, {counts.booked} booked"] * (counts.batches != counts.booked),
         *[f"{counts.taken} of {counts.planned} steps taken"] * (counts.taken != counts.planned),
         *["ledger differs from the plan"] * (counts.unplanned or counts.booked != counts.planned),

@@ -9,10 +9,13 @@ from typing import Any
 import numpy
 import torch
 
-from dpft.harness.audit.directions import directions
+from dpft.harness.audit.directions import joint
+from dpft.harness.audit.listening import Listener, flattened, listening
 from dpft.harness.audit.observe import Observation
 from dpft.harness.audit.replayed import Enough, hand_out
 from dpft.harness.audit.subject import Question, aim, built, near_canaries, train
+from dpft.harness.query.noisy_sum import NoisySum
+from dpft.harness.train.parts import Run
 
 PAIRS = 24  # neighbouring batches of each phase that has so many steps
 LEAST = 8  # and of one that has fewer
@@ -24,9 +27,9 @@ Pair = tuple[list[int], int]  # the others, ascending, and the one that comes an
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """worst: the largest distance of two neighbouring sums without noise, in clip norms; others: examples in that batch.
-    off: the largest distance of what one example adds from its clipped gradient, in clip norms; of: that example's gradient
-    norm, in clip norms. pairs: how many were compared."""
+    """worst: the largest distance of two neighbouring sums without noise, of one release or of all of a step side by side, in
+    bounds; others: examples in that batch. off: the largest distance of what one example adds from what it is to add, in
+    bounds; of: that example's gradient norm, in bounds. pairs: how many were compared."""
 
     worst: float
     others: int
@@ -48,8 +51,12 @@ def sensitivity(question: Question, seen: Observation) -> Sensitivity:
         more = {step: sorted([*others, one]) for step, (others, one) in pairs.items()}
         with_it, wanted = _sums(question, seen, more, {step: one for step, (_, one) in pairs.items()})
         for step in sorted(without.keys() & with_it.keys()):
-            moved, (clipped, norm) = with_it[step] - without[step], wanted[step]
-            found.append((float(moved.norm()), len(batches[step]), float((moved - clipped).norm()), norm))
+            (expected, norm), moved = wanted[step], []
+            for (weight, before), (_, after) in zip(without[step], with_it[step], strict=True):
+                moved.append((weight, after - before))
+            whole = torch.cat([weight * part for weight, part in moved])
+            worst = max(float(part.norm()) for part in (whole, *(part for _, part in moved)))
+            found.append((worst, len(batches[step]), float((whole - expected).norm()), norm))
     if not found:
         return Sensitivity(0.0, 0, 0.0, 0.0, 0)
     far, off = max(found), max(found, key=lambda pair: pair[2])
@@ -87,14 +94,15 @@ def _cycled(canaries: list[int], rng: random.Random, count: int) -> list[int]:
 
 def _sums(
     question: Question, seen: Observation, batches: dict[int, list[int]], ones: dict[int, int]
-) -> tuple[dict[int, torch.Tensor], dict[int, tuple[torch.Tensor, float]]]:
-    """By step, of those batches: the release without noise times the expected batch size, in clip norms (float64), and the
-    clipped gradient that `ones` are to add, and their gradient norms, in clip norms."""
-    spec, sums, clipped = seen.spec, {}, {}
-    with built(question, spec, seen.privacy) as setup:
+) -> tuple[dict[int, list[tuple[float, torch.Tensor]]], dict[int, tuple[torch.Tensor, float]]]:
+    """By step, of those batches: the weight of each release, and it without noise times the expected batch size, in bounds
+    (float64); and what `ones` are to add to all of them side by side, with their gradient norms, in bounds."""
+    sums, added, run = {}, {}, Run()
+    with built(question, seen.spec, seen.privacy) as setup:
         aim(setup)
         noiseless = _noiseless(setup.mechanism)
         steps = iter(range(seen.steps + 1))
+        listener = _Noiseless(setup, run, lambda step: [ones[step]] if step in ones else [])
 
         def sampled() -> list[int]:
             step = next(steps)
@@ -102,36 +110,51 @@ def _sums(
                 raise Enough
             return list(batches.get(step, []))
 
-        def look(clipped_sum: dict[str, torch.Tensor], step: int) -> None:
-            if step not in batches:
+        def after(step, row) -> None:
+            step, heard, clean = step - 1, listener.taken().heard, listener.taken_clean()
+            if step not in batches or not heard:
                 return
+            size = seen.spec.batch_size
+            sums[step] = [
+                (one.weight, flattened(c).double() * (size / one.bound)) for one, c in zip(heard, clean, strict=True)
+            ]
             if step in ones:
-                found = directions(setup, step, [ones[step]])
-                clipped[step] = found.clipped[0].double(), float(found.norms[0])
-            tensors = noiseless(clipped_sum).tensors.values()
-            sums[step] = torch.cat([t.detach().flatten() for t in tensors]).double() * (
-                spec.batch_size / spec.clip_norm
-            )
+                found = joint([(one.rows, one.weight) for one in heard])
+                added[step] = found.rows[0].double(), float(found.norms[0])
 
         setup.sampler.sample = sampled
-        hand_out(setup, seen, look)
+        hand_out(setup, run, seen, lambda *given: listener.clean.append(noiseless(*given)))
         try:
-            train(setup)
+            with listening(listener):
+                train(setup, after, run)
         except Enough:
             pass
         except Exception:  # a run that does not follow from its releases may fail at any step; `replay` says so
             pass
-    return sums, clipped
+    return sums, added
+
+
+class _Noiseless(Listener):
+    """Hears a run whose recorded releases are handed out; clean: what they would have been without noise."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.clean: list[NoisySum] = []
+
+    def taken_clean(self) -> list[NoisySum]:
+        """Those of the step that was taken last."""
+        found, self.clean = self.clean, []
+        return found
 
 
 def _noiseless(mechanism: Any):
     """Its release with the noise turned off; what it says of itself to the loop, which books it, stays."""
     original, noise_multiplier = mechanism.release, mechanism.noise_multiplier
 
-    def released(clipped_sum):
+    def released(clipped_sum, clip_norm, share):
         mechanism.noise_multiplier = 0.0
         try:
-            return original(clipped_sum)
+            return original(clipped_sum, clip_norm, share)
         finally:
             mechanism.noise_multiplier = noise_multiplier
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 import torch
 
-from dpft.harness.audit.directions import directions
+from dpft.harness.audit.directions import first_lengths
 from dpft.harness.errors import BadInput
 from dpft.harness.runs.plan import PrivacyPlan, plan
 from dpft.harness.runs.resolve import resolve
 from dpft.harness.runs.spec import RunSpec
 from dpft.harness.train import loop, run
+from dpft.harness.train.parts import Run, Setup
 from dpft.harness.train.settings import Settings
 
 MICROBATCH = 4  # canaries per microbatch, so that a step has several
@@ -26,6 +27,8 @@ NEAR = (
     0.1,
     10.0,
 )  # clip norms: a quarter of the canaries have gradients of such norms, where clipping makes a difference
+# Settings that no certificate depends on, and with which there is something to see: of so few examples none would stand out.
+SHOWN = {"dp-adafest": {"tau": 0.5}}
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Question:
             "batch_size": max(1, round(self.sampling_rate * self.canaries)),
             "seed": self.seed,
         }
-        spec = resolve({**settings, **self.changes, **more})
+        spec = resolve({**settings, **SHOWN.get(self.method, {}), **self.changes, **more})
         if spec.epsilon is None:
             raise BadInput(f"{self.method} is not private: there is no epsilon to audit; name a private method.")
         return spec
@@ -70,7 +73,7 @@ class Question:
 
 
 @contextlib.contextmanager
-def built(question: Question, spec: RunSpec, privacy: PrivacyPlan) -> Iterator[loop.Setup]:
+def built(question: Question, spec: RunSpec, privacy: PrivacyPlan) -> Iterator[Setup]:
     """The run as `dpft run` builds it, on microbatches of MICROBATCH canaries."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # layers are small
@@ -87,7 +90,7 @@ def built(question: Question, spec: RunSpec, privacy: PrivacyPlan) -> Iterator[l
         torch.set_num_threads(threads)
 
 
-def aim(setup: loop.Setup) -> torch.Tensor:
+def aim(setup: Setup) -> torch.Tensor:
     """Point a quarter of the canaries at one trained layer each and the others at all; returns the layer [canaries], -1: all.
 
     A layer trains when a parameter inside it does: adapters are inside the layer they adapt. A quarter, of those that aim at all
@@ -105,7 +108,7 @@ def aim(setup: loop.Setup) -> torch.Tensor:
         model.aims[single] *= torch.nn.functional.one_hot(places[single], len(model.sites)).to(model.aims.dtype)
     near = near_canaries(count)
     wanted = torch.logspace(*(math.log10(edge) for edge in NEAR), len(near), dtype=model.aims.dtype)
-    model.aims[near] *= (wanted / directions(setup, 0, near).norms.clamp_min(1e-30))[:, None]
+    model.aims[near] *= (wanted / first_lengths(setup, near).clamp_min(1e-30))[:, None]
     return places
 
 
@@ -114,65 +117,14 @@ def near_canaries(count: int) -> list[int]:
     return list(range(1, count, 4))
 
 
-@dataclass
-class Watched:
-    """What a run did, from outside of it. sampled: the batches drawn since the last decoded release; trained: examples whose
-    gradients are in the sum that was released last; releases, batches: how many were made and drawn in all."""
-
-    sampled: list[list[int]] = field(default_factory=list)
-    trained: list[int] = field(default_factory=list)
-    releases: int = 0
-    batches: int = 0
-
-
-def watch(setup: loop.Setup, seen: Callable[[Watched, Any, int], Any], empty: int | None = None) -> Watched:
-    """Call `seen(watched, release, step)` with what the method is about to decode, and with what was drawn and trained for it.
-
-    Batches and releases as they really are: the sampler's return value, what reaches the engine, the argument of
-    `Method.decode`. empty: the number of the draw, from 0, whose batch is replaced by an empty one; the sampler goes on as ever.
-    """
-    sample, decode, original = setup.sampler.sample, setup.method.decode, setup.mechanism.release
-    accumulate = setup.engine.accumulate
-    made = Watched()
-    parts: list[tuple[Any, list[int]]] = []  # running sums, and the examples that were added to each
-
-    def accumulated(batch, total, *rest):
-        parts.append((total, batch["canary"].tolist()))
-        return accumulate(batch, total, *rest)
-
-    def released(clipped_sum):
-        made.releases += 1
-        summed = {t.data_ptr() for t in clipped_sum.values() if t.numel()}
-        own = [ids for total, ids in parts if summed & {t.data_ptr() for t in total.values() if t.numel()}]
-        # an engine that is compared with another one in the middle of a run adds to sums that nobody releases
-        made.trained = [one for ids in own for one in ids]
-        parts.clear()
-        return original(clipped_sum)
-
-    def sampled() -> list[int]:
-        drawn = list(sample())
-        made.sampled.append([] if made.batches == empty else drawn)
-        made.batches += 1
-        return list(made.sampled[-1])
-
-    def decoded(noisy, step):
-        instead = seen(made, noisy, step)
-        made.sampled.clear()
-        return decode(noisy, step) if instead is None else instead
-
-    setup.sampler.sample, setup.method.decode, setup.mechanism.release = sampled, decoded, released
-    setup.engine.accumulate = accumulated
+def train(setup: Setup, observe: loop.Observer | None = None, made: Run | None = None) -> Run:
+    """The loop's own training, from its first step; made: what it has done, for those who look on."""
+    made = Run() if made is None else made
+    loop.train(setup, made, observe or (lambda step, row: None))
     return made
 
 
-def train(setup: loop.Setup, observe: loop.Observer | None = None) -> loop.State:
-    """The loop's own training, from its first step."""
-    state = loop.State()
-    loop.train(setup, state, observe or (lambda step, row: None))
-    return state
-
-
-def fingerprints(setup: loop.Setup) -> dict[str, str]:
+def fingerprints(setup: Setup) -> dict[str, str]:
     """SHA-256 of the model's parameters (`weights`) and of whatever else it holds (`buffers`, also those that are not saved)."""
     model = setup.prepared.model
     held = {

@@ -35,7 +35,14 @@ class LazyUpdates(Mapping):
         return len(self.parts)
 
 
-Updates: TypeAlias = "dict[str, torch.Tensor] | LazyUpdates"
+Updates: TypeAlias = (
+    "dict[str, torch.Tensor] | LazyUpdates"  # of some rows of a table: sparse (COO), in the table's shape
+)
+
+
+def entries(part: torch.Tensor) -> torch.Tensor:
+    """What is there of a dense tensor, which is all of it, or of a sparse one that is coalesced: its rows."""
+    return part.values() if part.is_sparse else part
 
 
 def finite(updates: Updates) -> bool:
@@ -43,12 +50,16 @@ def finite(updates: Updates) -> bool:
     import torch
 
     parts = updates.parts if isinstance(updates, LazyUpdates) else updates
-    return bool(torch.isfinite(torch.stack([t.sum() for t in parts.values()])).all())  # a sum hides no nan and no inf
+    sums = [entries(t).sum() for t in parts.values()]
+    return bool(torch.isfinite(torch.stack(sums)).all())  # a sum hides no nan and no inf
 
 
 def apply(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], updates: Updates) -> None:
-    """One step of `optimizer` on `parameters`. Its state must be kept by parameter, as that of torch's optimizers is."""
-    for names in _bundles(parameters) if isinstance(updates, LazyUpdates) else [list(parameters)]:
+    """One step of `optimizer` on `parameters`. Its state must be kept by parameter, as that of torch's optimizers is.
+
+    A sparse update costs what its rows cost, and moves no other; of torch's optimizers plain SGD takes one.
+    """
+    for names in _bundles(parameters, updates.parts) if isinstance(updates, LazyUpdates) else [list(parameters)]:
         for name in names:
             if name in updates:  # others stay where they are
                 parameters[name].grad = updates[name].to(parameters[name].dtype)
@@ -56,13 +67,16 @@ def apply(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter],
         optimizer.zero_grad(set_to_none=True)
 
 
-def _bundles(parameters: dict[str, nn.Parameter]) -> Iterator[list[str]]:
+def _bundles(parameters: dict[str, nn.Parameter], parts: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
+    """Names whose updates are applied at once; an update has the parameter's size, or that of its rows."""
     bundle, size = [], 0
     for name, p in parameters.items():
-        if bundle and size + p.numel() > _TOGETHER:
+        sparse = name in parts and parts[name].is_sparse
+        own = entries(parts[name]).numel() if sparse else p.numel()
+        if bundle and size + own > _TOGETHER:
             yield bundle
             bundle, size = [], 0
         bundle.append(name)
-        size += p.numel()
+        size += own
     if bundle:
         yield bundle

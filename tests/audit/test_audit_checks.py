@@ -7,16 +7,17 @@ import pytest
 import torch
 from scipy import stats
 
-from dpft.harness.audit import batch_checks, bounds, noise_checks
+from dpft.harness.audit import batch_checks, bounds, noise_checks, noise_notes
 from dpft.harness.audit.alarms import LEVEL, alarms
 from dpft.harness.audit.all_checks import run_checks
 from dpft.harness.audit.directions import factors
 from dpft.harness.audit.noise_notes import Notes, _close
 from dpft.harness.audit.observe import Observation
 from dpft.harness.audit.subject import Question
+from dpft.harness.engine import clipping as clipping_of
 from dpft.harness.engine.clipping import Clipping
 
-SIZES = {"a": 30, "b": 200, "c": 170}
+SIZES = {("gradient", "a"): 30, ("gradient", "b"): 200, ("gradient", "c"): 170, ("count", "values"): 1}
 
 
 def noted(rng, steps=40, change=lambda entries: entries):
@@ -42,6 +43,8 @@ def simulated(rng, steps=40, canaries=32, q=0.25, sigma=2.0, noise=None):
         strangers=None,
         batches=steps,
         releases=steps,
+        names={},
+        declared=[],
         events=[],
         places=numpy.array([i % 4 if i % 4 == 3 else -1 for i in range(canaries)]),
         seen=member * expected + sigma * rng.standard_normal((steps, canaries)),
@@ -54,10 +57,58 @@ def simulated(rng, steps=40, canaries=32, q=0.25, sigma=2.0, noise=None):
     )
 
 
+def redrawn(rng, shared=0.0):
+    """What a replay under another key would note of a count and of a parameter; shared: of the draws are those of the run."""
+    found = {}
+    for number, part in ((24, ("count", "values")), (4000, ("gradient", "b"))):
+        one, other = rng.standard_normal((2, number))
+        other = shared * one + (1 - shared**2) ** 0.5 * other
+        found[part] = numpy.array([(one * other).sum(), (one**2).sum(), (other**2).sum(), number])
+    return found
+
+
+def test_noise_that_another_key_does_not_change_is_seen():
+    rng = numpy.random.default_rng(11)
+    assert noise_checks._another_key(redrawn(rng, shared=0.9)).p_value < 1e-6
+    same = {("count", "values"): numpy.array([24.0, 24.0, 24.0, 24])}
+    assert noise_checks._another_key(same).p_value < 1e-6
+
+
+def test_the_noise_of_one_number_is_not_drowned_by_that_of_a_gradient():
+    rng = numpy.random.default_rng(12)
+
+    def bare(entries):
+        entries[-1] *= 0.3
+        return entries
+
+    found = noise_checks._size(simulated(rng, noise=noted(rng, change=bare)))
+    assert found.p_value < 1e-6 and found.observed == pytest.approx(0.3, abs=0.15)
+
+
+def test_numbers_that_repeat_from_step_to_step_are_seen():
+    rng = numpy.random.default_rng(13)
+
+    def stuck(entries):
+        entries[-1] = 0.7
+        return entries
+
+    assert noise_checks._between_steps(simulated(rng, noise=noted(rng, change=stuck))).p_value < 1e-6
+
+
+def test_a_parameter_of_many_sizes_is_kept_with_few_picks():
+    notes, rng = Notes(), numpy.random.default_rng(14)
+    for size in range(600, 620):
+        entries = torch.from_numpy(rng.standard_normal(size).astype("float32"))
+        notes.add({("gradient", "table"): size}, entries, torch.ones(size, dtype=torch.bool))
+    found = notes.collected()
+    assert len(found.columns) == noise_notes.SIZES + 1 and found.kept.shape == (20, 512 * (noise_notes.SIZES + 1))
+    assert found.quiet.sum() == 20 * 512, "every step keeps as many as there are picks"
+
+
 def test_false_alarms_stay_under_the_stated_level():
     """300 correct runs: at most LEVEL alarm (within what chance allows), and no p-value is small too often."""
     rng = numpy.random.default_rng(7)
-    found = [run_checks(simulated(rng)) for _ in range(300)]
+    found = [run_checks(simulated(rng), redrawn(rng)) for _ in range(300)]
     accused = sum(bool(alarms(one)) for one in found)
     assert stats.binom.sf(accused - 1, len(found), LEVEL) > 1e-3, accused
     for number, check in enumerate(found[0]):
@@ -129,13 +180,16 @@ def test_close_pairs_are_as_many_as_expected(n):
 def test_the_published_factors_are_those_of_a_correct_engine(clipping, groups):
     """Written down twice, on purpose: the audit's own must not come from the code that it audits."""
     squares = {name: torch.rand(50, dtype=torch.float64) * 9 for name in ("x.weight", "x.bias", "y.weight")}
-    spec = Question("dp-adam", changes={"clipping": clipping, "clip_groups": groups, "clip_norm": 1.3}).spec()
     rule = Clipping(clipping, groups)
     parts = rule.grouped(squares)
-    for names in parts.values():
-        _, expected = rule.of_group(torch.stack([squares[name] for name in names]), 1.3, len(parts))
-        for name in names:
-            torch.testing.assert_close(factors(spec, squares)[name], expected)
+    for bound in (1.3, {group: 0.5 + number for number, group in enumerate(parts)}):
+        found, lengths, ball = factors(rule, bound, squares)
+        assert ball == pytest.approx(clipping_of.ball(bound, tuple(parts)))
+        for number, (group, own) in enumerate(clipping_of.divided(bound, tuple(parts)).items()):
+            norms, expected = rule.of_group(torch.stack([squares[name] for name in parts[group]]), *own)
+            torch.testing.assert_close(lengths[:, number], norms)
+            for name in parts[group]:
+                torch.testing.assert_close(found[name], expected)
 
 
 def test_the_bound_covers_and_tightens():
