@@ -219,7 +219,10 @@ def plainly(setup_of, method, rule, clip_norm=0.1):
 
 @pytest.mark.parametrize("method, rule", CASES)
 def test_one_example_moves_all_releases_of_a_step_by_no_more_than_one_ball(method, rule, setup_of):
-    """Each release by its bound; all together, in units of bounds and shares, by what one release may. Both runs get one's answers."""
+    """Each release by its bound, and all of them, in units of bounds and shares, by what one release may.
+
+    Both runs get the same answers.
+    """
     for clip_norm in (0.1, 3.0) if rule != "abadi" else (0.1,):  # below all gradients, and above most of them
         without, _ = plainly(setup_of, method, rule, clip_norm)
         more = [[*batch, 300 + step] for step, batch in enumerate(BATCHES)]
