@@ -10,7 +10,7 @@ from dpft.harness.errors import BadInput
 from dpft.harness.query.queries import Values
 from dpft.harness.query.updates import LazyUpdates
 from dpft.methods.base import Method, freeze_all_but
-from dpft.methods.directions import Directions
+from dpft.methods.random_directions import Directions
 
 if TYPE_CHECKING:
     import torch

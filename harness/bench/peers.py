@@ -121,6 +121,8 @@ def dpft_step(
     engine = kind(model, loss or loss_of(job), parameters, clock)
     with unset_fake_temporarily():  # a generator has a seed also where tensors have only shapes
         mechanism = GaussianMechanism(job.noise_multiplier, job.clip_norm, job.examples, source(job.device, "bench"))
+    if method.rule.adaptive:
+        method.rule.start(method.spec, job.noise_multiplier)
     core = Core(model, parameters, engine, mechanism, method.rule, job.clip_norm, clock)
     count = 0
 

@@ -25,6 +25,9 @@ class LazyUpdates(Mapping):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._make(name, self.parts[name])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.parts  # Mapping's own would make the update
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.parts)
 

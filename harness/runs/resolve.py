@@ -18,6 +18,8 @@ DEFAULTS: dict[str, Any] = {
     "optimizer": "adam",
     "eval_every": 10,
 }
+# versions and the noise stream are found out; options are given one by one, by their own names
+UNSETTABLE = {"options", "task_options", "task_version", "method_version", "decoder_version", "noise_stream"}
 
 
 def resolve(settings: dict[str, Any]) -> RunSpec:
@@ -27,18 +29,11 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
     names and bad values.
     """
     settings = {k: v for k, v in settings.items() if v is not None}
+    names = {f.name for f in fields(RunSpec)} - UNSETTABLE
     for key in ("task", "method"):
         if key not in settings:
             raise BadInput(f"A run needs a {key}; give --{key} or set it in the suite.")
     task, method = registry.task(settings["task"]), registry.method(settings["method"])
-    names = {f.name for f in fields(RunSpec)} - {
-        "options",
-        "task_options",
-        "task_version",
-        "method_version",
-        "decoder_version",
-        "noise_stream",
-    }
     of_task = {"model": task.default_model, "head": task.default_head, "max_length": task.default_max_length}
     merged = {**DEFAULTS, **of_task, **method.defaults}
     decoder = registry.decoder(typed("decoder", settings.get("decoder", method.defaults.get("decoder", "mean"))))

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dpft.harness.engine.base import Batch, RunningSums, Sums, zero_sums
+from dpft.harness.engine.fakes import has_values
 from dpft.harness.errors import BadInput, Diverged
 from dpft.harness.query.noisy_sum import VALUES, NoisySum
 from dpft.harness.query.queries import Gradients, Nothing, Query, Seen, Values, named
@@ -51,8 +52,8 @@ class Answers:
     def _answer(self, queries: Mapping[str, Query]) -> tuple[NoisySum, ...]:
         amended, more = dict(queries), {}
         gradient = queries.get("gradient")
-        if isinstance(gradient, Gradients) and gradient.bound is None:
-            amended["gradient"], more = self._core.rule.amend(gradient)
+        if isinstance(gradient, Gradients):
+            amended["gradient"], more = self._amended(gradient)
         amended |= more
         self._admit(amended)
         self._watcher.asked(amended)
@@ -64,9 +65,18 @@ class Answers:
             self._watcher.summed(name, query, sums[name], found[name])
         self.charge()
         answers = {name: self._release(name, query, sums[name]) for name, query in amended.items()}
-        if amended.get("gradient") is not gradient:
+        if amended.get("gradient") is not gradient and all(map(has_values, answers["gradient"].tensors.values())):
             self._core.rule.learn(answers["gradient"], {name: answers[name] for name in more})
         return tuple(answers[name] for name in queries)
+
+    def _amended(self, gradient: Gradients) -> tuple[Gradients, Mapping[str, Values]]:
+        if gradient.bound is None:
+            return self._core.rule.amend(gradient)
+        if self._core.rule.adaptive:
+            raise BadInput(
+                "The method sets the bound of its gradients itself, so no clipping rule can; leave out clipping."
+            )
+        return gradient, {}
 
     def charge(self) -> None:
         """Book all releases of this step, those included that are never asked for."""

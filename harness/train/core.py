@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dpft.harness.engine.base import Engine, Sums
+from dpft.harness.engine.fakes import has_values
 from dpft.harness.query.encoding import Encoding
 from dpft.harness.query.noisy_sum import NoisySum
 from dpft.harness.query.queries import Bound, Gradients, Query
@@ -64,7 +65,7 @@ class Found:
 
     @property
     def finite(self) -> bool:
-        return all(bool(torch.isfinite(t).all()) for t in (*self.losses, *self.norms))
+        return all(bool(torch.isfinite(t).all()) for t in (*self.losses, *self.norms) if has_values(t))
 
 
 class Watcher:

@@ -54,7 +54,7 @@ def train(setup: Setup, run: Run, observe: Observer) -> None:
         if progress.step % spec.eval_every == 0 or progress.step + progress.lost == spec.steps:
             row["metric"] = evaluate(setup, run, spec.eval_examples)[setup.task.metric]
         progress.curve.append(row)
-        progress.chain = chain.extended(progress.chain, chain.booked(progress.ledger.events, progress.step - 1), row)
+        progress.chain = chain.extended(progress.chain, progress.ledger.booked(progress.step - 1), row)
         observe(progress.step, row)
         if time.monotonic() - saved > setup.checkpoint_seconds:
             resuming.keep(setup, run, optimizer)

@@ -35,7 +35,7 @@ def privacy(
         "noise_multiplier": privacy_plan.noise_multiplier,
         **({} if spec.noise_stream == 1 else {"noise_stream": spec.noise_stream}),
         "noise_seed": "os" if settings.secure_noise else "seed of the run",
-        "releases_per_step": _per_step(progress),
+        "releases_per_step": progress.ledger.releases_per_step,
         "steps_planned": spec.steps,
         "steps_run": progress.ledger.steps,
         **({"steps_lost": progress.lost} if progress.lost else {}),
@@ -45,12 +45,6 @@ def privacy(
         if reached is None or reached.step is None
         else progress.curve[reached.step - 1]["epsilon"],
     }
-
-
-def _per_step(progress: Progress) -> int | None:
-    """How many releases a step has; None where steps differ."""
-    counts = {len(event["releases"]) for event in progress.ledger.events} or {1}
-    return counts.pop() if len(counts) == 1 else None
 
 
 def _crossing(spec: RunSpec, progress: Progress):

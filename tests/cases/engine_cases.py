@@ -93,3 +93,18 @@ def assert_same(found, expected, tolerance):
 def model_for(kind, dtype=torch.float64):
     torch.manual_seed(0)
     return Classifier(CONFIGS[kind]).to(dtype)
+
+
+def check(model, loss, batch, tolerance=1e-10):
+    """Norms and every parameter's clipped sum; about half of the examples are clipped."""
+    *_, norms = clipped("reference", model, batch, 1.0, loss=loss)
+    clip_norm = 0.9 * float(norms.median())
+    expected, losses, norms = clipped("reference", model, batch, clip_norm, loss=loss)
+    found, found_losses, found_norms = clipped("factored", model, batch, clip_norm, loss=loss)
+    assert torch.allclose(found_losses, losses, rtol=max(tolerance, 1e-12))
+    assert torch.allclose(found_norms, norms, rtol=tolerance, atol=0)
+    largest = max(float(value.norm()) for value in expected.values())
+    for name, value in expected.items():
+        # a gradient that is zero in exact arithmetic (the bias of a key) is rounding: measured against the largest
+        scale = max(float(value.norm()), 1e-4 * largest)
+        assert float((found[name] - value).norm()) <= tolerance * scale, name

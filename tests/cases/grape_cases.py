@@ -1,13 +1,9 @@
 """What the tests of projected training share."""
 
-import dataclasses
-
-import pytest
 import torch
-from small_runs import trained, weights
+from small_runs import stopped, trained, weights
 
 from dpft.harness.runs import registry
-from dpft.harness.train import loop
 
 
 def method_for(model, seed=0, name="dp-grape", head=("head.weight", "head.bias"), **options):
@@ -16,11 +12,6 @@ def method_for(model, seed=0, name="dp-grape", head=("head.weight", "head.bias")
     method = registry.make(name, "mean", {"rank": 4, **options})
     method.prepare(model, torch.Generator().manual_seed(seed))
     return method
-
-
-def encodings_of(method, parameters, step=0):
-    found = {name: method.encoding(name, p, step) for name, p in parameters.items()}
-    return {name: encoding for name, encoding in found.items() if encoding is not None}
 
 
 def adam_by_hand(releases, resets=()):
@@ -35,19 +26,10 @@ def adam_by_hand(releases, resets=()):
 
 def resumes_bit_for_bit(method, options, setup_of, tmp_path):
     whole = setup_of(method, **options)
-    state = trained(whole)
-
-    def interrupt(step, row):
-        if step == 3:
-            raise KeyboardInterrupt
-
-    path = tmp_path / "run.ckpt"
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(
-            dataclasses.replace(setup_of(method, path, **options), checkpoint_seconds=0.0), loop.State(), interrupt
-        )
-    resumed, again = setup_of(method, path, **options), loop.State()
-    seen = []
-    loop.train(resumed, again, lambda step, row: seen.append(step))
-    assert seen == [3, 4] and again.curve == state.curve
+    made = trained(whole)
+    path, seen = tmp_path / "run.ckpt", []
+    stopped(setup_of(method, path, **options))
+    resumed = setup_of(method, path, **options)
+    again = trained(resumed, lambda step, row: seen.append(step))
+    assert seen == [3, 4] and again.progress.curve == made.progress.curve
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(resumed).items())

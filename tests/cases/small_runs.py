@@ -1,7 +1,14 @@
 """Runs of four steps on the tiny BERT, for the tests that need the real loop."""
 
+import dataclasses
+
+import pytest
+
 from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import loop
+from dpft.harness.train.mechanism import GaussianMechanism
+from dpft.harness.train.noise import source
+from dpft.harness.train.parts import Run
 
 SIZE = dict(task="sst2", batch_size=60, steps=4, eval_every=2, epsilon=3.0, max_length=32)
 
@@ -18,7 +25,29 @@ def weights(setup):
     return {name: p.detach().clone() for name, p in setup.prepared.model.named_parameters()}
 
 
-def trained(setup):
-    state = loop.State()
-    loop.train(setup, state, quiet)
-    return state
+def trained(setup, observe=quiet):
+    made = Run()
+    loop.train(setup, made, observe)
+    return made
+
+
+def stopped(setup, at=3):
+    """Train until step `at` is over, with a checkpoint after every step before it; then the process is interrupted."""
+
+    def interrupt(step, row):
+        if step == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(dataclasses.replace(setup, checkpoint_seconds=0.0), Run(), interrupt)
+
+
+def silent(expected_batch_size=60, clip_norm=1.0):
+    """A mechanism without noise: what it releases is the sum over the expected batch size."""
+    return GaussianMechanism(0.0, clip_norm, expected_batch_size, source("cpu", 0))
+
+
+def not_private(setup, **more):
+    """The same run without noise, which has no epsilon."""
+    plan = dataclasses.replace(setup.plan, epsilon_curve=None)
+    return dataclasses.replace(setup, **{"mechanism": silent(setup.spec.batch_size), "plan": plan, **more})

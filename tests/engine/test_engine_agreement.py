@@ -239,11 +239,11 @@ def test_an_engine_that_goes_wrong_during_the_run_is_stopped(wrong, monkeypatch,
     """From its third step on, and by 1% only: what one example adds, or what the step takes its norms for."""
     setup = setup_of("dp-adam", steps=8)
     accumulate, step = FactoredEngine.accumulate, [0]
-    ask = setup.method.step
+    trains = setup.method.step
 
-    def counted(asking, now):
+    def counted(ask, now):
         step[0] = now
-        return ask(asking, now)
+        return trains(ask, now)
 
     def drifting(self, batch, total, bound, encodings):
         factor = 1.01 if step[0] >= 3 else 1.0

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from test_engine_refusals import WIDTH, Function, batch_of, linear, loss, net_of
+from net_cases import WIDTH, Function, batch_of, linear, loss, net_of
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune

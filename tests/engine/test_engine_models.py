@@ -1,15 +1,11 @@
 """The factored engine on whole models, every parameter trainable, against per-example autograd in float64."""
 
-import contextlib
-
 import pytest
 import torch
 import transformers as hf
+from engine_cases import check
 from torch import nn
 from torch.nn import functional as F
-
-from dpft.harness.engine import engine_class
-from dpft.harness.engine.base import zero_sums
 
 VOCABULARY, WIDTH, LENGTH = 23, 12, 10
 BODY = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20)
@@ -79,31 +75,6 @@ def randomised(model):
 
 def built(auto, config, attention="eager"):
     return randomised(auto.from_config(config, attn_implementation=attention))
-
-
-def clipped(name, model, loss, batch, clip_norm):
-    parameters = dict(model.named_parameters())
-    engine = engine_class(name)(model, loss, parameters, lambda phase: contextlib.nullcontext())
-    total = zero_sums(parameters, {})
-    try:
-        return total, *engine.accumulate(batch, total, clip_norm, {})
-    finally:
-        engine.close()
-
-
-def check(model, loss, batch, tolerance=1e-10):
-    """Norms and every parameter's clipped sum; about half of the examples are clipped."""
-    *_, norms = clipped("reference", model, loss, batch, 1.0)
-    clip_norm = 0.9 * float(norms.median())
-    expected, losses, norms = clipped("reference", model, loss, batch, clip_norm)
-    found, found_losses, found_norms = clipped("factored", model, loss, batch, clip_norm)
-    assert torch.allclose(found_losses, losses, rtol=max(tolerance, 1e-12))
-    assert torch.allclose(found_norms, norms, rtol=tolerance, atol=0)
-    largest = max(float(value.norm()) for value in expected.values())
-    for name, value in expected.items():
-        # a gradient that is zero in exact arithmetic (the bias of a key) is rounding: measured against the largest
-        scale = max(float(value.norm()), 1e-4 * largest)
-        assert float((found[name] - value).norm()) <= tolerance * scale, name
 
 
 def classification_loss(model, batch):

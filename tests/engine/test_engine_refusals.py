@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from net_cases import WIDTH, Function, batch_of, linear, loss, net_of
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -12,36 +13,7 @@ from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import zero_sums
 from dpft.harness.errors import BadInput, CannotRun
 
-WIDTH = 4
 SHAPES = {"3x5": (3, 5), "4x4": (4, 4)}  # batch x length; in the second every size is 4
-
-
-class Net(nn.Module):
-    """Embedding, the module under test on [b, t, WIDTH], and a Linear on what comes out, averaged over the tokens."""
-
-    def __init__(self, middle):
-        super().__init__()
-        self.embed, self.middle, self.out = nn.Embedding(9, WIDTH), middle, nn.Linear(WIDTH, 3)
-
-    def forward(self, input_ids):
-        return self.out(torch.tanh(self.middle(self.embed(input_ids))).mean(1))
-
-
-class Function(nn.Module):
-    """A module from a function of itself and x, with the given children and parameters."""
-
-    def __init__(self, forward, **members):
-        super().__init__()
-        self.function = forward
-        for name, member in members.items():
-            setattr(self, name, member)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-def linear():
-    return nn.Linear(WIDTH, WIDTH)
 
 
 def raw(*shape):
@@ -211,15 +183,6 @@ UNUSUAL = {
 }
 
 
-def batch_of(size, length):
-    torch.manual_seed(1)
-    return {"input_ids": torch.randint(0, 9, (size, length)), "labels": torch.arange(size) % 3}
-
-
-def loss(model, batch):
-    return F.cross_entropy(model(batch["input_ids"]), batch["labels"], reduction="none")
-
-
 def clipped(name, model, batch, clip_norm, loss=loss):
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     engine = engine_class(name)(model, loss, parameters, lambda phase: contextlib.nullcontext())
@@ -228,11 +191,6 @@ def clipped(name, model, batch, clip_norm, loss=loss):
         return total, engine.accumulate(batch, total, clip_norm, {})[1]
     finally:
         engine.close()
-
-
-def net_of(build):
-    torch.manual_seed(0)
-    return Net(build()).double()
 
 
 @pytest.mark.parametrize("size, length", SHAPES.values(), ids=SHAPES)

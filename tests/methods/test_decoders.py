@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
-from small_runs import a_spec, quiet, trained, weights
+from small_runs import a_spec, quiet, stopped, trained, weights
 from torch import nn
 
 from dpft.harness.errors import BadInput
 from dpft.harness.runs import registry, spec
 from dpft.harness.runs.resolve import resolve
-from dpft.harness.train import loop, run
+from dpft.harness.train import run
 from dpft.harness.train.mechanism import GaussianMechanism
 from dpft.harness.train.noise import source
 from dpft.methods.base import Method
@@ -141,7 +141,8 @@ def test_a_plugin_may_bring_a_decoder(tmp_path):
 def test_keeping_every_singular_value_is_dp_adam_bit_for_bit(setup_of):
     plain, same = setup_of("dp-adam"), setup_of("dp-adam", **IDENTITY)
     first, second = trained(plain), trained(same)
-    assert first.curve == second.curve and first.ledger.events == second.ledger.events
+    assert first.progress.curve == second.progress.curve
+    assert first.progress.ledger.events == second.progress.ledger.events
     for name, value in weights(plain).items():
         assert torch.equal(value, weights(same)[name]), name
 
@@ -170,20 +171,12 @@ def test_lora_resumes_bit_for_bit_with_a_decoder_that_has_a_state(decoder, setup
     more = {"decoder": decoder} | ({"input": "ema", "floor": True} if decoder == "rmt" else {})
     whole_setup = setup_of("dp-lora", **more)
     whole = trained(whole_setup)
-
-    def interrupt(step, row):
-        if step == 3:
-            raise KeyboardInterrupt
-
     path = tmp_path / "run.ckpt"
-    cut = dataclasses.replace(setup_of("dp-lora", path, **more), checkpoint_seconds=0.0)
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(cut, loop.State(), interrupt)
+    stopped(setup_of("dp-lora", path, **more))
     resumed = setup_of("dp-lora", path, **more)
-    state = loop.State()
-    loop.train(resumed, state, quiet)
-    assert len(state.step_seconds) == 4 and state.curve == whole.curve
-    assert state.decoder_by_parameter == whole.decoder_by_parameter
+    made = trained(resumed)
+    assert len(made.cost.step_seconds) == 4 and made.progress.curve == whole.progress.curve
+    assert made.diagnostics.decoder_by_parameter == whole.diagnostics.decoder_by_parameter
     for name, value in weights(resumed).items():
         assert torch.equal(value, weights(whole_setup)[name])
 

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from asking import answered, first
+from small_runs import silent
 from torch import nn
 
 from dpft.harness.engine import engine_class
@@ -12,8 +14,6 @@ from dpft.harness.errors import BadInput
 from dpft.harness.probes import Clock
 from dpft.harness.runs import registry
 from dpft.harness.runs.resolve import resolve
-from dpft.harness.train.mechanism import GaussianMechanism
-from dpft.harness.train.noise import source
 
 
 def squared_error(model, batch):
@@ -39,10 +39,27 @@ def made(nonlinear=True, **options):
     return model, method, batch
 
 
-def engine_of(name, model, method):
-    return engine_class(name)(
-        model, method.objective(squared_error), dict(model.named_parameters()), Clock(torch.device("cpu"))
-    )
+def engine_of(name, model):
+    return engine_class(name)(model, squared_error, dict(model.named_parameters()), Clock(torch.device("cpu")))
+
+
+def summed(engine, question, batch, clip_norm=1e9):
+    """The clipped sum that answers a question for gradients."""
+    total = zero_sums(engine.parameters, {})
+    with engine.under(question.loss):
+        engine.accumulate(batch, total, clip_norm, {})
+    return total
+
+
+def begun(gain, lookahead):
+    """A method that has moved once, and what it asks in its second step."""
+    model, method, batch = made(gain=gain, lookahead=lookahead)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    update = answered(method, 0, silent(1).release({name: torch.randn_like(p) for name, p in before.items()}))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.sub_(0.1 * update[name])
+    return model, before, batch, first(method, 1)["gradient"]
 
 
 def gradient(model, batch):
@@ -50,34 +67,31 @@ def gradient(model, batch):
 
 
 def test_one_example_is_asked_for_the_mixture_of_both_points_and_clipped_once():
-    model, method, batch = made(gain=0.6, lookahead=0.25)
+    model, before, batch, question = begun(gain=0.6, lookahead=0.25)
     a = 0.4 / (0.6 * 0.25)
-    with method.rehearsal():
-        moved = copy.deepcopy(model)
-        with torch.no_grad():
-            for name, p in moved.named_parameters():
-                p.add_(0.25 * (p - method._before[name]))
-        for clip_norm in (1e9, 0.3):
-            expected = 0.0
-            for i in range(7):
-                one = {key: value[i : i + 1] for key, value in batch.items()}
-                pairs = zip(gradient(moved, one), gradient(model, one), strict=True)
-                flat = torch.cat([(a * there + (1 - a) * here).flatten() for there, here in pairs])
-                expected = expected + flat * min(1.0, clip_norm / float(flat.norm()))
-            for name in ("factored", "reference"):
-                engine = engine_of(name, model, method)
-                total = zero_sums(engine.parameters, {})
-                engine.accumulate(batch, total, clip_norm, {})
-                engine.close()
-                found = torch.cat([t.flatten() for t in total.values()])
-                assert (found - expected).norm() <= 1e-10 * expected.norm()
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in moved.named_parameters():
+            p.add_(0.25 * (p - before[name]))
+    for clip_norm in (1e9, 0.3):
+        expected = 0.0
+        for i in range(7):
+            one = {key: value[i : i + 1] for key, value in batch.items()}
+            pairs = zip(gradient(moved, one), gradient(model, one), strict=True)
+            flat = torch.cat([(a * there + (1 - a) * here).flatten() for there, here in pairs])
+            expected = expected + flat * min(1.0, clip_norm / float(flat.norm()))
+        for name in ("factored", "reference"):
+            engine = engine_of(name, model)
+            found = torch.cat([t.flatten() for t in summed(engine, question, batch, clip_norm).values()])
+            engine.close()
+            assert (found - expected).norm() <= 1e-10 * expected.norm()
 
 
 def test_the_first_step_asks_for_the_plain_gradient():
     model, method, batch = made()
-    engine = engine_of("factored", model, method)
-    total = zero_sums(engine.parameters, {})
-    engine.accumulate(batch, total, 1e9, {})
+    question = first(method, 0)["gradient"]
+    assert question.loss is None
+    total = summed(engine_of("factored", model), question, batch)
     for found, expected in zip(total.values(), gradient(model, batch), strict=True):
         assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
 
@@ -89,13 +103,11 @@ def test_where_the_gradient_is_linear_the_filter_is_the_gradient_and_without_loo
     method = registry.make("disk", "mean", {})
     method.prepare(model, torch.Generator())
     batch = {"x": torch.randn(20, 4).double(), "y": torch.randn(20, 1).double()}
-    engine = engine_of("factored", model, method)
-    mechanism = GaussianMechanism(0.0, 1.0, 1, source("cpu", 0))
+    engine, mechanism = engine_of("factored", model), silent(1)
     lagging = 0.0
     for step in range(6):
-        total = zero_sums(engine.parameters, {})
-        engine.accumulate(batch, total, 1e9, {})
-        update = method.decode(mechanism.release(total), step)["weight"]
+        total = summed(engine, first(method, step)["gradient"], batch)
+        update = answered(method, step, mechanism.release(total))["weight"]
         (exact,) = gradient(model, batch)
         lagging = exact if step == 0 else 0.3 * lagging + 0.7 * exact
         assert torch.allclose(update, exact, rtol=1e-9, atol=1e-9)

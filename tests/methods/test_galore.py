@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from asking import answered, encodings_of
 from engine_cases import model_for
-from grape_cases import adam_by_hand, encodings_of, method_for, resumes_bit_for_bit
+from grape_cases import adam_by_hand, method_for, resumes_bit_for_bit
+from small_runs import silent
 
 from dpft.harness.errors import BadInput
 from dpft.harness.runs.resolve import resolve
-from dpft.harness.train.mechanism import GaussianMechanism
-from dpft.harness.train.noise import source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,8 +21,8 @@ def test_galore_keeps_the_leading_singular_subspace_of_the_release_at_each_refre
     for step in range(3):
         torch.manual_seed(step)
         release = {name: torch.randn(p.shape) for name, p in setup.parameters.items()}
-        noisy = GaussianMechanism(0.0, 1.0, 1, source("cpu", 0)).release({n: t.clone() for n, t in release.items()})
-        update = setup.method.decode(noisy, step)
+        noisy = silent(1).release({n: t.clone() for n, t in release.items()})
+        update = answered(setup.method, step, noisy)
         for name, side in setup.method.sides.items():
             g = release[name].double()
             if step % 2 == 0:
@@ -42,7 +42,7 @@ def test_galore_runs_adam_in_its_subspace_and_saves_the_moments_only(setup_of):
         torch.manual_seed(step)
         sums = {n: torch.randn(p.shape) for n, p in setup.parameters.items()}
         releases.append(sums[name].double())
-        update = setup.method.decode(GaussianMechanism(0.0, 1.0, 1, source("cpu", 0)).release(sums), step)[name]
+        update = answered(setup.method, step, silent(1).release(sums))[name]
     v = torch.linalg.svd(releases[0], full_matrices=False)[2][:8].T
     # singular vectors have no sign of their own; what Adam does has none either
     assert torch.allclose(update.double(), adam_by_hand([g @ v for g in releases]) @ v.T, atol=1e-3)
@@ -62,7 +62,7 @@ def test_galore_of_patch_embeddings():
     (name,) = [n for n in method.sides if "patch" in n]
     assert method.shapes[name] == (16, 3, 4, 4) and method.sides[name] == 0
     release = {n: torch.randn(p.shape) for n, p in model.named_parameters()}
-    update = method.decode(GaussianMechanism(0.0, 1.0, 1, source("cpu", 0)).release(dict(release)), 0)[name]
+    update = answered(method, 0, silent(1).release(dict(release)))[name]
     assert update.shape == (16, 3, 4, 4) and int(torch.linalg.matrix_rank(update.flatten(1))) == 4
 
 

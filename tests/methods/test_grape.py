@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from asking import answered, encodings_of
 from engine_cases import batch_for, loss, model_for, no_clock
-from grape_cases import adam_by_hand, encodings_of, method_for, resumes_bit_for_bit
-from small_runs import a_spec, quiet, trained, weights
+from grape_cases import adam_by_hand, method_for, resumes_bit_for_bit
+from small_runs import a_spec, quiet, silent, trained, weights
 
 from dpft.harness.engine.base import example_gradient, zero_sums
 from dpft.harness.engine.reference import ReferenceEngine
@@ -65,7 +66,7 @@ def test_adam_runs_in_the_subspace_and_starts_anew_only_when_told(reset, setup_o
         sums = {n: torch.randn(t.shape) for n, t in zero_sums(setup.parameters, maps).items()}
         for n, seen in releases.items():
             seen.append(sums[n].double() / 60)
-        update = setup.method.decode(GaussianMechanism(0.0, 1.0, 60, source("cpu", 0)).release(sums), step)
+        update = answered(setup.method, step, silent().release(sums))
         resets = (2,) if reset else ()
         by_hand = adam_by_hand(releases[name], resets) @ maps[name].right.double().T
         assert torch.allclose(update[name].double(), by_hand, rtol=1e-4, atol=1e-5)
@@ -113,7 +114,7 @@ def test_a_decoder_denoises_the_release_in_the_subspace(setup_of):
     noisy = GaussianMechanism(1.0, 1.0, 60, source("cpu", 0)).release(sums)
     spiked = next(iter(maps))
     noisy.tensors[spiked][:, 0] += 1.0
-    update = setup.method.decode(noisy, 0)
+    update = answered(setup.method, 0, noisy)
     assert float(update[spiked].norm()) > 1
     assert all(not update[name].any() for name in maps if name != spiked)
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers as hf
+from asking import encodings_of
 from engine_cases import Classifier, batch_for, clipped, loss, model_for
-from grape_cases import encodings_of, method_for
+from grape_cases import method_for
 from small_runs import trained
 
 from dpft.harness.engine.base import zero_sums
@@ -118,18 +119,24 @@ def test_the_loop_trains_in_the_subspace_of_its_step(setup_of):
     """The release, the projection it was made with and the lifted update belong to one another in every step."""
     setup = setup_of("dp-grape", optimizer="sgd", refresh=2)
     name = next(iter(setup.method.sides))
-    spaces, decode = [], setup.method.decode
+    spaces, trains = [], setup.method.step
 
-    def watched(noisy, step):
-        space = setup.method.encoding(name, setup.parameters[name], step).right
-        assert noisy.tensors[name].shape == (len(setup.parameters[name]), 16)
-        update = decode(noisy, step)
-        assert torch.equal(update[name], noisy.tensors[name] @ space.T)
-        spaces.append(space)
+    def watched(ask, step):
+        def asking(gradient):
+            (noisy,) = ask(gradient=gradient)
+            spaces.append((gradient.encodings[name].right, noisy.tensors[name].clone()))
+            return (noisy,)
+
+        update = trains(asking, step)
+        space, release = spaces[-1]
+        assert release.shape == (len(setup.parameters[name]), 16)
+        assert torch.equal(space, encodings_of(setup.method, setup.parameters, step)[name].right)
+        assert torch.equal(update[name], release @ space.T)
         return update
 
-    setup.method.decode = watched
+    setup.method.step = watched
     trained(setup)
+    spaces = [space for space, _ in spaces]
     assert torch.equal(spaces[0], spaces[1]) and torch.equal(spaces[2], spaces[3])
     assert not torch.equal(spaces[1], spaces[2])
 
@@ -190,7 +197,9 @@ def test_sums_and_moments_shrink_as_rank_over_the_smaller_side(setup_of):
     optimizers, original = [], setup.method.optimizer
     setup.method.optimizer = lambda *arguments: optimizers.append(original(*arguments)) or optimizers[-1]
     sums, release = {}, setup.mechanism.release
-    setup.mechanism.release = lambda total: sums.update({n: t.numel() for n, t in total.items()}) or release(total)
+    setup.mechanism.release = lambda total, *how: (
+        sums.update({n: t.numel() for n, t in total.items()}) or release(total, *how)
+    )
     trained(setup)
     (optimizer,) = optimizers
     assert not any(optimizer.state.values()), "plain SGD keeps nothing"

@@ -1,13 +1,13 @@
 """SPARTA and the other sparse methods: what trains when, how rows are chosen, what it costs, what stays as it was."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
+from asking import answered, encodings_of, first
 from engine_cases import batch_for, clipped, loss, model_for, no_clock
-from small_runs import a_spec, quiet, trained, weights
-from test_vision import batch_of, model_of
+from image_cases import batch_of, model_of
+from small_runs import a_spec, not_private, quiet, silent, stopped, trained, weights
 
 from dpft.harness import probes
 from dpft.harness.engine import engine_class
@@ -18,8 +18,6 @@ from dpft.harness.query.encoding import Encoding
 from dpft.harness.runs import registry
 from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import loop, run
-from dpft.harness.train.mechanism import GaussianMechanism
-from dpft.harness.train.noise import source
 from dpft.harness.train.settings import Settings
 from dpft.tasks.digits import Digits
 
@@ -28,15 +26,10 @@ SPARSE = ["sparta", "magnitude-rows", "random-rows", "oracle-rows"]
 PHASES = {"steps": 6, "warmup_fraction": 0.34, "selection_fraction": 0.34, "eval_every": 3}  # 2, 2 and 2 steps
 
 
-def encodings_of(method, parameters, step):
-    found = {name: method.encoding(name, p, step) for name, p in parameters.items()}
-    return {name: encoding for name, encoding in found.items() if encoding is not None}
-
-
 def method_for(model, name="sparta", steps=10, **options):
     model.head_parameters = [n for n, _ in model.named_parameters() if "head" in n or "classifier" in n]
     method = registry.make(name, "mean", options)
-    method.schedule(steps)
+    method.steps = steps
     method.prepare(model, torch.Generator().manual_seed(0))
     return method, {n: p for n, p in model.named_parameters() if p.requires_grad}
 
@@ -47,21 +40,21 @@ def method_for(model, name="sparta", steps=10, **options):
 def test_each_phase_asks_for_what_it_trains_or_chooses(setup_of):
     setup = setup_of("sparta", **PHASES)
     method, parameters = setup.method, setup.parameters
-    assert (
-        method.phases() == (0, 2, 4) and [method.selects(s) for s in range(6)] == [False] * 2 + [True] * 2 + [False] * 2
-    )
+    assert setup.starts == (0, 2, 4)
+    assert [method.kind(s) for s in range(6)] == ["warm-up"] * 2 + ["selection"] * 2 + ["training"] * 2
+    assert all(list(first(method, s)) == ["gradient"] for s in range(4)), "one question a step"
     asked = {}
     release = setup.mechanism.release
 
-    def spy(total):
+    def spy(total, *how):
         asked[len(asked)] = {name: tuple(t.shape) for name, t in total.items() if t.numel()}
-        return release(total)
+        return release(total, *how)
 
     setup.mechanism.release = spy
     moved, apply = [], loop._apply
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_apply", lambda *a: (moved.append(bool(a[2])), apply(*a)))
-        state = trained(setup)
+        made = trained(setup)
     vectors = {n for n, p in parameters.items() if p.dim() == 1} | set(setup.head)
     assert set(parameters) == vectors | set(method.matrices) and len(method.matrices) == 12
     assert set(asked[0]) == set(asked[1]) == vectors
@@ -72,7 +65,7 @@ def test_each_phase_asks_for_what_it_trains_or_chooses(setup_of):
             and len(rows) == asked[5][name][0]
         )
     assert moved == [True, True, False, False, True, True]
-    assert state.ledger.steps == 6 and len(state.ledger.events) == 1
+    assert made.progress.ledger.steps == 6 and len(made.progress.ledger.events) == 1
 
 
 @pytest.mark.parametrize("score", ["release", "absolute"])
@@ -103,32 +96,25 @@ def test_rows_that_were_not_chosen_keep_their_bits(method, optimizer, setup_of):
 @pytest.mark.parametrize("more", [{"score": "absolute"}, {"optimizer": "sgd", "momentum": 0.9}])
 def test_a_run_cut_in_any_phase_resumes_bit_for_bit(cut, more, setup_of, tmp_path):
     whole = setup_of("sparta", **PHASES, **more)
-    state = trained(whole)
-
-    def interrupt(step, row):
-        if step == cut + 1:
-            raise KeyboardInterrupt
-
-    path = tmp_path / "run.ckpt"
-    with pytest.raises(KeyboardInterrupt):
-        setup = dataclasses.replace(setup_of("sparta", path, **PHASES, **more), checkpoint_seconds=0.0)
-        loop.train(setup, loop.State(), interrupt)
-    resumed, again = setup_of("sparta", path, **PHASES, **more), loop.State()
-    loop.train(resumed, again, quiet)
-    assert again.curve == state.curve and again.selection == state.selection
+    made, path = trained(whole), tmp_path / "run.ckpt"
+    stopped(setup_of("sparta", path, **PHASES, **more), cut + 1)
+    resumed = setup_of("sparta", path, **PHASES, **more)
+    again = trained(resumed)
+    assert again.progress.curve == made.progress.curve
+    assert again.diagnostics.selection == made.diagnostics.selection
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(resumed).items())
 
 
 def test_moments_start_anew_after_the_selection_and_have_the_size_of_the_rows(setup_of):
     setup = setup_of("sparta", **{**PHASES, "steps": 5, "warmup_fraction": 0.4})
-    trained(setup)
+    trains = trained(setup).cost.trains
     state = setup.method.state_dict()
     name = next(iter(setup.method.chosen))
     p = setup.parameters[name]
     first = state[f"adam_first|{name}"]
     assert first.shape == (round(0.2 * len(p)), p.shape[1]) and not any(k.startswith("score|") for k in state)
     moments = sum(t.numel() for k, t in state.items() if k.startswith("adam"))
-    assert moments == 2 * setup.method.trained(setup.parameters) < 2 * sum(p.numel() for p in setup.parameters.values())
+    assert moments == 2 * trains < 2 * sum(p.numel() for p in setup.parameters.values())
 
 
 # --- what is chosen
@@ -137,19 +123,18 @@ def test_moments_start_anew_after_the_selection_and_have_the_size_of_the_rows(se
 @pytest.mark.parametrize("score", ["release", "absolute"])
 def test_rows_are_chosen_by_releases_and_by_nothing_else(score):
     method, parameters = method_for(model_for("bert").float(), score=score)
-    mechanism = GaussianMechanism(0.0, 1.0, 2, source("cpu", 0))
+    mechanism = silent(2)
     name = next(iter(method.matrices))
     total = 0
-    method.schedule(20)  # warm-up 0-3, selection 4
-    method.settings["selection_fraction"] = 0.1
-    method.schedule(20)
+    method.steps = 20
+    method.settings["selection_fraction"] = 0.1  # warm-up 0-3, selection 4 and 5
     for step in (4, 5):
         torch.manual_seed(step)
         maps = encodings_of(method, parameters, step)
         sums = {n: torch.randn_like(t) for n, t in zero_sums(parameters, maps).items()}
         one = sums[name].double() / 2
         total = total + (one.abs() if score == "release" else one).sum(1)
-        assert method.decode(mechanism.release(sums), step) == {}
+        assert answered(method, step, mechanism.release(sums)) == {}
     expected = total.topk(round(0.2 * len(total))).indices.sort().values
     assert torch.equal(method.chosen[name], expected)
     assert all(len(rows) == max(1, round(0.2 * method.matrices[n][0])) for n, rows in method.chosen.items())
@@ -179,10 +164,8 @@ def test_the_overlap_with_clean_scores():
 
 
 def test_without_noise_the_selection_is_the_oracles(tiny_bert, settings, setup_of):
-    setup = setup_of("sparta", **PHASES)
-    silent = GaussianMechanism(0.0, 1.0, 60, source("cpu", 0))
-    state = trained(dataclasses.replace(setup, mechanism=silent, epsilon_curve=None))
-    assert state.selection["overlap"] == 1.0 and state.selection["by_chance"] < 0.25
+    selection = trained(not_private(setup_of("sparta", **PHASES))).diagnostics.selection
+    assert selection["overlap"] == 1.0 and selection["by_chance"] < 0.25
     record, _ = run.execute(a_spec("sparta", tiny_bert, **PHASES), settings, quiet)
     assert 0 <= record["diagnostics"]["selection"]["overlap"] <= 1 and record["diagnostics"]["private"] is False
 

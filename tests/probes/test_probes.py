@@ -63,6 +63,13 @@ def test_live_bytes_of_each_phase_at_the_peak():
     assert live.live["activations"] == 0 and len(view) == 7
 
 
+def test_a_sparse_tensor_is_what_its_indices_and_values_take():
+    rows, values = torch.arange(4)[None], torch.ones(4, 1000)
+    with LiveBytes(Clock(torch.device("cpu"))) as live:
+        table = torch.sparse_coo_tensor(rows, values + 1, (10**6, 1000), is_coalesced=True, check_invariants=False)
+    assert sum(live.peak.values()) == 4 * 1000 * 4 + rows.nbytes and table.shape[0] == 10**6
+
+
 def test_clock_adds_up_and_starts_again():
     clock = Clock(torch.device("cpu"))
     for _ in range(2):
@@ -100,6 +107,6 @@ def test_targets_and_smoothing():
 def test_what_a_preconditioning_decoder_takes_for_the_gradient_is_what_is_aligned(setup_of):
     """In the first step the running mean of releases is the release; Adam's direction, its sign, is something else."""
     setup = setup_of("dp-adambc", eval_every=1, steps=1)
-    row = trained(setup).curve[0]
+    row = trained(setup).progress.curve[0]
     assert row["alignment_decoded"] == pytest.approx(row["alignment_noisy"], rel=1e-6)
     assert setup.method.decoder.estimate is None

@@ -9,8 +9,8 @@ import numpy
 import pytest
 import torch
 from forged_cases import renamed
+from mutations import mutated
 from small_runs import a_spec, quiet
-from test_verify_forged import mutated
 
 from dpft.harness.records import chain, verifying
 from dpft.harness.records.digest import digest

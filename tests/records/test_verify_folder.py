@@ -80,7 +80,7 @@ def two_phases():
     for step in range(10):
         ledger.append(step, 0.02, [Release(name="gradient", noise_multiplier=2.0)])
     for step in range(10, 40):
-        count = Release(name="count", noise_multiplier=8.0, sensitivity_ratio=0.5)
+        count = Release(name="count", noise_multiplier=8.0)
         ledger.append(step, 0.05, [Release(name="gradient", noise_multiplier=1.1), count])
     return ledger.events
 

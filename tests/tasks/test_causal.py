@@ -3,6 +3,7 @@
 import causal_cases
 import pytest
 import torch
+from asking import encodings_of
 from engine_cases import assert_same, clipped, no_clock
 from torch.nn import functional
 
@@ -58,8 +59,7 @@ def test_pieces_through_the_engine_equal_the_plain_loss(kind, method, prepared):
         for p in parameters.values():
             if not p.any():
                 p.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-    found = {name: adapter.encoding(name, p, 0) for name, p in parameters.items()}
-    encodings = {name: encoding for name, encoding in found.items() if encoding is not None}
+    encodings = encodings_of(adapter, parameters)
     assert (method == "dp-grape") == bool(encodings)
     batch = out.collate(out.train[:6])
     *_, norms = clipped("reference", model, batch, 1.0, encodings, parameters, plain_loss)

@@ -8,12 +8,14 @@ import causal_cases
 import polars
 import pytest
 import torch
+from asking import encodings_of, first
 from small_runs import quiet
 
 from dpft.harness import report
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import zero_sums
 from dpft.harness.errors import BadInput, CannotRun
+from dpft.harness.query.queries import Gradients
 from dpft.harness.records.store import Store
 from dpft.harness.runs import registry
 from dpft.harness.runs.plan import plan
@@ -212,22 +214,22 @@ def test_every_method_runs_and_the_engines_agree(method, kind, mirror, folders):
     assert result["definitions"]["generation"] == "6 prompts, greedy search, max_new_tokens 10"
     before, after = result["samples"]["before"], result["samples"]["after"]
     assert [s["prompt"] for s in before] == [s["prompt"] for s in after] and len(after) == 4
-    if registry.methods()[method].query == "none" or not registry.methods()[method].private:
+    if Gradients not in registry.method(method).asks or not registry.method(method).private:
         return
     setup = run.build(one, Settings(mirror), plan(one, mirror), None)
     with torch.no_grad():
         for p in setup.parameters.values():
             if not p.any():
                 p.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    encodings = {n: setup.method.encoding(n, p, 0) for n, p in setup.parameters.items()}
-    encodings = {n: e for n, e in encodings.items() if e is not None}
+    question = first(setup.method, 0)["gradient"]
+    encodings = encodings_of(setup.method, setup.parameters)
     batch = setup.prepared.collate(setup.prepared.train[:5])
     found = {}
     setup.engine.close()
     for name in ("factored", "reference"):
         engine = engine_class(name)(setup.prepared.model, setup.engine.loss, setup.parameters, setup.clock)
         total = zero_sums(setup.parameters, encodings)
-        with setup.method.rehearsal():
+        with engine.under(question.loss):
             _, norms = engine.accumulate(batch, total, 0.1, encodings)
         engine.close()
         found[name] = torch.cat([t.flatten().double() for t in total.values()]), norms.double()

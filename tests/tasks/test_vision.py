@@ -8,9 +8,9 @@ import polars
 import pytest
 import torch
 import transformers as hf
-from engine_cases import no_clock
+from engine_cases import check, no_clock
+from image_cases import CONFIGS, batch_of, model_of
 from small_runs import quiet
-from test_engine_models import check
 
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import zero_sums
@@ -19,45 +19,12 @@ from dpft.harness.runs import registry
 from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import run
 from dpft.harness.train.settings import Settings
-from dpft.tasks import digits, groupnorm, heads, imagesets, models, pretraining
+from dpft.tasks import digits, groupnorm, imagesets, models, pretraining
 from dpft.tasks.base import ModelSpec
 from dpft.tasks.handwriting import PRIVATE, PUBLIC, of_classes
 from dpft.tasks.pixels import Collator, Form
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BODY = dict(
-    hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, image_size=8, patch_size=4
-)
-CONFIGS = {
-    "vit": hf.ViTConfig(**BODY, num_labels=3),
-    "deit": hf.DeiTConfig(**BODY, num_labels=3, architectures=["DeiTForImageClassification"]),
-    "resnet": hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic", num_labels=3),
-    "bottleneck": hf.ResNetConfig(
-        embedding_size=8, hidden_sizes=[16], depths=[2], layer_type="bottleneck", num_labels=3
-    ),
-}
-
-
-def model_of(kind, views=1, seed=0):
-    """A random image model in float64, away from its initial values."""
-    torch.manual_seed(seed)
-    inner = hf.AutoModelForImageClassification.from_config(CONFIGS[kind])
-    groupnorm.convert(inner)
-    model = heads.image_classifier()(inner, []).double().train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    model.views = views
-    return model
-
-
-def batch_of(size, views, side=8):
-    torch.manual_seed(1)
-    pixels = torch.randn(size, views, 3, side, side, dtype=torch.float64)
-    return {"pixel_values": pixels if views > 1 else pixels[:, 0], "labels": torch.arange(size) % 3}
 
 
 @pytest.mark.parametrize("size, views", [(3, 1), (1, 3), (2, 2), (4, 3)])

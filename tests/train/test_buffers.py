@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from small_runs import a_spec, quiet, trained
+from small_runs import a_spec, quiet, stopped, trained
 from torch import nn
 
 from dpft.harness.errors import BadInput
+from dpft.harness.query.queries import Gradients
 from dpft.harness.runs import registry
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import loop, run
+from dpft.harness.train import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ENGINES = ["factored", "opacus", "reference"]
@@ -150,57 +151,49 @@ def test_a_table_that_rescales_rows_as_they_are_looked_up_is_refused_everywhere(
         assert "--engine" not in record["error"]
 
 
-def test_a_method_whose_objective_keeps_something_is_refused(monkeypatch, tiny_bert, settings):
+def test_a_method_whose_loss_keeps_something_is_refused(monkeypatch, tiny_bert, settings):
     method = registry.method("dp-adam")
 
-    def objective(self, loss):
-        def noting(model, batch):
-            found = loss(model, batch)
-            self.noted = found.detach().max()
-            return found
+    def step(self, ask, step):
+        def keeps(loss):
+            def noting(model, batch):
+                found = loss(model, batch)
+                self.noted = found.detach().max()
+                return found
 
-        return noting
+            return noting
 
-    monkeypatch.setattr(method, "objective", objective)
+        (noisy,) = ask(gradient=Gradients(loss=keeps))
+        return self.decoder.decode(noisy, step)
+
+    monkeypatch.setattr(method, "step", step)
     record = run.execute(a_spec("dp-adam", tiny_bert), settings, quiet)[0]
     assert record["status"] == "error" and "method's attribute noted" in record["error"]
 
 
-class CountsReleases:
-    """A method's `decode` that keeps a running mean of its releases in a buffer, which is post-processing."""
-
-    def __init__(self, method, model):
-        self.model, self.original, self.method = model, method.decode, method
-
-    def __call__(self, noisy, step):
-        self.model.largest.add_(next(iter(noisy.tensors.values())).abs().max())
-        update = self.original(noisy, step)
-        return {name: u * (1 + self.model.largest) for name, u in update.items()}
-
-
 def counting(setup):
-    setup.method.decode = CountsReleases(setup.method, setup.prepared.model)
+    """A method that keeps a running mean of its releases in a buffer of the model, which is post-processing."""
+    model, original = setup.prepared.model, setup.method.decoder.decode
+
+    def decode(noisy, step):
+        model.largest.add_(next(iter(noisy.tensors.values())).abs().max())
+        return {name: u * (1 + model.largest) for name, u in original(noisy, step).items()}
+
+    setup.method.decoder.decode = decode
     return setup
 
 
 def test_what_releases_write_into_a_buffer_is_allowed_and_resumed_bit_for_bit(setup_of, monkeypatch, tmp_path):
     monkeypatch.setattr(registry.method("dp-adam"), "prepare", lambda self, model, generator: Tracking(model))
     whole = counting(setup_of("dp-adam"))
-    state = trained(whole)
+    made = trained(whole)
     assert float(whole.prepared.model.largest) > 0
     path = tmp_path / "run.ckpt"
-
-    def interrupt(step, row):
-        if step == 3:
-            raise KeyboardInterrupt
-
-    cut = counting(dataclasses.replace(setup_of("dp-adam", path), checkpoint_seconds=0.0))
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(cut, loop.State(), interrupt)
-    resumed, again = counting(setup_of("dp-adam", path)), loop.State()
-    loop.train(resumed, again, quiet)
+    stopped(counting(setup_of("dp-adam", path)))
+    resumed = counting(setup_of("dp-adam", path))
+    again = trained(resumed)
     assert torch.equal(resumed.prepared.model.largest, whole.prepared.model.largest)
-    assert again.curve == state.curve and again.final == state.final
+    assert again.progress.curve == made.progress.curve and again.outcome.final == made.outcome.final
 
 
 def test_a_private_method_needs_a_clip_norm_and_an_epsilon(monkeypatch, tiny_bert):

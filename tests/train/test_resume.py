@@ -18,10 +18,10 @@ from dpft.methods.full import DPAdam
 class Short(DPAdam):
     name = "short"
 
-    def decode(self, noisy, step):
+    def step(self, ask, step):
         if step == 2 and "MEMORY_IS_SHORT" in os.environ:
             raise MemoryError
-        return super().decode(noisy, step)
+        return super().step(ask, step)
 """
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpft.harness.privacy.shape import is_number
+from dpft.harness.query.queries import Nothing
 from dpft.harness.records.verifying.asked import Asked
 from dpft.harness.runs.spec import RunSpec
 from dpft.harness.statistics.thresholds import crossing
@@ -95,7 +96,7 @@ def _row(spec: RunSpec, place: int, row: dict[str, Any], last: int) -> str | Non
 
 def _emptiness(asked: Asked, rows: Rows) -> Iterator[str]:
     """Losses and clipped shares are there wherever a method looks at examples and the batch has any."""
-    looks, private = asked.method.query != "none", asked.spec.epsilon is not None
+    looks, private = asked.method.asks != (Nothing,), asked.spec.epsilon is not None
     for row in rows:
         loss, share = row["loss"] is not None, row["clipped_fraction"] is not None
         if (loss and not looks) or share != (loss and private):

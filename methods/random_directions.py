@@ -25,11 +25,18 @@ class Directions:
     step: int
 
     def pieces(self, k: int, number: int, p: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(where in the flattened parameter, z there), a piece after the other; the next takes the room of the one before."""
+        """(where in the flattened parameter, z there), a piece after the other; the next takes the room of the one before.
+
+        Of a parameter without values there are none, but for the room.
+        """
         import torch
 
-        source = projection.generator(p.device, self.seed, self.step, k, number)
+        from dpft.harness.engine.fakes import has_values
+
         room = torch.empty(min(PIECE, p.numel()), device=p.device)
+        if not has_values(p):
+            return
+        source = projection.generator(p.device, self.seed, self.step, k, number)
         for start in range(0, p.numel(), PIECE):
             piece = room[: p.numel() - start]
             yield slice(start, start + len(piece)), piece.normal_(generator=source)
@@ -53,4 +60,5 @@ class Directions:
         for k, factor in enumerate(factors):
             for where, z in self.pieces(k, number, p):
                 flat[where].add_(z.mul_(factor))
+            where = z = None  # or the next direction finds the room of this one still taken
         return found
