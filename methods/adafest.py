@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from dpft.harness.errors import BadInput
 from dpft.harness.query.queries import Gradients, Values
 from dpft.methods.full import DPAdam
-from dpft.methods.tables import TableRows, token_table, unusable
+from dpft.methods.token_table import TableRows, token_table, unusable
 
 if TYPE_CHECKING:
     import torch
