@@ -86,6 +86,7 @@ class DPZO(Method):
         return LazyUpdates(
             dict.fromkeys(weights, noisy.values),
             lambda name, values: directions.summed(values, numbers[name], weights[name]),
+            lambda name, values, p, scale: directions.add(values, numbers[name], p, p, scale),
         )
 
 
@@ -104,6 +105,11 @@ def _point(directions: Directions, k: int, weights: dict[str, nn.Parameter], dis
         moved: dict[int, Callable[[], torch.Tensor]] = {
             id(p): partial(directions.moved, k, number, p, distance) for number, p in enumerate(weights.values())
         }
-        return Elsewhere(moved)
+        looked_up: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
+            id(p): partial(directions.looked_up, k, number, p, distance)
+            for number, p in enumerate(weights.values())
+            if p.dim() == 2
+        }
+        return Elsewhere(moved, looked_up)
 
     return elsewhere

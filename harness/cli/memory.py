@@ -16,9 +16,9 @@ from dpft.harness.errors import BadInput
 @click.option(
     "--method",
     "methods",
-    default="non-private,materialised,ghost,dp-adam,dp-lora,dp-grape,zeroth-order",
+    default="non-private,materialised,ghost,dp-adam,dp-lora,dp-grape,dp-zo,inference",
     show_default=True,
-    help="Registered methods and the rows non-private, materialised, ghost, zeroth-order; several separated by commas.",
+    help="Registered methods and the rows non-private, materialised, ghost, inference; several separated by commas.",
 )
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Examples at once.")
 @click.option(

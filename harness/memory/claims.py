@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dpft.harness.memory.prediction import CATEGORIES, ZEROTH, Answer, Question, predict
+from dpft.harness.memory.prediction import CATEGORIES, INFERENCE, Answer, Question, predict
 
 GIB = 2**30
 BASELINES = ("materialised", "dp-adam")  # what the paper compares with, and this harness's own engine
@@ -41,7 +41,7 @@ class Case:
             rows[f"dp-grape, rank {self.rank}, embeddings projected"] = ask(
                 "dp-grape", rank=self.rank, embeddings="projected"
             )
-        return {**rows, ZEROTH: ask(ZEROTH)}
+        return {**rows, "dp-zo": ask("dp-zo"), INFERENCE: ask(INFERENCE)}
 
 
 CASES = (
@@ -68,7 +68,7 @@ def markdown(answers: dict[Case, dict[str, Answer]], picture: str) -> str:
     parts = [
         "Peak live bytes of one step in fp32 (AdamW or the method's Adam; flat clipping), GiB, by what holds them then. "
         "`materialised`: all per-example gradients at once, as the paper's DP-Adam; `ghost`: two passes; `dp-adam`: this "
-        "harness's one pass; `zeroth-order`: two forward passes and nothing else."
+        "harness's one pass; `inference`: one forward pass and nothing else."
     ]
     parts += [_table(case, rows) for case, rows in answers.items()]
     return "\n\n".join([*parts, f"![Peak memory of one step by category]({picture})"])

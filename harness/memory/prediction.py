@@ -31,8 +31,8 @@ from dpft.harness.train.core import encodings_of
 from dpft.methods.base import kind_starts
 
 ENGINES = {"materialised": Materialised, "ghost": TwoPasses}
-ZEROTH = "zeroth-order"
-ROWS = ("non-private", *ENGINES, ZEROTH)  # beside the registered methods
+INFERENCE = "inference"
+ROWS = ("non-private", *ENGINES, INFERENCE)  # beside the registered methods
 CATEGORIES = (
     "parameters",
     "optimizer_state",
@@ -50,9 +50,10 @@ CATEGORIES = (
 class Question:
     """What is asked: the memory of one step.
 
-    method: a registered method, or one of ROWS, which all train everything with AdamW; batch: examples at once; length: tokens
-    (images have a size of their own); options: settings of the method, its decoder and its run, as in a RunSpec; logits: those
-    of a language model in `pieces` or `whole`, as the engines of ENGINES, which stand for others' code, always have them.
+    method: a registered method, or one of ROWS, which train everything with AdamW (`inference`: nothing); batch: examples at
+    once; length: tokens (images have a size of their own); options: settings of the method, its decoder and its run, as in a
+    RunSpec; logits: those of a language model in `pieces` or `whole`, as the engines of ENGINES, which stand for others' code,
+    always have them.
     """
 
     model: str
@@ -88,7 +89,7 @@ def predict(question: Question) -> Answer:
         return _peak(question, FakeTensorMode(allow_non_fake_inputs=True))
     except (DataDependentOutputException, DynamicOutputShapeException):
         raise CannotRun(
-            f"What {question.method} holds depends on values (it looks at spectra, say), which a prediction has not; take its "
+            f"What {question.method} holds depends on values (it looks at spectra or counts, say), which a prediction has not; take its "
             "method without that decoder, or see peak_bytes in the record of a run."
         ) from None
 
@@ -128,8 +129,8 @@ def _step(question: Question, model: nn.Module, mode: FakeTensorMode | None):
     loss = skeletons.loss(question.precision)
     if question.method in ROWS:
         shapes = _shapes(trainable(model), {}, question.batch)
-        if question.method == ZEROTH:
-            return _zeroth(model, loss), model, {}
+        if question.method == INFERENCE:
+            return _inference(model, loss), model, {}
         if question.method == "non-private":
             return non_private_step(job, model, loss), model, shapes
         return dpft_step(job, model, kind=ENGINES[question.method], loss=loss), model, shapes
@@ -177,19 +178,13 @@ class _Idle:
     phase = None
 
 
-def _zeroth(model: nn.Module, loss) -> Callable[[list[dict[str, torch.Tensor]]], None]:
-    """Two forward passes at weights moved along a random direction, which is drawn again to move them back (2401.04343)."""
-    model.requires_grad_(False)
-
-    def moved(distance: float) -> None:
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=distance)
+def _inference(model: nn.Module, loss) -> Callable[[list[dict[str, torch.Tensor]]], None]:
+    """One forward pass without gradients."""
+    model.eval()
 
     def step(batches) -> None:
-        for batch in batches:
-            for distance in (1e-3, -2e-3):
-                moved(distance)
+        with torch.no_grad():
+            for batch in batches:
                 loss(model, batch)
-            moved(1e-3)
 
     return step

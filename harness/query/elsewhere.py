@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 _VALUES = {"data", "T", "mT", "H", "mH", "real", "imag"}  # attributes of a tensor that hold its numbers
@@ -22,19 +23,26 @@ class Elsewhere(TorchFunctionMode):
 
     moved: by `id` of the parameter, what makes its other values, in its shape, dtype and device. They are made when a function
     is called and let go with it: beside inference one call's weights are held. A parameter is known by identity, also inside
-    lists and tuples, so tied weights move together. A function that asks only for its form, or writes into it, gets itself.
+    lists and tuples, so tied weights move together. looked_up: by `id` of a table, from row numbers to its moved rows: a table
+    in which a few rows are looked up is never made whole. A function that asks only for its form, or writes into it, gets itself.
     No gradients: raises RuntimeError where a moved parameter would need one.
     """
 
-    def __init__(self, moved: Mapping[int, Callable[[], torch.Tensor]]):
+    def __init__(
+        self,
+        moved: Mapping[int, Callable[[], torch.Tensor]],
+        looked_up: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+    ):
         super().__init__()
-        self._moved = moved
+        self._moved, self._looked_up = moved, looked_up or {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in _FORMS or (name == "__get__" and getattr(func.__self__, "__name__", "") not in _VALUES):
             return func(*args, **kwargs)
+        if func is F.embedding and len(args) > 1 and id(args[1]) in self._looked_up and not any(args[3:4]):
+            return self._looked_up[id(args[1])](args[0])
         made: dict[int, torch.Tensor] = {}
         if name.endswith("_") and not name.endswith("__"):  # in place of its first argument
             return func(*args[:1], *self._all(args[1:], made), **self._all(kwargs, made))

@@ -16,11 +16,16 @@ class LazyUpdates(Mapping):
     """Updates that are made when they are asked for: what `make(name, part)` returns, in the parameter's shape.
 
     parts: what they are made of, by name; a method that trains in a subspace keeps these small and never holds a gradient of
-    the model's size.
+    the model's size. add(name, part, p, scale): adds `scale` times the update to p, piece by piece.
     """
 
-    def __init__(self, parts: dict[str, torch.Tensor], make: Callable[[str, torch.Tensor], torch.Tensor]):
-        self.parts, self._make = parts, make
+    def __init__(
+        self,
+        parts: dict[str, torch.Tensor],
+        make: Callable[[str, torch.Tensor], torch.Tensor],
+        add: Callable[[str, torch.Tensor, torch.Tensor, float], None] | None = None,
+    ):
+        self.parts, self._make, self.add = parts, make, add
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._make(name, self.parts[name])
@@ -57,14 +62,35 @@ def finite(updates: Updates) -> bool:
 def apply(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], updates: Updates) -> None:
     """One step of `optimizer` on `parameters`. Its state must be kept by parameter, as that of torch's optimizers is.
 
-    A sparse update costs what its rows cost, and moves no other; of torch's optimizers plain SGD takes one.
+    Updates that can be added piece by piece never exist as a whole under plain SGD. A sparse update costs what its rows cost,
+    and moves no other; of torch's optimizers plain SGD takes one.
     """
+    if isinstance(updates, LazyUpdates) and updates.add is not None and _is_plain(optimizer):
+        _add(optimizer, parameters, updates)
+        return
     for names in _bundles(parameters, updates.parts) if isinstance(updates, LazyUpdates) else [list(parameters)]:
         for name in names:
             if name in updates:  # others stay where they are
                 parameters[name].grad = updates[name].to(parameters[name].dtype)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is p <- p - lr * update and nothing else."""
+    import torch
+
+    keys = ("momentum", "weight_decay", "maximize")
+    return type(optimizer) is torch.optim.SGD and not any(g[key] for g in optimizer.param_groups for key in keys)
+
+
+def _add(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], updates: LazyUpdates) -> None:
+    import torch
+
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    with torch.no_grad():
+        for name, part in updates.parts.items():
+            updates.add(name, part, parameters[name], -rates[id(parameters[name])])
 
 
 def _bundles(parameters: dict[str, nn.Parameter], parts: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:

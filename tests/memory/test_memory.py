@@ -36,7 +36,7 @@ SMALL = {
          "patch_size": 8},
     ),
 }  # fmt: skip
-METHODS = ("non-private", "materialised", "ghost", "dp-adam", "dp-lora", "dp-grape", "zeroth-order")
+METHODS = ("non-private", "materialised", "ghost", "dp-adam", "dp-lora", "dp-grape", "dp-zo", "inference")
 
 
 @pytest.fixture(autouse=True)

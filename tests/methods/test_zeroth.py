@@ -138,7 +138,7 @@ def test_pieces_make_the_whole(shape, dtype, monkeypatch):
     p = torch.randn(shape).to(dtype)
     p = p.mT if p.dim() > 1 else p
     one = Directions(1, 2)
-    z = [torch.cat([part.clone() for _, part in one.pieces(k, 4, p)]).reshape(p.shape) for k in range(3)]
+    z = [torch.cat([one.piece(k, 4, p, at) for at in one.borders(p)]).reshape(p.shape) for k in range(3)]
     moved = one.moved(1, 4, p, 0.25)
     exact = p.double() + 0.25 * z[1].double()
     assert moved.dtype == dtype
@@ -146,6 +146,14 @@ def test_pieces_make_the_whole(shape, dtype, monkeypatch):
     summed = one.summed(torch.tensor([2.0, 0.0, -1.0]), 4, p)
     assert summed.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(summed.float(), 2 * z[0] - z[2])
+    added = p.clone()
+    one.add(torch.tensor([2.0, 0.0, -1.0]), 4, p, added, -0.5)
+    torch.testing.assert_close(
+        added, p - 0.5 * summed.to(p.dtype), rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+    )
+    if p.dim() == 2:
+        rows = torch.tensor([[3, 0, 3], [len(p) - 1, 1, 2]])
+        assert torch.equal(one.looked_up(1, 4, p, 0.25, rows), moved[rows]), "the same bits, whoever looks them up"
 
 
 @pytest.mark.parametrize(("count", "steps", "tolerance"), [(1, 600, 0.2), (4, 300, 0.12), (64, 100, 0.06)])
