@@ -1,34 +1,61 @@
-"""Every registered method, without being asked: what holds for all of them."""
+"""Every registered method, with every registered clipping rule, without being asked: what holds for all of them."""
 
 import dataclasses
 
 import pytest
 import torch
-from small_runs import a_spec, quiet, trained, weights
+from asking import heard, recorded
+from small_runs import a_spec, not_private, quiet, stopped, trained, weights
 
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import PlainEngine, zero_sums
+from dpft.harness.errors import BadInput
+from dpft.harness.query.queries import Gradients, Nothing, named
 from dpft.harness.runs import registry
-from dpft.harness.train import evaluation, loop, run
-from dpft.harness.train.mechanism import GaussianMechanism
-from dpft.harness.train.noise import source
+from dpft.harness.runs.releases import shares
+from dpft.harness.runs.resolve import resolve
+from dpft.harness.train import evaluation, run
+from dpft.harness.train.core import encodings_of
+from dpft.harness.train.parts import Run
 
 METHODS = sorted(registry.methods())
-PRIVATE = [name for name in METHODS if registry.methods()[name].private]
-LEARNING = [name for name in PRIVATE if registry.methods()[name].query == "gradient"]
+PRIVATE = [name for name in METHODS if registry.method(name).private]
+LEARNING = [name for name in PRIVATE if Gradients in registry.method(name).asks]
+BLIND = [name for name in METHODS if set(registry.method(name).asks) == {Nothing}]
 # Presets of a decoder differ from dp-adam after the release only: engines have nothing new to agree on.
-PARAMETERISED = [name for name in LEARNING if "decoder" not in registry.methods()[name].defaults]
+PARAMETERISED = [name for name in PRIVATE if "decoder" not in registry.method(name).defaults]
 # One preset of each decoder, where what is tested lies outside of it.
-DISTINCT = [name for name in METHODS if not registry.methods()[name].decoder_options]
+DISTINCT = [name for name in METHODS if not registry.method(name).decoder_options]
+
+
+def takes(method, rule):
+    try:
+        resolve({"task": "sst2", "method": method, "clipping": rule})
+    except BadInput:
+        return False
+    return True
+
+
+# Every other clipping rule with one method for each way of asking.
+ASKING = {registry.method(name).step: name for name in reversed(PARAMETERISED)}.values()
+WITH_RULES = [
+    (method, rule)
+    for rule in sorted(registry.clippings())
+    if rule != "abadi"
+    for method in ASKING
+    if takes(method, rule)
+]
+CASES = [(method, "abadi") for method in PARAMETERISED] + WITH_RULES
+ALL = [(method, "abadi") for method in METHODS] + WITH_RULES
+BATCHES = [list(range(20 * step, 20 * step + 6)) for step in range(4)]
 
 
 def decoder_of(method):
-    return registry.make(method, registry.methods()[method].defaults.get("decoder", "mean"), {}).decoder
+    return registry.make(method, registry.method(method).defaults.get("decoder", "mean"), {}).decoder
 
 
-def encodings_of(setup, step=0):
-    found = {name: setup.method.encoding(name, p, step) for name, p in setup.parameters.items()}
-    return {name: encoding for name, encoding in found.items() if encoding is not None}
+def with_rule(setup_of, method, rule, path=None, **more):
+    return setup_of(method, path, **({} if rule == "abadi" else {"clipping": rule}), **more)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -59,34 +86,49 @@ def test_a_run_is_recorded_spends_its_budget_and_trains_what_it_says(method, tin
     assert setup.head <= set(setup.parameters), "the head must train"
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_same_seed_gives_the_same_curve_bit_for_bit(method, setup_of):
-    first, second = trained(setup_of(method)), trained(setup_of(method))
-    assert first.curve == second.curve and first.final == second.final
-    other = trained(setup_of(method, seed=1))
-    assert other.curve != first.curve
+@pytest.mark.parametrize("method, rule", ALL)
+def test_same_seed_gives_the_same_curve_bit_for_bit(method, rule, setup_of):
+    first, second = (trained(with_rule(setup_of, method, rule)) for _ in range(2))
+    assert first.progress.curve == second.progress.curve and first.outcome.final == second.outcome.final
+    other = trained(with_rule(setup_of, method, rule, seed=1))
+    assert other.progress.curve != first.progress.curve
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(method, setup_of, tmp_path):
-    whole_setup = setup_of(method)
-    whole = trained(whole_setup)
-    path = tmp_path / "run.ckpt"
+def stopped_inside(setup, at=2):
+    """Train until the first question of a step is answered; there the process stops, before the second or the update."""
+    trains = setup.method.step
 
-    def interrupt(step, row):
-        if step == 3:
+    def step(ask, number):
+        answers = []
+
+        def asking(**queries):
+            if answers:
+                raise KeyboardInterrupt
+            answers.append(ask(**queries))
+            return answers[0]
+
+        update = trains(asking if number == at else ask, number)
+        if number == at:
             raise KeyboardInterrupt
+        return update
 
-    cut = dataclasses.replace(setup_of(method, path), checkpoint_seconds=0.0)
+    setup.method.step = step
     with pytest.raises(KeyboardInterrupt):
-        loop.train(cut, loop.State(), interrupt)
-    resumed_setup = setup_of(method, path)
-    seen = []
-    state = loop.State()
-    loop.train(resumed_setup, state, lambda step, row: seen.append(step))
+        trained(dataclasses.replace(setup, checkpoint_seconds=0.0))
+
+
+@pytest.mark.parametrize("where", [stopped, stopped_inside])
+@pytest.mark.parametrize("method, rule", ALL)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(method, rule, where, setup_of, tmp_path):
+    whole_setup = with_rule(setup_of, method, rule)
+    whole, path, seen = trained(whole_setup), tmp_path / "run.ckpt", []
+    where(with_rule(setup_of, method, rule, path))
+    resumed_setup = with_rule(setup_of, method, rule, path)
+    resumed = trained(resumed_setup, lambda step, row: seen.append(step))
     assert seen == [3, 4], "steps 1 and 2 must come from the checkpoint"
-    assert state.curve == whole.curve and state.final == whole.final
-    assert state.ledger.events == whole.ledger.events and state.chain == whole.chain
+    one, other = resumed.progress, whole.progress
+    assert one.curve == other.curve and resumed.outcome.final == whole.outcome.final
+    assert one.ledger.events == other.ledger.events and one.chain == other.chain
     for name, value in weights(resumed_setup).items():
         assert torch.equal(value, weights(whole_setup)[name])
 
@@ -94,19 +136,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(method, setup_of,
 def test_a_damaged_or_foreign_checkpoint_is_not_used(setup_of, tmp_path):
     path = tmp_path / "run.ckpt"
     path.write_bytes(b"not a checkpoint")
-    assert len(trained(setup_of("last-layer", path)).step_seconds) == 4
+    assert len(trained(setup_of("last-layer", path)).cost.step_seconds) == 4
     cut = dataclasses.replace(setup_of("last-layer", path, seed=5), checkpoint_seconds=0.0)
     trained(cut)
     assert path.exists()
     seen = []
-    loop.train(setup_of("last-layer", path), loop.State(), lambda step, row: seen.append(step))
+    trained(setup_of("last-layer", path), lambda step, row: seen.append(step))
     assert seen == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("method", PARAMETERISED)
+@pytest.mark.parametrize("method", [name for name in PARAMETERISED if name in LEARNING])
 def test_engines_agree_and_microbatches_do_not_matter(method, setup_of):
     setup = setup_of(method)
-    encodings = encodings_of(setup)
+    (question,) = named(heard(setup), Gradients).values()
+    encodings = encodings_of(question, setup.parameters)
     examples = setup.prepared.train[:12]
     sums, norms = {}, {}
     for name, groups in {
@@ -120,7 +163,9 @@ def test_engines_agree_and_microbatches_do_not_matter(method, setup_of):
         )
         total, found = zero_sums(setup.parameters, encodings), []
         for group in groups:
-            found.append(engine.accumulate(setup.prepared.collate(group), total, setup.spec.clip_norm, encodings)[1])
+            with engine.under(question.loss):
+                batch = setup.prepared.collate(group)
+                found.append(engine.accumulate(batch, total, setup.spec.clip_norm, encodings)[1])
         engine.close()
         sums[name], norms[name] = torch.cat([t.flatten().double() for t in total.values()]), torch.cat(found).double()
     for name in ("pieces", "reference", "opacus"):
@@ -132,13 +177,9 @@ def test_engines_agree_and_microbatches_do_not_matter(method, setup_of):
 @pytest.mark.parametrize("method", [m for m in LEARNING if decoder_of(m).exact_without_noise])
 def test_zero_noise_and_infinite_clip_is_the_non_private_optimizer(method, setup_of):
     private, plain = setup_of(method, weight_decay=0.0), setup_of(method, weight_decay=0.0)
-    silent = GaussianMechanism(0.0, 1.0, 60, source("cpu", 0))
-    unclipped = dataclasses.replace(private.spec, clip_norm=1e30)
-    private = dataclasses.replace(
-        private, mechanism=silent, spec=unclipped, epsilon_curve=None
-    )  # zero noise has no epsilon
+    private = not_private(private, spec=dataclasses.replace(private.spec, clip_norm=1e30))
     engine = PlainEngine(plain.prepared.model, plain.engine.loss, plain.parameters, plain.clock)
-    plain = dataclasses.replace(plain, mechanism=silent, engine=engine, epsilon_curve=None)
+    plain = not_private(plain, engine=engine)
     for one in (private, plain):  # plain SGD: Adam would turn rounding of a zero gradient into a full step
         one.method.optimizer = lambda parameters, head, spec: torch.optim.SGD(parameters.values(), lr=0.5)
         trained(one)
@@ -147,24 +188,88 @@ def test_zero_noise_and_infinite_clip_is_the_non_private_optimizer(method, setup
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-5, name
 
 
-@pytest.mark.parametrize("method", PRIVATE)
-def test_an_empty_batch_still_adds_noise_steps_and_is_charged(method, setup_of):
-    setup = setup_of(method)
-    setup.sampler.sample = lambda: []
+@pytest.mark.parametrize("method, rule", [(m, "abadi") for m in PRIVATE] + WITH_RULES)
+def test_an_empty_batch_has_sums_of_zero_and_adds_noise_and_steps_and_is_charged(method, rule, setup_of):
+    setup = with_rule(setup_of, method, rule)
     before = weights(setup)
-    state = trained(setup)
-    assert state.ledger.steps == 4
+    found, made = recorded(setup, [[]] * 4)
+    assert made.progress.ledger.steps == 4 and {one.step for one in found} == set(range(4))
+    for one in found:
+        assert not any(tensor.any() for tensor in one.clean.values())
+        assert one.noisy.noise_multiplier == pytest.approx(setup.plan.noise_multiplier / one.share**0.5)
+        noise = vector(one.noisy.tensors) * 60 / (one.noisy.noise_multiplier * one.bound)
+        assert abs(float(noise.square().mean()) - 1) < 6 * (2 / len(noise)) ** 0.5
     assert any(not torch.equal(p, before[n]) for n, p in setup.parameters.items())
 
 
+def vector(sums):
+    return torch.cat([tensor.flatten().double() for tensor in sums.values()])
+
+
+PLAINLY = {}
+
+
+def plainly(setup_of, method, rule, clip_norm=0.1):
+    """A run on BATCHES that several tests compare others with."""
+    if (method, rule, clip_norm) not in PLAINLY:
+        setup = with_rule(setup_of, method, rule, clip_norm=clip_norm)
+        PLAINLY[method, rule, clip_norm] = recorded(setup, BATCHES)
+    return PLAINLY[method, rule, clip_norm]
+
+
+@pytest.mark.parametrize("method, rule", CASES)
+def test_one_example_moves_all_releases_of_a_step_by_no_more_than_one_ball(method, rule, setup_of):
+    """Each release by its bound, and all of them, in units of bounds and shares, by what one release may.
+
+    Both runs get the same answers.
+    """
+    for clip_norm in (0.1, 3.0) if rule != "abadi" else (0.1,):  # below all gradients, and above most of them
+        without, _ = plainly(setup_of, method, rule, clip_norm)
+        more = [[*batch, 300 + step] for step, batch in enumerate(BATCHES)]
+        beside, _ = recorded(with_rule(setup_of, method, rule, clip_norm=clip_norm), more, without)
+        spent, shared = dict.fromkeys(range(4), 0.0), dict.fromkeys(range(4), 0.0)
+        for one, other in zip(beside, without, strict=True):
+            assert (one.step, one.bound, one.share) == (other.step, other.bound, other.share)
+            moved = float((vector(one.clean) - vector(other.clean)).norm()) / one.bound
+            assert moved <= 1 + 2e-3
+            spent[one.step] += one.share * moved**2
+            shared[one.step] += one.share
+        assert max(spent.values()) <= 1 + 4e-3 and max(shared.values()) <= 1 + 1e-9, spent
+        assert method in BLIND or min(spent.values()) > 0.01, "an example that moves nothing tests nothing"
+
+
+@pytest.mark.parametrize("method, rule", CASES)
+def test_an_example_outside_of_the_batch_changes_nothing(method, rule, setup_of):
+    before, made = plainly(setup_of, method, rule)
+    setup = with_rule(setup_of, method, rule, clip_norm=0.1)
+    inside = {index for batch in BATCHES for index in batch}
+    train = [
+        example if i in inside else setup.prepared.train[7 + i % 5] for i, example in enumerate(setup.prepared.train)
+    ]
+    after, other = recorded(
+        dataclasses.replace(setup, prepared=dataclasses.replace(setup.prepared, train=train)), BATCHES
+    )
+    assert all(torch.equal(vector(a.clean), vector(b.clean)) for a, b in zip(before, after, strict=True))
+    assert made.progress.curve == other.progress.curve
+
+
+@pytest.mark.parametrize("method, rule", CASES)
+def test_sums_do_not_depend_on_the_microbatches(method, rule, setup_of):
+    whole, _ = plainly(setup_of, method, rule)
+    setup = dataclasses.replace(with_rule(setup_of, method, rule, clip_norm=0.1), max_tokens=25)
+    pieces, _ = recorded(setup, BATCHES, whole)
+    for one, other in zip(pieces, whole, strict=True):
+        assert float((vector(one.clean) - vector(other.clean)).norm()) <= 1e-3 * one.bound
+
+
 @pytest.mark.parametrize("method", [m for m in PRIVATE if m in DISTINCT])
-def test_noise_and_decode_happen_once_per_logical_step_whatever_the_microbatches(method, setup_of):
+def test_noise_and_steps_happen_once_per_logical_step_whatever_the_microbatches(method, setup_of):
     counts, pieces = [], []
     for tokens in (100, 100_000):  # some seven examples at once, or all of them
         setup = dataclasses.replace(setup_of(method), max_tokens=tokens)
-        calls = {"release": 0, "decode": 0, "accumulate": 0}
-        watched = ((setup.mechanism, "release"), (setup.method, "decode"), (setup.engine, "accumulate"))
-        for owner, name in watched:
+        calls = {"release": 0, "step": 0, "accumulate": 0, "losses": 0}
+        watched = ((setup.mechanism, "release"), (setup.method, "step"))
+        for owner, name in (*watched, (setup.engine, "accumulate"), (setup.engine, "losses")):
             original = getattr(owner, name)
 
             def counted(*arguments, calls=calls, name=name, original=original):
@@ -173,31 +278,34 @@ def test_noise_and_decode_happen_once_per_logical_step_whatever_the_microbatches
 
             setattr(owner, name, counted)
         trained(setup)
-        pieces.append(calls.pop("accumulate"))
+        pieces.append(calls.pop("accumulate") + calls.pop("losses"))
         counts.append(calls)
-    assert counts == [{"release": 4, "decode": 4}] * 2
+    declared = sum(len(shares(setup.method, step)) for step in range(4))
+    assert counts == [{"release": declared, "step": 4}] * 2
     # the comparison with autograd asks the engine as often in both: the difference is microbatches of the four steps
-    assert setup.method.query == "none" or pieces[0] - pieces[1] > 4 * 4, pieces
+    assert method in BLIND or pieces[0] - pieces[1] > 4 * 4, pieces
 
 
-@pytest.mark.parametrize("method", LEARNING)
-def test_the_update_is_divided_by_the_expected_batch_size(method, setup_of):
-    """Twice the same batch, in one run half of it empty rows of the sampler: the update must not be rescaled."""
-    setup = setup_of(method)
-    sums = zero_sums(setup.parameters, encodings_of(setup))
-    noisy = GaussianMechanism(0.0, 1.0, 60, source("cpu", 0)).release({name: t + 1 for name, t in sums.items()})
-    for name, update in setup.method.decode(noisy, 0).items():
-        assert update.shape == setup.parameters[name].shape
-    realised = []
-    setup.mechanism.release = lambda total, original=setup.mechanism.release: (
-        realised.append(original(total)) or realised[-1]
-    )
-    setup.sampler.sample = lambda: [0, 1, 2]
-    trained(setup)
-    assert {one.expected_batch_size for one in realised} == {60}
+@pytest.mark.parametrize("method", PRIVATE)
+def test_releases_are_divided_by_the_expected_batch_size_and_updates_have_the_shapes_of_what_trains(method, setup_of):
+    """Three examples where 60 are expected: nothing may be rescaled."""
+    setup, shapes = setup_of(method), []
+    trains = setup.method.step
+
+    def step(ask, number):
+        update = trains(ask, number)
+        shapes.extend((update[name].shape, setup.parameters[name].shape) for name in update)
+        return update
+
+    setup.method.step = step
+    for one in recorded(not_private(setup), [[0, 1, 2]] * 4)[0]:
+        assert one.noisy.expected_batch_size == 60
+        for name, released in one.noisy.tensors.items():
+            assert torch.equal(released, one.clean[name] / 60)
+    assert shapes and all(one == other for one, other in shapes)
 
 
-@pytest.mark.parametrize("method", [m for m in DISTINCT if m != "noise-only"])
+@pytest.mark.parametrize("method", [m for m in DISTINCT if m not in BLIND])
 def test_a_nan_example_ends_the_run_before_anything_is_released(method, tiny_bert, settings, monkeypatch):
     one = a_spec(method, tiny_bert)
     task = registry.task("sst2")
@@ -269,5 +377,5 @@ def test_a_model_that_prepare_wraps_is_the_one_that_is_evaluated(setup_of, monke
     monkeypatch.setattr(method, "prepare", lambda self, model, generator: Wrapped(model))
     setup = setup_of("dp-adam")
     before = setup.prepared.model.calls
-    evaluation.evaluate(setup, loop.State(), 10)
+    evaluation.evaluate(setup, Run(), 10)
     assert setup.prepared.model.calls > before

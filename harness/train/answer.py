@@ -54,6 +54,8 @@ class Answers:
         gradient = queries.get("gradient")
         if isinstance(gradient, Gradients):
             amended["gradient"], more = self._amended(gradient)
+        if clash := sorted(more.keys() & amended.keys()):
+            raise BadInput(f"The method and the clipping rule both ask for {clash[0]!r}; rename one of them.")
         amended |= more
         self._admit(amended)
         self._watcher.asked(amended)
@@ -65,7 +67,8 @@ class Answers:
             self._watcher.summed(name, query, sums[name], found[name])
         self.charge()
         answers = {name: self._release(name, query, sums[name]) for name, query in amended.items()}
-        if amended.get("gradient") is not gradient and all(map(has_values, answers["gradient"].tensors.values())):
+        ruled = more or amended.get("gradient") is not gradient
+        if ruled and all(map(has_values, answers["gradient"].tensors.values())):
             self._core.rule.learn(answers["gradient"], {name: answers[name] for name in more})
         return tuple(answers[name] for name in queries)
 
@@ -134,7 +137,7 @@ class Answers:
                     self._numbers(queries, here, found, seen)
                     if beside is not None:
                         room = (beside.bound**2 - clipped.double().square()).clamp_min(0).sqrt()
-                        beside.add(query.beside.of(seen), len(losses), room)
+                        mine.beside.append(beside.add(query.beside.of(seen), len(losses), room))
         summed = total.complete()
         return summed if beside is None else {**summed, BESIDE: beside.total()}
 

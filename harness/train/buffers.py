@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from numbers import Number
 from typing import Any
 
@@ -19,18 +19,21 @@ _OWN = frozenset(
 State = dict[str, Any]
 
 
-def fingerprint(model: nn.Module, method: Any = None, weights: bool = False) -> State:
+def fingerprint(model: nn.Module, owners: Mapping[str, Any] | None = None, weights: bool = False) -> State:
     """What `changed` compares: buffers, tensors and numbers that modules hold as plain attributes, and parameters.
 
     Buffers and attributes (also inside a list or dict that an attribute holds) by content, to the bit. Parameters by address and
-    PyTorch's count of writes in place; weights: by content too, for a write to `p.data` is not counted. method: an object
-    whose attributes are looked at as those of modules are.
+    PyTorch's count of writes in place; weights: by content too, for a write to `p.data` is not counted. owners: by what they are
+    called, objects whose attributes are looked at as those of modules are.
     """
     found: State = {}
     for name, value in _state(model):
         found[name] = _content(value) if isinstance(value, torch.Tensor) else value
-    for key, held in vars(method).items() if method is not None else ():
-        for name, value in _held(f"method's attribute {key}", held):
+    attributes = (
+        (f"{owner}'s attribute {key}", v) for owner, o in (owners or {}).items() for key, v in vars(o).items()
+    )
+    for attribute, held in attributes:
+        for name, value in _held(attribute, held):
             if isinstance(value, torch.Tensor):
                 as_weight = value.nbytes > LARGE and not weights  # a copy of the weights, or moments
                 value = (value.data_ptr(), value._version) if as_weight else _content(value)
@@ -42,9 +45,9 @@ def fingerprint(model: nn.Module, method: Any = None, weights: bool = False) -> 
     return found
 
 
-def changed(before: State, model: nn.Module, method: Any = None) -> list[str]:
+def changed(before: State, model: nn.Module, owners: Mapping[str, Any] | None = None) -> list[str]:
     """Names of what differs from `before`, a fingerprint of the same model; the loop asks around the gradients of every step."""
-    after = fingerprint(model, method, weights=any(name.endswith("'s values") for name in before))
+    after = fingerprint(model, owners, weights=any(name.endswith("'s values") for name in before))
     names = sorted(before.keys() ^ after.keys())
     flags, compared = [], []
     for name in before.keys() & after.keys():

@@ -56,16 +56,18 @@ class Core:
 class Found:
     """What one query's examples were like, in the order of the microbatches: diagnostics, and what checks compare.
 
-    losses: [n]; norms: [n, groups] of gradients, [n, 1] of rows of numbers, before clipping; over: [n], them against the bound.
+    losses: [n]; norms: [n, groups] of gradients, [n, 1] of rows of numbers, before clipping; over: [n], them against the bound;
+    beside: [n] norms of the numbers beside a gradient, before they are cut.
     """
 
     losses: list[torch.Tensor] = field(default_factory=list)
     norms: list[torch.Tensor] = field(default_factory=list)
     over: list[torch.Tensor] = field(default_factory=list)
+    beside: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def finite(self) -> bool:
-        return all(bool(torch.isfinite(t).all()) for t in (*self.losses, *self.norms) if has_values(t))
+        return all(bool(torch.isfinite(t).all()) for t in (*self.losses, *self.norms, *self.beside) if has_values(t))
 
 
 class Watcher:

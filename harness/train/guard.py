@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -31,15 +32,15 @@ def rehearse(setup: Setup, run: Run, indices: Sequence[int], queries: dict[str, 
     if setup.device.type == "cuda":
         note_peak(setup, run)
     with setup.clock.stopped(), probes.uncounted():
-        before = buffers.fingerprint(setup.prepared.model)
+        before = buffers.fingerprint(setup.prepared.model, _owners(setup))
         for query in queries.values():
             if isinstance(query, Gradients) and setup.engine.needs_per_example:
                 bound = setup.core.bound(query)
                 with setup.engine.under(query.loss):
                     agreement.check(setup.engine, batch, _encodings(setup, query), bound, alone, _half(setup))
-        # weights were filled and emptied again
-        _refuse([name for name in buffers.changed(before, setup.prepared.model) if not name.startswith("parameter")])
         one_by_one(setup, queries, batch)
+        changed = buffers.changed(before, setup.prepared.model, _owners(setup))
+        _refuse([name for name in changed if not name.startswith("parameter")])  # weights were filled and emptied again
     if setup.device.type == "cuda":  # a later kind of step must not be measured by its check
         torch.cuda.reset_peak_memory_stats(setup.device)
 
@@ -94,16 +95,23 @@ def _together_and_alone(setup: Setup, indices: list[int], step: int) -> tuple[Ba
 
 @contextmanager
 def unchanged(setup: Setup, step: int) -> Iterator[None]:
-    """Raises CannotRun where model or method hold something else after the gradients of a private step than before them."""
+    """Raises CannotRun where model, method, decoder or clipping rule hold something else after a private pass than before it."""
     if not setup.private:
         yield
         return
     weights = agreement.due(step, setup.starts)
     with setup.clock.stopped(), probes.uncounted():
-        before = buffers.fingerprint(setup.prepared.model, setup.method, weights)
+        before = buffers.fingerprint(setup.prepared.model, _owners(setup), weights)
     yield
     with setup.clock.stopped(), probes.uncounted():
-        _refuse(buffers.changed(before, setup.prepared.model, setup.method))
+        _refuse(buffers.changed(before, setup.prepared.model, _owners(setup)))
+
+
+def _owners(setup: Setup) -> dict[str, Any]:
+    """What a question's `of` or `loss` could keep something of the examples in, besides the model."""
+    if not setup.private:
+        return {}
+    return {"method": setup.method, "decoder": setup.method.decoder, "clipping rule": setup.method.rule}
 
 
 def compare(setup: Setup, run: Run, indices: Sequence[int], query: Gradients, found: Found) -> None:

@@ -31,7 +31,8 @@ class Rows:
                 f"return [{count}, {self.size}]."
             )
         rows = rows.detach().double()
-        limit = rows.new_full((count,), self.bound) if bounds is None else bounds.double()
+        limit = torch.full((count,), self.bound, dtype=rows.dtype, device=rows.device)  # rows may be sparse
+        limit = limit if bounds is None else bounds.double()
         if rows.is_sparse:
             rows = rows.coalesce()
             owner, columns = rows.indices()

@@ -4,8 +4,8 @@ import pytest
 from audit_cases import SMALL
 
 from dpft.harness.audit.audit import audit
-from dpft.harness.audit.one_run import one_run
 from dpft.harness.audit.observe import observe
+from dpft.harness.audit.one_run import one_run
 from dpft.harness.audit.subject import Question
 from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.query.queries import Nothing
@@ -60,7 +60,7 @@ def test_a_second_question_of_a_step_is_audited_with_the_first():
     seen = observe(Question("dp-adafest", **SMALL))
     assert seen.names == {"touched": 24, "gradient": 24}
     rows = [step[1].tensors["embeddings.weight"].shape[0] for step in seen.kept]
-    assert 0 < min(rows) and len(set(rows)) > 3, "rows survive, and others in other steps"
+    assert min(rows) > 0 and len(set(rows)) > 3, "rows survive, and others in other steps"
     counts = {name: int(seen.noise.counts[:, own].sum()) for name, own in seen.noise.releases.items()}
     assert counts["touched"] == 24 * 32 and counts["gradient"] > 24 * 1000
 
