@@ -89,7 +89,7 @@ def predict(question: Question) -> Answer:
         return _peak(question, FakeTensorMode(allow_non_fake_inputs=True))
     except (DataDependentOutputException, DynamicOutputShapeException):
         raise CannotRun(
-            f"What {question.method} holds depends on values (it looks at spectra or counts, say), which a prediction has not; take its "
+            f"What {question.method} holds depends on values (spectra or counts, say), which a prediction has not; take its "
             "method without that decoder, or see peak_bytes in the record of a run."
         ) from None
 

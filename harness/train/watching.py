@@ -74,7 +74,9 @@ class StepWatcher(Watcher):
         """What the method made of its answers, before the optimizer."""
         run, method, step = self._run, self._setup.method, self._run.progress.step
         if self.evaluated and self._setup.private and not {Gradients, Nothing} & set(method.asks):
-            self._look, update = self._beside_gradients(), {name: update[name] for name in update}
+            self._look = self._beside_gradients()
+            with self._setup.clock.stopped(), probes.uncounted():
+                update = {name: update[name] for name in update}
         if self._look is not None:
             estimate, method.decoder.estimate = method.decoder.estimate, None
             self._look.at_update(update if estimate is None else estimate)
