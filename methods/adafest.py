@@ -1,6 +1,6 @@
 """Sparse gradients of embedding tables: DP-AdaFEST and DP-FEST (Ghazi et al., 2311.08357), and the table frozen.
 
-Prediction (design, METHODS.md 7): the word table is 11.7 of MiniLM's 22.6 million parameters, so leaving out all its noise wins
+Prediction: the word table is 11.7 of MiniLM's 22.6 million parameters, so leaving out all its noise wins
 at most sqrt(22.6 / 10.9) = 1.44 in alignment; at 256 examples a step only stop words survive the threshold, and
 `frozen-embeddings` does as well. Where it should pay is a table of millions of rows, by the size of the gradient.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from dpft.harness.errors import BadInput
 from dpft.harness.query.queries import Gradients, Values
 from dpft.methods.full import DPAdam
-from dpft.methods.tables import TableRows, token_table, unusable
+from dpft.methods.token_table import TableRows, token_table, unusable
 
 if TYPE_CHECKING:
     import torch

@@ -35,7 +35,7 @@ class DPZO(Method):
     summary = "no gradients: differences of losses along K random directions, K numbers released"
     reference = "arXiv:2401.04343"
     asks = (Values,)
-    defaults: ClassVar = {"optimizer": "sgd", "lr": 1e-3, "clip_norm": 1.0}
+    defaults: ClassVar = {"optimizer": "sgd", "lr": 1e-3, "clip_norm": 0.5}  # that of dp-sgd, over sqrt(16)
     options: ClassVar = {"directions": 16, "smoothing": 1e-3, "trains": "all", "head_lr_factor": 1.0}
     choices: ClassVar = {"trains": ("all", "head")}
     ranges: ClassVar = {"directions": (1, float("inf")), "smoothing": (1e-6, 1.0)}
@@ -51,9 +51,11 @@ class DPZO(Method):
             raise BadInput(
                 f"{self.name} releases {self.settings['directions']} numbers, no gradient; leave out decoder."
             )
-        if spec.mechanism != "gaussian" and self.settings["directions"] > 1:
+        alone = self.settings["directions"] == 1 and (spec.mechanism, spec.noise_shape) == ("laplace", "coordinates")
+        if spec.mechanism != "gaussian" and not alone:
             raise BadInput(
-                f"{self.name} with several directions has Gaussian noise only; set directions=1 or leave out mechanism."
+                f"{self.name} has Gaussian noise, and with directions=1 also mechanism=laplace with noise_shape=coordinates; "
+                "take one of them."
             )
 
     def skip(self, model: nn.Module) -> str | None:

@@ -93,7 +93,11 @@ BUGS = (
         "norm-squared-2", "the squared norm is compared with C = 2", UNLIKE, _clipping.squared_norms, {"clip_norm": 2.0}
     ),
     Bug(
-        "off-centre", "a count of 1 or 0 with the noise of 1/2 or -1/2", FAR, _clipping.off_centre, {"clipping": "quantile"}
+        "off-centre",
+        "a count of 1 or 0 with the noise of 1/2 or -1/2",
+        FAR,
+        _clipping.off_centre,
+        {"clipping": "quantile"},
     ),
     Bug(
         "scalars-apart",

@@ -21,10 +21,13 @@ GAMMA = 0.01  # of auto-s and psac, as published
 
 @dataclass(frozen=True)
 class Contributions:
-    """Of n canaries and one question, what is released side by side, fp32, in units of the question's bound.
+    """What n canaries are to add to the answer of one question, fp32, in units of its bound.
 
-    rows: [n, coordinates], what each is to add to the sum; norms: [n], lengths before clipping; parts: name -> number of
-    coordinates, in their order; gradients: whether it is a question for gradients.
+    Attributes:
+        rows: [n, coordinates], all that is released side by side.
+        norms: [n], lengths before clipping.
+        parts: name -> number of coordinates, in their order.
+        gradients: whether it is a question for gradients.
     """
 
     rows: torch.Tensor

@@ -26,8 +26,15 @@ from dpft.harness.train.parts import Run, Setup
 
 @dataclass(frozen=True)
 class Heard:
-    """One release. bound: of its question; noise_multiplier: its own, as booked; weight: the root of its share of the step, so
-    that side by side all releases of a step have one noise and one bound; rows: of the canaries; noisy: a copy."""
+    """One release.
+
+    Attributes:
+        bound: of its question.
+        noise_multiplier: its own, as booked.
+        weight: the root of its share of the step; times it, all releases of a step have one noise and one bound side by side.
+        rows: of the canaries, where they are noted.
+        noisy: a copy.
+    """
 
     name: str
     bound: float
@@ -157,7 +164,7 @@ class Counts:
 def counted(setup: Setup, empty: int | None = None) -> Counts:
     """Count what sampler and mechanism are asked for, whoever asks. empty: the number of the draw, from 0, whose batch is
     replaced by an empty one; the sampler goes on as ever."""
-    sample, release, made = setup.sampler.sample, setup.mechanism.release, Counts()
+    sample, original, made = setup.sampler.sample, setup.mechanism.release, Counts()
 
     def sampled() -> list[int]:
         drawn = list(sample())
@@ -167,7 +174,7 @@ def counted(setup: Setup, empty: int | None = None) -> Counts:
 
     def released(*arguments: Any, **more: Any) -> NoisySum:
         made.releases += 1
-        return release(*arguments, **more)
+        return original(*arguments, **more)
 
     setup.sampler.sample, setup.mechanism.release = sampled, released
     return made

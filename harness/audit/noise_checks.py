@@ -49,7 +49,7 @@ def _size(seen: Observation) -> Check:
 
 
 def _by_step(seen: Observation) -> Check:
-    """Whatever the size is, it must be that of every step: the spread of the steps' chi-squares, as normal quantiles, by release."""
+    """Whatever the size is, it must be that of every step: the spread of the chi-squares by release, as normal quantiles."""
     noise = seen.noise
     found = [_spread(noise.squares[:, own].sum(1), noise.counts[:, own].sum(1)) for own in noise.releases.values()]
     p, observed = min(found)

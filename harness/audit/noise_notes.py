@@ -24,15 +24,18 @@ Part = tuple[str, str]  # release and tensor
 
 @dataclass
 class Noise:
-    """T steps, P parts: a tensor of a release each. All [T, P] and [T, k] arrays are of the coordinates that were quiet: there
-    was only noise.
+    """T steps, P parts, a tensor of a release each. All is of coordinates that were quiet: there was only noise.
 
-    parts: [P], (release, tensor). squares, counts: [T, P], sum and number of squared entries. kept, quiet: [T, k], entries at k
-    coordinates that stay the same from step to step, and whether there was only noise; columns: part and encoded size -> its
-    part of the k, for a parameter may have another encoded shape in another phase; picks: the same -> the coordinates. largest:
-    [T], the largest magnitude. close: [T, 3], pairs of entries within CLOSE of each other (in magnitude), and their expected
-    number and variance. inner, own, common: [P, P], over the first SAMPLE entries of two parts side by side: sums of products,
-    of squares of the first, and number.
+    Attributes:
+        parts: [P], (release, tensor).
+        squares, counts: [T, P], sum and number of squared entries.
+        kept, quiet: [T, k], entries at k coordinates that stay the same from step to step, and whether there was only noise.
+        columns: part and encoded size -> its part of the k; a parameter may have another encoded shape in another phase.
+        picks: the same -> the coordinates.
+        largest: [T], the largest magnitude.
+        close: [T, 3], pairs of entries within CLOSE of each other (in magnitude), and their expected number and variance.
+        inner, own, common: [P, P], over the first SAMPLE entries of two parts side by side: sums of products, of squares of the
+            first, and number.
     """
 
     parts: list[Part]

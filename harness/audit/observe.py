@@ -31,16 +31,25 @@ class Observation:
     """What one run showed. n canaries, T steps that were taken. All releases of a step are seen side by side as one vector, each
     in its own bound and times the root of its share (see Directions): one sum of bound 1, one noise multiplier.
 
-    phases: [T], the number of the kind of step; empty: the step whose batch was made empty, which says nothing of the sampler.
-    times: [T, n], how often each was looked at in a pass of a step; strangers: the first step with a pass over others than were
-    sampled, or None; batches, releases: how many were drawn and made in all; names: how often each was released; declared: shares
-    by name, of every planned step; events: what was booked.
-    places: [n], the layer a canary aims at, -1 all of them. seen: [T, n], the releases times the expected batch size along what
-    each canary adds, less what the others add, in bounds; expected: [T, n], of those who are in the batch; norms: [T, n], of
-    their gradients, in bounds, zero where a phase does not ask for what they aim at; spread: [T, 3], the squared lengths of the
-    sums of the directions of those far above the bound and in the batch, of the others in it, and of those absent.
-    sampling_probability, noise_multiplier [T]: of each step, as booked. noise: in units of it.
-    kept: releases for the replays, of the first steps; states: fingerprints after each step, and after the run's end.
+    Attributes:
+        phases: [T], the number of the kind of step.
+        empty: the step whose batch was made empty, which says nothing of the sampler.
+        times: [T, n], how often each was looked at in the first pass of a step.
+        strangers: the first step with a pass over others than were sampled, or None.
+        batches, releases: how many were drawn and made in all.
+        names: how often each release was made.
+        declared: shares by name, of every planned step.
+        events: what was booked.
+        places: [n], the layer a canary aims at, -1 all of them.
+        seen: [T, n], the releases times the expected batch size along what each canary adds, less what the others add.
+        expected: [T, n], of those who are in the batch.
+        norms: [T, n], of their gradients, in bounds; zero where a phase does not ask for what they aim at.
+        spread: [T, 3], the squared lengths of the sums of the directions of those far above the bound and in the batch, of the
+            others in it, and of those absent.
+        sampling_probability, noise_multiplier: of each step [T], as booked.
+        noise: in units of it.
+        kept: releases for the replays, by step in their order, of the first steps.
+        states: fingerprints after each step, and after the run's end.
     """
 
     spec: RunSpec

@@ -57,7 +57,8 @@ class OneRun:
 def one_run(question: Question, progress: Callable[[str, int, int], None] = lambda what, done, of: None) -> OneRun:
     """Audit a whole training by what it did to the losses of its canaries. Raises BadInput for what cannot be audited.
 
-    A canary that is out is in no batch and adds nothing to any answer: zero-out neighbours. Score: how far its loss fell, over its magnitude.
+    A canary that is out is in no batch and adds nothing to any answer: zero-out neighbours. Score: how far its loss fell, over
+    its magnitude.
     """
     if question.canaries > MOST:
         raise BadInput(f"--one-run takes at most {MOST} canaries, not {question.canaries}; take fewer.")

@@ -31,7 +31,9 @@ def unchecked() -> Iterator[None]:
         yield
 
 
-def released(around: Callable[[Callable[[Sums], Any], Mechanism, Sums], Any], of: Callable[[Sums], bool] = lambda s: True):
+def released(
+    around: Callable[[Callable[[Sums], Any], Mechanism, Sums], Any], of: Callable[[Sums], bool] = lambda s: True
+):
     """Every release is `around(ask, mechanism, clipped sum)` instead, where `ask` is the mechanism's own. of: of which sums."""
 
     def make(original):

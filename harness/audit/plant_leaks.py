@@ -14,7 +14,7 @@ from dpft.harness.train import loop
 from dpft.methods.clipping.quantile import Quantile
 from dpft.methods.full import DPAdam
 from dpft.methods.grape import DPGRAPE
-from dpft.methods.tables import TableRows
+from dpft.methods.token_table import TableRows
 
 
 @contextlib.contextmanager

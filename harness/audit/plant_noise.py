@@ -12,7 +12,7 @@ from dpft.harness.audit.patches import altered_noise, batches, numbers, released
 from dpft.harness.audit.subject import MICROBATCH
 from dpft.methods import projection
 from dpft.methods.sparta import Sparta
-from dpft.methods.tables import TableRows
+from dpft.methods.token_table import TableRows
 from dpft.methods.zeroth import DPZO
 
 

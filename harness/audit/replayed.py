@@ -90,9 +90,9 @@ def replay(
         aim(setup)
         setup = dataclasses.replace(setup, mechanism=_rekeyed(setup, question))
         setup.sampler.sample = lambda: []
-        release = setup.mechanism.release
+        original = setup.mechanism.release
         listener = _Redrawing(setup, run, seen, redrawn)
-        hand_out(setup, run, seen, lambda *sums: listener.fresh.append(release(*sums)))
+        hand_out(setup, run, seen, lambda *sums: listener.fresh.append(original(*sums)))
         try:
             with listening(listener):
                 train(setup, after, run)

@@ -32,7 +32,7 @@ def of_audit(found: Audit) -> str:
         "correct method when every average is exactly as expected",
         f"sensitivity        {found.sensitivity.worst:.6f} C at most, over {found.sensitivity.pairs} pairs of neighbouring "
         f"batches without noise{_by_phases(found)}",
-        f"contributions      {found.sensitivity.off:.2g} C at most from the clipped gradient (norm {found.sensitivity.of:.3g} C)",
+        f"contributions      {found.sensitivity.off:.2g} C at most from what it should be (of norm {found.sensitivity.of:.3g} C)",
         f"replay             {_replay(found)}",
         f"booked             {_booking(found)}",
         f"p-values           alarms under {LEVEL:g}/{len(found.checks)}: {', '.join(found.alarms) or 'none'}",

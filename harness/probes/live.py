@@ -68,7 +68,8 @@ class LiveBytes(TorchDispatchMode):
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor):
                 known = self._shapes.get(tuple(tensor.shape)) if self.clock.phase in ("backward", "clip") else None
-                self._add(tensor, known or category)
+                for held in _held(tensor):
+                    self._add(held, known or category)
         return out
 
     def _add(self, tensor: torch.Tensor, category: str) -> None:
@@ -87,3 +88,8 @@ class LiveBytes(TorchDispatchMode):
         del self._known[key]
         self.live[category] -= size
         self._total -= size
+
+
+def _held(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors that have memory: of a sparse one (COO) its indices and its values."""
+    return (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)

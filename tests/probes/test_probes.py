@@ -63,6 +63,13 @@ def test_live_bytes_of_each_phase_at_the_peak():
     assert live.live["activations"] == 0 and len(view) == 7
 
 
+def test_a_sparse_tensor_is_what_its_indices_and_values_take():
+    rows, values = torch.arange(4)[None], torch.ones(4, 1000)
+    with LiveBytes(Clock(torch.device("cpu"))) as live:
+        table = torch.sparse_coo_tensor(rows, values + 1, (10**6, 1000), is_coalesced=True, check_invariants=False)
+    assert sum(live.peak.values()) == 4 * 1000 * 4 + rows.nbytes and table.shape[0] == 10**6
+
+
 def test_clock_adds_up_and_starts_again():
     clock = Clock(torch.device("cpu"))
     for _ in range(2):
