@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from asking import heard, recorded
-from small_runs import a_spec, not_private, quiet, stopped, trained, weights
+from small_runs import a_spec, not_private, quiet, trained, weights
 
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import PlainEngine, zero_sums
@@ -86,9 +86,20 @@ def test_a_run_is_recorded_spends_its_budget_and_trains_what_it_says(method, tin
     assert setup.head <= set(setup.parameters), "the head must train"
 
 
+WHOLE, PLAINLY = {}, {}  # runs that several tests compare others with
+
+
+def whole(setup_of, method, rule):
+    """A run without interruption, and the weights at its end."""
+    if (method, rule) not in WHOLE:
+        setup = with_rule(setup_of, method, rule)
+        WHOLE[method, rule] = trained(setup), weights(setup)
+    return WHOLE[method, rule]
+
+
 @pytest.mark.parametrize("method, rule", ALL)
 def test_same_seed_gives_the_same_curve_bit_for_bit(method, rule, setup_of):
-    first, second = (trained(with_rule(setup_of, method, rule)) for _ in range(2))
+    first, second = whole(setup_of, method, rule)[0], trained(with_rule(setup_of, method, rule))
     assert first.progress.curve == second.progress.curve and first.outcome.final == second.outcome.final
     other = trained(with_rule(setup_of, method, rule, seed=1))
     assert other.progress.curve != first.progress.curve
@@ -117,20 +128,19 @@ def stopped_inside(setup, at=2):
         trained(dataclasses.replace(setup, checkpoint_seconds=0.0))
 
 
-@pytest.mark.parametrize("where", [stopped, stopped_inside])
 @pytest.mark.parametrize("method, rule", ALL)
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(method, rule, where, setup_of, tmp_path):
-    whole_setup = with_rule(setup_of, method, rule)
-    whole, path, seen = trained(whole_setup), tmp_path / "run.ckpt", []
-    where(with_rule(setup_of, method, rule, path))
-    resumed_setup = with_rule(setup_of, method, rule, path)
-    resumed = trained(resumed_setup, lambda step, row: seen.append(step))
+def test_a_run_that_stops_between_two_answers_resumes_bit_for_bit(method, rule, setup_of, tmp_path):
+    made, final = whole(setup_of, method, rule)
+    path, seen = tmp_path / "run.ckpt", []
+    stopped_inside(with_rule(setup_of, method, rule, path))
+    setup = with_rule(setup_of, method, rule, path)
+    resumed = trained(setup, lambda step, row: seen.append(step))
     assert seen == [3, 4], "steps 1 and 2 must come from the checkpoint"
-    one, other = resumed.progress, whole.progress
-    assert one.curve == other.curve and resumed.outcome.final == whole.outcome.final
+    one, other = resumed.progress, made.progress
+    assert one.curve == other.curve and resumed.outcome.final == made.outcome.final
     assert one.ledger.events == other.ledger.events and one.chain == other.chain
-    for name, value in weights(resumed_setup).items():
-        assert torch.equal(value, weights(whole_setup)[name])
+    for name, value in weights(setup).items():
+        assert torch.equal(value, final[name])
 
 
 def test_a_damaged_or_foreign_checkpoint_is_not_used(setup_of, tmp_path):
@@ -206,11 +216,8 @@ def vector(sums):
     return torch.cat([tensor.flatten().double() for tensor in sums.values()])
 
 
-PLAINLY = {}
-
-
 def plainly(setup_of, method, rule, clip_norm=0.1):
-    """A run on BATCHES that several tests compare others with."""
+    """A run on BATCHES."""
     if (method, rule, clip_norm) not in PLAINLY:
         setup = with_rule(setup_of, method, rule, clip_norm=clip_norm)
         PLAINLY[method, rule, clip_norm] = recorded(setup, BATCHES)
@@ -255,10 +262,10 @@ def test_an_example_outside_of_the_batch_changes_nothing(method, rule, setup_of)
 
 @pytest.mark.parametrize("method, rule", CASES)
 def test_sums_do_not_depend_on_the_microbatches(method, rule, setup_of):
-    whole, _ = plainly(setup_of, method, rule)
+    together, _ = plainly(setup_of, method, rule)
     setup = dataclasses.replace(with_rule(setup_of, method, rule, clip_norm=0.1), max_tokens=25)
-    pieces, _ = recorded(setup, BATCHES, whole)
-    for one, other in zip(pieces, whole, strict=True):
+    pieces, _ = recorded(setup, BATCHES, together)
+    for one, other in zip(pieces, together, strict=True):
         assert float((vector(one.clean) - vector(other.clean)).norm()) <= 1e-3 * one.bound
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from closures import Source, keeping
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [p for room in ("harness", "methods", "tasks") for p in (ROOT / room).rglob("*.py")]
@@ -68,20 +69,36 @@ def calls(path):
 READERS = ("harness/report/", "harness/audit/", "harness/records/verifying/")  # of ledgers that are written
 
 
-def test_only_the_loop_releases_and_books():
+DANGEROUS = {
+    "accumulate", "backward", "GaussianMechanism", "grad", "Mechanism", "NoisySum", "release", "sample", "secret_source",
+    "source", "stream",
+}  # fmt: skip
+
+
+def test_only_one_place_releases_and_one_books():
     """The privacy boundary: nobody else asks the mechanism for noise, makes a NoisySum or writes the ledger."""
     for path in SOURCES:
         found, name = set(calls(path)), room(path)
-        # bench calls it as the loop does, on weights that are thrown away
-        assert ("release" in found) == (name in ("harness/train/loop.py", "harness/bench/peers.py")), path
+        if not name.startswith("harness/audit/"):  # which listens there, and plants bugs
+            assert ("release" in found) == (name == "harness/train/answer.py"), path
         assert ("NoisySum" in found) == (name == "harness/train/mechanism.py"), path
         if "append" in found and "ledger" in path.read_text().lower() and not name.startswith("harness/privacy"):
             # audits read it, and plant a loop that books too little
             assert name in ("harness/train/loop.py",) or name.startswith(READERS), path
-        if name.startswith("methods/"):
-            assert not found & {"accumulate", "sample", "GaussianMechanism", "stream", "source", "backward", "grad"}, (
-                path
-            )
+
+
+def test_methods_see_no_more_of_examples_than_answers():
+    paths = [path for path in SOURCES if room(path).startswith("methods/")]
+    for path in paths:
+        assert not set(calls(path)) & DANGEROUS, path
+        assert not [name for name in imports(path) if name.startswith("dpft.harness.train")], path
+    read = {path: Source(path.read_text()) for path in paths}
+    asking = 0
+    for path, source in read.items():
+        source.others = [other for other in read.values() if other is not source]
+        asking += len(list(source.handed()))
+        assert keeping(source) == [], path
+    assert asking >= 5
 
 
 def test_files_stay_small():

@@ -107,6 +107,9 @@ def _peak(question: Question, mode: FakeTensorMode | None) -> Answer:
         logits = "whole" if question.method in ENGINES else question.logits
         model = skeletons.build(question.model, question.head, logits)
         batch = skeletons.batch(model, question.batch, question.length)
+    if mode is None:  # what was allocated may be anything, and a step that is not finite ends
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.02)
     step, model, shapes = _step(question, model, mode)
     live = LiveBytes(getattr(step, "clock", _Idle()), shapes)
     live.label("parameters", model.parameters())

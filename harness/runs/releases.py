@@ -20,7 +20,7 @@ def shares(method: Any, step: int) -> dict[str, float]:
 
     method: with `releases(step)`, and its ClippingRule in `rule`. Raises BadInput, naming the step, where they do not add up.
     """
-    return _together(method.name, step, method.releases(step), method.rule)
+    return _together(_called(method), step, method.releases(step), method.rule)
 
 
 def schedule(method: Any, rule: Any, steps: int) -> Schedule:
@@ -30,7 +30,7 @@ def schedule(method: Any, rule: Any, steps: int) -> Schedule:
     for step in range(steps):
         declared = method.releases(step)
         if last is None or declared != last:
-            together = _together(method.name, step, declared, rule)
+            together = _together(_called(method), step, declared, rule)
             last = dict(declared)
             if not found or found[-1][2] != together:
                 found.append((step, step, together))
@@ -43,7 +43,7 @@ def _together(name: str, step: int, declared: Any, rule: Any) -> dict[str, float
     beside: Mapping[str, float] = rule.shares() if GRADIENT in found else {}
     if not beside:
         return found
-    called = getattr(rule, "name", type(rule).__name__)
+    called = _called(rule)
     if clash := sorted(found.keys() & beside.keys()):
         raise BadInput(f"{name} and the clipping rule {called} both release {clash[0]!r}; rename one of them.")
     rest = 1 - math.fsum(share for share in beside.values() if isinstance(share, (int, float)))
@@ -51,3 +51,8 @@ def _together(name: str, step: int, declared: Any, rule: Any) -> dict[str, float
     whole = found[GRADIENT]
     found |= {part: whole * share for part, share in parts.items()}
     return checked(found, f"Step {step} of {name} with the clipping rule {called}")
+
+
+def _called(part: Any) -> str:
+    """Its name; the base class, which `dpft bench` trains with, has none."""
+    return getattr(part, "name", type(part).__name__)

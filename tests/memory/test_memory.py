@@ -139,7 +139,7 @@ def test_bad_questions_are_answered_in_one_sentence(tmp_path):
         (Question("small-vit", "dp-adam", 4, head="tail"), "no head 'tail'"),
         (Question(str(tmp_path), "dp-adam", 4), "holds no transformers model"),
         (Question("small-roberta", "rmt", 4, 24), "depends on values"),
-        (Question("small-roberta", "sparta", 4, 24), "trains in phases"),
+        (Question("small-roberta", "sparta", 4, 24), "has kinds of steps"),
     ):
         with pytest.raises(BadInput, match=message):
             predict(question)
