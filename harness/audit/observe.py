@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import torch
 
-from dpft.harness.audit.directions import joint
+from dpft.harness.audit.directions import Directions, joint
 from dpft.harness.audit.listening import Counts, Heard, Listener, Step, counted, listening
 from dpft.harness.audit.noise_notes import FEW, Noise, Notes
 from dpft.harness.audit.subject import Question, aim, built, fingerprints, train
@@ -191,8 +191,11 @@ def _note(setup, diary: _Diary, made: Counts, step: Step) -> None:
     times = torch.zeros(count)
     for one in step.passes[:1] or [sampled]:
         times.index_add_(0, torch.tensor(one, dtype=torch.long), torch.ones(len(one)))
-    found = joint([(heard.rows, heard.weight) for heard in step.heard])
-    flat = torch.cat([heard.flat * heard.weight for heard in step.heard])
+    nothing = torch.zeros(count, 0)  # a step may declare releases and ask for none
+    found = (
+        joint([(heard.rows, heard.weight) for heard in step.heard]) if step.heard else Directions(nothing, times * 0)
+    )
+    flat = torch.cat([nothing[0], *(heard.flat * heard.weight for heard in step.heard)])
     batch, expected, units = times @ found.rows, found.expected, found.units
     others = units @ batch - times * expected
     rows = {
@@ -225,8 +228,8 @@ def _note_noise(notes: Notes, heard: list[Heard], times: torch.Tensor) -> None:
             quiet.append(still)
             start += group
         sizes |= {(one.name, name): size for name, size in parts.items()}
-    if sizes:
-        notes.add(sizes, torch.cat(entries), torch.cat(quiet))
+    nothing = torch.zeros(0)
+    notes.add(sizes, torch.cat([nothing, *entries]), torch.cat([nothing.bool(), *quiet]))
 
 
 def _spread(units: torch.Tensor, norms: torch.Tensor, member: torch.Tensor) -> torch.Tensor:

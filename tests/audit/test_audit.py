@@ -89,6 +89,16 @@ def test_a_method_in_phases_is_audited_in_each():
     assert one_run(Question("sparta", **SMALL)).verdict == "consistent"
 
 
+def test_what_is_declared_and_not_asked_stays_paid_for_and_is_no_violation(monkeypatch):
+    from dpft.methods.subset import LastLayer
+
+    step_of = LastLayer.step
+    monkeypatch.setattr(LastLayer, "step", lambda self, ask, step: {} if step % 3 else step_of(self, ask, step))
+    found = audit(Question("last-layer", **SMALL))
+    assert found.verdict == "consistent", found
+    assert (found.booking.releases, found.booking.releases_booked) == (8, 24)
+
+
 @pytest.mark.parametrize("more", [{"sampling_rate": 1.0, "steps": 4}, {"steps": 2, "canaries": 24}])
 def test_nor_are_runs_that_show_little(more):
     assert audit(Question("dp-adam", **{**SMALL, **more})).verdict == "consistent"
