@@ -233,7 +233,7 @@ def several(tmp_path):
 
 def test_a_plan_says_what_is_released_when(several):
     from dpft.harness.runs.plan import plan
-    from dpft.harness.runs.spec import resolve
+    from dpft.harness.runs.resolve import resolve
 
     spec = resolve({"task": "digits", "method": cases.NAME, "steps": 12, "batch_size": 40})
     made = plan(spec, None)
@@ -253,7 +253,7 @@ def test_a_plan_says_what_is_released_when(several):
 
 def test_a_run_of_one_release_is_planned_as_ever():
     from dpft.harness.runs.plan import plan
-    from dpft.harness.runs.spec import resolve
+    from dpft.harness.runs.resolve import resolve
 
     made = plan(resolve({"task": "digits", "method": "dp-adam", "steps": 12, "batch_size": 40}), None)
     assert (
