@@ -40,8 +40,8 @@ class Contributions:
 class Directions:
     """Of n canaries, all releases of a step side by side, each times the root of its share: one Gaussian sum of bound 1.
 
-    rows: [n, coordinates], what each canary is to add; norms: [n], lengths before clipping of what asks for gradients, the least
-    of several, in bounds; where nothing does, of the numbers, and infinite where those fill their bound.
+    rows: [n, coordinates], what each canary is to add; never longer than 1. norms: [n], lengths before clipping of what asks for
+    gradients, the least of several, in bounds; where nothing does, of the numbers, and infinite where those fill their bound.
     """
 
     rows: torch.Tensor
@@ -49,21 +49,16 @@ class Directions:
 
     @property
     def expected(self) -> torch.Tensor:
-        """What each adds along its own direction, [n]: never above 1."""
-        return self.rows.norm(dim=1)
-
-    @property
-    def units(self) -> torch.Tensor:
-        """[n, coordinates], of length 1; zero where a canary adds nothing."""
-        return self.rows / self.expected.clamp_min(1e-30)[:, None]
+        """The squared length of each row, [n]: what a canary adds along its own."""
+        return self.rows.square().sum(1)
 
 
-def joint(parts: Sequence[tuple[Contributions, float]]) -> Directions:
-    """Of the releases of a step, in their order, each with its weight."""
+def joint(parts: Sequence[tuple[Contributions, float]], norms: torch.Tensor | None = None) -> Directions:
+    """Of the releases of a step, in their order, each with its weight. norms: instead of those of the questions."""
     asked = [rows for rows, _ in parts if rows.gradients]
-    if asked:
+    if norms is None and asked:
         norms = torch.stack([rows.norms for rows in asked]).amin(0)
-    else:
+    elif norms is None:
         full = [torch.where(r.norms >= 1 - 1e-6, torch.inf, r.norms.double()) for r, _ in parts]
         norms = torch.stack(full).amin(0)
     return Directions(torch.cat([rows.rows * weight for rows, weight in parts], 1), norms)

@@ -16,7 +16,7 @@ from dpft.harness.audit.directions import Contributions, breath
 from dpft.harness.privacy.shares import noise_multiplier
 from dpft.harness.probes import uncounted
 from dpft.harness.query.noisy_sum import NoisySum
-from dpft.harness.query.queries import Query, Values
+from dpft.harness.query.queries import Gradients, Query, Values, named
 from dpft.harness.train import loop
 from dpft.harness.train.answer import Answers
 from dpft.harness.train.core import Watcher
@@ -51,10 +51,12 @@ class Heard:
 
 @dataclass
 class Step:
-    """What was heard of one step. passes: who was looked at in each pass over the batch, in order."""
+    """What was heard of one step. passes: who was looked at in each pass over the batch, in order. norms: [n], of the canaries'
+    gradients before the step's first noise, in clip norms, where a later question may depend on it; or None."""
 
     passes: list[list[int]] = field(default_factory=list)
     heard: list[Heard] = field(default_factory=list)
+    norms: torch.Tensor | None = None
 
 
 class Listener(Watcher):
@@ -74,6 +76,9 @@ class Listener(Watcher):
         canaries = self._canaries(self._run.progress.step)
         with uncounted():
             rows = breath(self._setup, queries, canaries) if canaries else {}
+            more = self._shares.keys() - queries.keys()
+            if canaries and more and not self._asked and not named(queries, Gradients):
+                self.step.norms = breath(self._setup, {"gradient": Gradients()}, canaries)["gradient"].norms
         self._asked |= {name: (self._bound(query), rows.get(name)) for name, query in queries.items()}
 
     def released(self, name: str, noisy: NoisySum) -> None:

@@ -41,11 +41,12 @@ class Observation:
         declared: shares by name, of every planned step.
         events: what was booked.
         places: [n], the layer a canary aims at, -1 all of them.
-        seen: [T, n], the releases times the expected batch size along what each canary adds, less what the others add.
-        expected: [T, n], of those who are in the batch.
-        norms: [T, n], of their gradients, in bounds; zero where a phase does not ask for what they aim at.
-        spread: [T, 3], the squared lengths of the sums of the directions of those far above the bound and in the batch, of the
-            others in it, and of those absent.
+        seen: [T, n], the releases times the expected batch size along what each canary is to add, less what the others add.
+        expected: [T, n], of those who are in the batch: the squared length of what they are to add.
+        norms: [T, n], of their gradients, in bounds, as known before the step's noise; zero where it does not ask for what they
+            aim at.
+        spread: [T, 3], the squared lengths of the sums of what is to be added by those far above the bound and in the batch, by
+            the others in it, and by those absent.
         sampling_probability, noise_multiplier: of each step [T], as booked.
         noise: in units of it.
         kept: releases for the replays, by step in their order, of the first steps.
@@ -192,18 +193,18 @@ def _note(setup, diary: _Diary, made: Counts, step: Step) -> None:
     for one in step.passes[:1] or [sampled]:
         times.index_add_(0, torch.tensor(one, dtype=torch.long), torch.ones(len(one)))
     nothing = torch.zeros(count, 0)  # a step may declare releases and ask for none
-    found = (
-        joint([(heard.rows, heard.weight) for heard in step.heard]) if step.heard else Directions(nothing, times * 0)
-    )
+    parts = [(heard.rows, heard.weight) for heard in step.heard]
+    found = joint(parts, step.norms) if parts else Directions(nothing, times * 0)
     flat = torch.cat([nothing[0], *(heard.flat * heard.weight for heard in step.heard)])
-    batch, expected, units = times @ found.rows, found.expected, found.units
-    others = units @ batch - times * expected
+    # along a row as it is, not as a unit vector: where a second question follows the first answer, so does the row's length
+    batch, expected = times @ found.rows, found.expected
+    others = found.rows @ batch - times * expected
     rows = {
         "times": times.to(torch.int64),
-        "seen": (units @ flat - others).double(),
+        "seen": (found.rows @ flat - others).double(),
         "expected": expected.double(),
         "norms": found.norms.double(),
-        "spread": _spread(units, found.norms, times > 0),
+        "spread": _spread(found.rows, found.norms, times > 0),
     }
     for key, value in rows.items():
         diary.columns[key].append(value.numpy())
@@ -232,8 +233,8 @@ def _note_noise(notes: Notes, heard: list[Heard], times: torch.Tensor) -> None:
     notes.add(sizes, torch.cat([nothing, *entries]), torch.cat([nothing.bool(), *quiet]))
 
 
-def _spread(units: torch.Tensor, norms: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
-    """Squared lengths of sums of directions: the variance of the sum of what is seen along them, in noise variances."""
+def _spread(rows: torch.Tensor, norms: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
+    """Squared lengths of sums of rows: the variance of the sum of what is seen along them, in noise variances."""
     far = norms >= FAR
     groups = (member & far, member & ~far, ~member)
-    return torch.stack([units[group].sum(0).double().square().sum() for group in groups])
+    return torch.stack([rows[group].sum(0).double().square().sum() for group in groups])

@@ -33,7 +33,7 @@ def simulated(rng, steps=40, canaries=32, q=0.25, sigma=2.0, noise=None):
     times = (rng.random((steps, canaries)) < q).astype(int)
     times[steps // 2] = 0
     norms = numpy.where(numpy.arange(canaries) % 4 == 1, 0.5, 100.0) * numpy.ones((steps, 1))
-    expected, member, far = norms.clip(max=1), times > 0, norms >= 20
+    length, member, far = norms.clip(max=1), times > 0, norms >= 20
     return Observation(
         spec=Question("dp-sgd", steps=steps, canaries=canaries, sampling_rate=q).spec(),
         privacy=None,
@@ -47,10 +47,10 @@ def simulated(rng, steps=40, canaries=32, q=0.25, sigma=2.0, noise=None):
         declared=[],
         events=[],
         places=numpy.array([i % 4 if i % 4 == 3 else -1 for i in range(canaries)]),
-        seen=member * expected + sigma * rng.standard_normal((steps, canaries)),
-        expected=expected,
+        seen=member * length**2 + sigma * length * rng.standard_normal((steps, canaries)),
+        expected=length**2,
         norms=norms,
-        spread=numpy.stack([group.sum(1) for group in (member & far, member & ~far, ~member)], 1),
+        spread=numpy.stack([(group * length**2).sum(1) for group in (member & far, member & ~far, ~member)], 1),
         sampling_probability=q,
         noise_multiplier=numpy.full(steps, sigma),
         noise=noise or noted(rng, steps),
