@@ -29,9 +29,14 @@ PARAMETERISED = [name for name in PRIVATE if "decoder" not in registry.method(na
 DISTINCT = [name for name in METHODS if not registry.method(name).decoder_options]
 
 
-def takes(method, rule):
+def settings_of(how):
+    """`clipping=quantile,clip_groups=layer` as settings of a run; `` is the method as it is."""
+    return dict(pair.split("=") for pair in how.split(",") if pair)
+
+
+def takes(method, how):
     try:
-        resolve({"task": "sst2", "method": method, "clipping": rule})
+        resolve({"task": "sst2", "method": method, **settings_of(how)})
     except BadInput:
         return False
     return True
@@ -40,14 +45,24 @@ def takes(method, rule):
 # Every other clipping rule: one that asks or adapts with a method for each way of asking, a fixed one with one method.
 ASKING = {registry.method(name).step: name for name in reversed(PARAMETERISED)}.values()
 WITH_RULES = [
-    (method, name)
+    (method, f"clipping={name}{groups}")
     for name, rule in sorted(registry.clippings().items())
     if name != "abadi"
-    for method in (ASKING if rule.adaptive or rule.amend is not ClippingRule.amend else ["dp-adam"])
-    if takes(method, name)
+    for asks in [rule.adaptive or rule.amend is not ClippingRule.amend]
+    for method, groups in [(m, "") for m in (ASKING if asks else ["dp-adam"])]
+    + asks * [("dp-adam", ",clip_groups=layer")]
+    if takes(method, f"clipping={name}{groups}")
 ]
-CASES = [(method, "abadi") for method in PARAMETERISED] + WITH_RULES
-ALL = [(method, "abadi") for method in METHODS] + WITH_RULES
+# Every choice of a method's own, which may be another question.
+WITH_CHOICES = [
+    (method, f"{option}={choice}")
+    for method in PARAMETERISED
+    for option, choices in registry.method(method).choices.items()
+    for choice in choices
+    if choice != registry.method(method).options[option] and takes(method, f"{option}={choice}")
+]
+CASES = [(method, "") for method in PARAMETERISED] + WITH_RULES + WITH_CHOICES
+ALL = [(method, "") for method in METHODS] + WITH_RULES + WITH_CHOICES
 BATCHES = [list(range(20 * step, 20 * step + 6)) for step in range(4)]
 
 
@@ -55,8 +70,8 @@ def decoder_of(method):
     return registry.make(method, registry.method(method).defaults.get("decoder", "mean"), {}).decoder
 
 
-def with_rule(setup_of, method, rule, path=None, **more):
-    return setup_of(method, path, **({} if rule == "abadi" else {"clipping": rule}), **more)
+def built(setup_of, method, how, path=None, **more):
+    return setup_of(method, path, **settings_of(how), **more)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -90,19 +105,19 @@ def test_a_run_is_recorded_spends_its_budget_and_trains_what_it_says(method, tin
 WHOLE, PLAINLY = {}, {}  # runs that several tests compare others with
 
 
-def whole(setup_of, method, rule):
+def whole(setup_of, method, how):
     """A run without interruption, and the weights at its end."""
-    if (method, rule) not in WHOLE:
-        setup = with_rule(setup_of, method, rule)
-        WHOLE[method, rule] = trained(setup), weights(setup)
-    return WHOLE[method, rule]
+    if (method, how) not in WHOLE:
+        setup = built(setup_of, method, how)
+        WHOLE[method, how] = trained(setup), weights(setup)
+    return WHOLE[method, how]
 
 
-@pytest.mark.parametrize("method, rule", ALL)
-def test_same_seed_gives_the_same_curve_bit_for_bit(method, rule, setup_of):
-    first, second = whole(setup_of, method, rule)[0], trained(with_rule(setup_of, method, rule))
+@pytest.mark.parametrize("method, how", ALL)
+def test_same_seed_gives_the_same_curve_bit_for_bit(method, how, setup_of):
+    first, second = whole(setup_of, method, how)[0], trained(built(setup_of, method, how))
     assert first.progress.curve == second.progress.curve and first.outcome.final == second.outcome.final
-    other = trained(with_rule(setup_of, method, rule, seed=1))
+    other = trained(built(setup_of, method, how, seed=1))
     assert other.progress.curve != first.progress.curve
 
 
@@ -129,12 +144,12 @@ def stopped_inside(setup, at=2):
         trained(dataclasses.replace(setup, checkpoint_seconds=0.0))
 
 
-@pytest.mark.parametrize("method, rule", ALL)
-def test_a_run_that_stops_between_two_answers_resumes_bit_for_bit(method, rule, setup_of, tmp_path):
-    made, final = whole(setup_of, method, rule)
+@pytest.mark.parametrize("method, how", ALL)
+def test_a_run_that_stops_between_two_answers_resumes_bit_for_bit(method, how, setup_of, tmp_path):
+    made, final = whole(setup_of, method, how)
     path, seen = tmp_path / "run.ckpt", []
-    stopped_inside(with_rule(setup_of, method, rule, path))
-    setup = with_rule(setup_of, method, rule, path)
+    stopped_inside(built(setup_of, method, how, path))
+    setup = built(setup_of, method, how, path)
     resumed = trained(setup, lambda step, row: seen.append(step))
     assert seen == [3, 4], "steps 1 and 2 must come from the checkpoint"
     one, other = resumed.progress, made.progress
@@ -199,9 +214,9 @@ def test_zero_noise_and_infinite_clip_is_the_non_private_optimizer(method, setup
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-5, name
 
 
-@pytest.mark.parametrize("method, rule", [(m, "abadi") for m in PRIVATE] + WITH_RULES)
-def test_an_empty_batch_has_sums_of_zero_and_adds_noise_and_steps_and_is_charged(method, rule, setup_of):
-    setup = with_rule(setup_of, method, rule)
+@pytest.mark.parametrize("method, how", [(m, "") for m in PRIVATE] + WITH_RULES + WITH_CHOICES)
+def test_an_empty_batch_has_sums_of_zero_and_adds_noise_and_steps_and_is_charged(method, how, setup_of):
+    setup = built(setup_of, method, how)
     before = weights(setup)
     found, made = recorded(setup, [[]] * 4)
     assert made.progress.ledger.steps == 4 and {one.step for one in found} == set(range(4))
@@ -217,24 +232,24 @@ def vector(sums):
     return torch.cat([tensor.flatten().double() for tensor in sums.values()])
 
 
-def plainly(setup_of, method, rule, clip_norm=0.1):
+def plainly(setup_of, method, how, clip_norm=0.1):
     """A run on BATCHES."""
-    if (method, rule, clip_norm) not in PLAINLY:
-        setup = with_rule(setup_of, method, rule, clip_norm=clip_norm)
-        PLAINLY[method, rule, clip_norm] = recorded(setup, BATCHES)
-    return PLAINLY[method, rule, clip_norm]
+    if (method, how, clip_norm) not in PLAINLY:
+        setup = built(setup_of, method, how, clip_norm=clip_norm)
+        PLAINLY[method, how, clip_norm] = recorded(setup, BATCHES)
+    return PLAINLY[method, how, clip_norm]
 
 
-@pytest.mark.parametrize("method, rule", CASES)
-def test_one_example_moves_all_releases_of_a_step_by_no_more_than_one_ball(method, rule, setup_of):
+@pytest.mark.parametrize("method, how", CASES)
+def test_one_example_moves_all_releases_of_a_step_by_no_more_than_one_ball(method, how, setup_of):
     """Each release by its bound, and all of them, in units of bounds and shares, by what one release may.
 
     Both runs get the same answers.
     """
-    for clip_norm in (0.1, 3.0) if rule != "abadi" else (0.1,):  # below all gradients, and above most of them
-        without, _ = plainly(setup_of, method, rule, clip_norm)
+    for clip_norm in (0.1, 3.0) if "clipping" in how else (0.1,):  # below all gradients, and above most of them
+        without, _ = plainly(setup_of, method, how, clip_norm)
         more = [[*batch, 300 + step] for step, batch in enumerate(BATCHES)]
-        beside, _ = recorded(with_rule(setup_of, method, rule, clip_norm=clip_norm), more, without)
+        beside, _ = recorded(built(setup_of, method, how, clip_norm=clip_norm), more, without)
         spent, shared = dict.fromkeys(range(4), 0.0), dict.fromkeys(range(4), 0.0)
         for one, other in zip(beside, without, strict=True):
             assert (one.step, one.bound, one.share) == (other.step, other.bound, other.share)
@@ -246,10 +261,10 @@ def test_one_example_moves_all_releases_of_a_step_by_no_more_than_one_ball(metho
         assert method in BLIND or min(spent.values()) > 0.01, "an example that moves nothing tests nothing"
 
 
-@pytest.mark.parametrize("method, rule", CASES)
-def test_an_example_outside_of_the_batch_changes_nothing(method, rule, setup_of):
-    before, made = plainly(setup_of, method, rule)
-    setup = with_rule(setup_of, method, rule, clip_norm=0.1)
+@pytest.mark.parametrize("method, how", CASES)
+def test_an_example_outside_of_the_batch_changes_nothing(method, how, setup_of):
+    before, made = plainly(setup_of, method, how)
+    setup = built(setup_of, method, how, clip_norm=0.1)
     inside = {index for batch in BATCHES for index in batch}
     train = [
         example if i in inside else setup.prepared.train[7 + i % 5] for i, example in enumerate(setup.prepared.train)
@@ -261,10 +276,10 @@ def test_an_example_outside_of_the_batch_changes_nothing(method, rule, setup_of)
     assert made.progress.curve == other.progress.curve
 
 
-@pytest.mark.parametrize("method, rule", CASES)
-def test_sums_do_not_depend_on_the_microbatches(method, rule, setup_of):
-    together, _ = plainly(setup_of, method, rule)
-    setup = dataclasses.replace(with_rule(setup_of, method, rule, clip_norm=0.1), max_tokens=25)
+@pytest.mark.parametrize("method, how", CASES)
+def test_sums_do_not_depend_on_the_microbatches(method, how, setup_of):
+    together, _ = plainly(setup_of, method, how)
+    setup = dataclasses.replace(built(setup_of, method, how, clip_norm=0.1), max_tokens=25)
     pieces, _ = recorded(setup, BATCHES, together)
     for one, other in zip(pieces, together, strict=True):
         assert float((vector(one.clean) - vector(other.clean)).norm()) <= 1e-3 * one.bound
