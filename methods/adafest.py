@@ -28,7 +28,7 @@ class AdaFEST(TableRows):
 
     First question: how many examples touch each row of the table, noise on all of them, so that a few that nobody touched
     survive. Second question, of the same batch: the gradient, of the table in those rows alone.
-    noise_ratio: rho, the noise multiplier of the counts over that of the gradient; 5 costs the gradient 2% more noise, 10 costs .5%.
+    noise_ratio: noise multiplier of the counts over that of the gradient; 5 costs the gradient 2% more noise, 10 costs .5%.
     tau: a count survives above so many standard deviations of its noise. Of V untouched rows V (1 - Phi(tau)) survive: one of
     30,522 at 4, whatever B, sigma and C1; the paper gives it in counts, tau s1 C1. Without noise what is touched survives.
     """
