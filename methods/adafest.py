@@ -28,7 +28,7 @@ class AdaFEST(TableRows):
 
     First question: how many examples touch each row of the table, noise on all of them, so that a few that nobody touched
     survive. Second question, of the same batch: the gradient, of the table in those rows alone.
-    touched_noise: noise multiplier of the counts over that of the gradient; 5 costs the gradient 2% more noise, 10 costs .5%.
+    noise_ratio: noise multiplier of the counts over that of the gradient; 5 costs the gradient 2% more noise, 10 costs .5%.
     tau: a count survives above so many standard deviations of its noise. Of V untouched rows V (1 - Phi(tau)) survive: one of
     30,522 at 4, whatever B, sigma and C1; the paper gives it in counts, tau s1 C1. Without noise what is touched survives.
     """
@@ -37,11 +37,11 @@ class AdaFEST(TableRows):
     summary = "full fine-tuning; of the token table the rows that enough examples of the batch touch"
     reference = "arXiv:2311.08357"
     asks: ClassVar = (Values, Gradients)
-    options: ClassVar = {**TableRows.options, "touched_noise": 5.0, "tau": 4.0}
-    ranges: ClassVar = {**TableRows.ranges, "touched_noise": (1e-3, 1e3), "tau": (-1e6, 1e6)}
+    options: ClassVar = {**TableRows.options, "noise_ratio": 5.0, "tau": 4.0}
+    ranges: ClassVar = {**TableRows.ranges, "noise_ratio": (1e-3, 1e3), "tau": (-1e6, 1e6)}
 
     def releases(self, step: int) -> dict[str, float]:
-        square = self.settings["touched_noise"] ** 2
+        square = self.settings["noise_ratio"] ** 2
         return {"touched": 1 / (1 + square), "gradient": square / (1 + square)}
 
     def step(self, ask: Ask, step: int) -> Updates:

@@ -71,7 +71,7 @@ class Directions:
             at = ((flat >= first) & (flat < last)).nonzero().flatten()
             if len(at):
                 z = self.piece(k, number, p, where).view(-1, width)
-                out[at] = torch.add(out[at], z[flat[at] - first], alpha=distance)
+                out[at] = torch.add(out[at], z[flat[at] - first], alpha=distance).to(out.dtype)
         return found
 
     def summed(self, factors: torch.Tensor, number: int, p: torch.Tensor) -> torch.Tensor:

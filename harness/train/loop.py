@@ -129,8 +129,10 @@ def _charge_lost(setup: Setup, run: Run) -> None:
     if setup.secure_noise and setup.private:
         progress = run.progress
         made = journal.releases(journal.path_of(setup.checkpoint_path))
-        while progress.ledger.steps < made:
-            entries = setup.mechanism.entries(shares(setup.method, progress.ledger.steps))
+        first = progress.ledger.steps
+        while progress.ledger.steps < made:  # what the method asked in the steps that it took after the checkpoint
+            step = progress.step + progress.ledger.steps - first
+            entries = setup.mechanism.entries(shares(setup.method, step))
             progress.ledger.append(progress.ledger.steps, setup.sampler.sampling_probability, entries)
             progress.lost += 1
         if progress.lost:

@@ -86,7 +86,7 @@ def tokens_of(examples):
 
 
 def test_the_two_questions_share_the_budget_as_published(setup_of):
-    setup = setup_of("dp-adafest", touched_noise=3.0)
+    setup = setup_of("dp-adafest", noise_ratio=3.0)
     method, sigma = setup.method, setup.mechanism.noise_multiplier
     ((_, notes, *_),) = steps(setup, [setup.prepared.train[:9]])
     touched, gradient = notes.answers["touched"], notes.answers["gradient"]
@@ -235,7 +235,7 @@ def test_where_nothing_survives_all_else_trains(more, setup_of):
 def test_where_all_survive_and_the_counts_are_cheap_it_is_dp_adam(setup_of):
     """By SGD: Adam would turn noise in rows without a gradient into whole steps."""
     ends, most = [], {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "head_lr_factor": 1.0}
-    for method, more in (("dp-adafest", {"tau": -1e6, "touched_noise": 1e3}), ("dp-adam", {})):
+    for method, more in (("dp-adafest", {"tau": -1e6, "noise_ratio": 1e3}), ("dp-adam", {})):
         setup = silent(setup_of(method, **most, **more), sigma=1e-7)
         nn.init.normal_(setup.prepared.model.head.weight, generator=torch.Generator().manual_seed(0))
         first, done = weights(setup), list(steps(setup, [setup.prepared.train[i : i + 50] for i in (0, 50, 100)]))
@@ -417,7 +417,9 @@ def test_a_prompted_head_shares_the_table_and_a_mean_one_does_not(kind, checkpoi
     assert method.skip(model) is None and token_table(model)[0].endswith("word_embeddings.weight")
 
 
-@pytest.mark.parametrize("more", [{"weight_decay": 0.1}, {"decoder": "rmt"}, {"rho": 0.0}, {"tau": float("nan")}])
+@pytest.mark.parametrize(
+    "more", [{"weight_decay": 0.1}, {"decoder": "rmt"}, {"noise_ratio": 0.0}, {"tau": float("nan")}]
+)
 def test_what_cannot_work_is_refused(more, tiny_bert):
     with pytest.raises(BadInput):
         a_spec("dp-adafest", tiny_bert, **more)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpft.harness.privacy.shape import is_number
-from dpft.harness.query.queries import Nothing
+from dpft.harness.query.queries import Nothing, Values
 from dpft.harness.records.verifying.asked import Asked
 from dpft.harness.runs.spec import RunSpec
 from dpft.harness.statistics.thresholds import crossing
@@ -97,9 +97,11 @@ def _row(spec: RunSpec, place: int, row: dict[str, Any], last: int) -> str | Non
 def _emptiness(asked: Asked, rows: Rows) -> Iterator[str]:
     """Losses and clipped shares are there wherever a method looks at examples and the batch has any."""
     looks, private = asked.method.asks != (Nothing,), asked.spec.epsilon is not None
+    numbers = Values in asked.method.asks
     for row in rows:
         loss, share = row["loss"] is not None, row["clipped_fraction"] is not None
-        if (loss and not looks) or share != (loss and private):
+        alone = share and not loss and not numbers  # only a question for numbers may need no losses
+        if (loss and not looks) or (share and not private) or (loss and private and not share) or alone:
             yield f"Row {row['step']} of the curve has loss {row['loss']!r} and clipped_fraction {row['clipped_fraction']!r}."
             return
     if looks and all(row["loss"] is None for row in rows):
@@ -135,7 +137,8 @@ def _diagnostics(diagnostics: dict[str, Any], rows: Rows) -> Iterator[str]:
             mean is not None and not math.isclose(mean, recorded, rel_tol=1e-9, abs_tol=1e-12)
         ):
             yield f"The diagnostics' {name} is {recorded!r}, but the mean over the curve is {mean!r}."
-    looked = [row["step"] for row in rows if row["alignment_noisy"] is not None]
+    # of a method that asks for no gradients only the update can be held against one
+    looked = [row["step"] for row in rows if any(row[name] is not None for name in COSINES)]
     steps = [row["step"] for row in diagnostics["alignment_by_parameter"]]
     if steps != looked:
         yield f"The diagnostics look into steps {steps}, the curve into {looked}."
