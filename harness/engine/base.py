@@ -191,6 +191,9 @@ class ForwardEngine(Engine):
     name = "forward"
     needs_per_example = False
 
+    def accumulate(self, batch, total, bound, encodings):
+        raise BadInput("The method asks for gradients, which its `asks` does not list; add Gradients to it.")
+
 
 def unused(name: str) -> BadInput:
     """The error for a trainable parameter that the loss does not reach."""

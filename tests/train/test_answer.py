@@ -8,6 +8,7 @@ import torch
 from answer_cases import Bench, batch_of, gradient_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_runs import trained
 
 from dpft.harness.errors import BadInput, Diverged
 from dpft.harness.query.queries import Beside, Gradients, Nothing, Values
@@ -352,3 +353,12 @@ def test_a_rule_does_not_answer_a_methods_question_with_its_own():
     bench = Bench([batch_of(3)], rule=Learning())
     with pytest.raises(BadInput, match="count"):
         bench.answers("gradient", "count")(gradient=Gradients(), count=count(bound=7.0))
+
+
+def test_a_kind_of_question_that_is_not_listed_is_refused(setup_of, monkeypatch):
+    from dpft.harness.query.queries import Values
+    from dpft.harness.runs import registry
+
+    monkeypatch.setattr(registry.method("dp-sgd"), "asks", (Values,))
+    with pytest.raises(BadInput, match="`asks` does not list"):
+        trained(setup_of("dp-sgd"))
