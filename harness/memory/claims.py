@@ -41,7 +41,7 @@ class Case:
             rows[f"dp-grape, rank {self.rank}, embeddings projected"] = ask(
                 "dp-grape", rank=self.rank, embeddings="projected"
             )
-        return {**rows, "dp-zo": ask("dp-zo"), INFERENCE: ask(INFERENCE)}
+        return {**rows, "dp-zo": ask("dp-zo", directions=1), INFERENCE: ask(INFERENCE)}
 
 
 CASES = (
