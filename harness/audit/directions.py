@@ -14,6 +14,7 @@ from dpft.harness.engine.clipping import Clipping
 from dpft.harness.query.preview import first_questions
 from dpft.harness.query.queries import Bound, Gradients, Nothing, Query, Seen, Values, named
 from dpft.harness.train.core import encodings_of
+from dpft.harness.train.mechanism import BESIDE
 from dpft.harness.train.parts import Setup
 
 GAMMA = 0.01  # of auto-s and psac, as published
@@ -112,7 +113,7 @@ def _gradients(setup: Setup, query: Gradients, batch, count: int) -> tuple[Contr
         beside = _numbers(query.beside.of, seen, count)
         room = (ball**2 - clipped.square()).clamp_min(0).sqrt()
         beside = beside * (room / beside.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)[:, None]
-        rows, parts = torch.cat([rows, beside.float()], 1), {**parts, "(beside)": query.beside.size}
+        rows, parts = torch.cat([rows, beside.float()], 1), {**parts, BESIDE: query.beside.size}
     return Contributions(rows / ball, norms, parts, True), lengths, clipped
 
 

@@ -19,6 +19,7 @@ from dpft.harness.records.digest import digest
 from dpft.harness.train import guard
 from dpft.harness.train.batches import microbatches
 from dpft.harness.train.core import Found, Watcher, encodings_of
+from dpft.harness.train.mechanism import BESIDE
 from dpft.harness.train.parts import Run, Setup
 
 
@@ -63,7 +64,7 @@ class StepWatcher(Watcher):
 
     def released(self, name: str, noisy: NoisySum) -> None:
         if self._setup.private:
-            beside = {} if noisy.beside is None else {"(beside)": noisy.beside}
+            beside = {} if noisy.beside is None else {BESIDE: noisy.beside}
             self._digests[name] = digest({**noisy.tensors, **beside})
         if name == "gradient":
             self._bound = noisy.clip_norm
