@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from dpft.harness.query.public import Public
     from dpft.harness.query.queries import Ask
     from dpft.harness.query.updates import Updates
     from dpft.harness.runs.spec import RunSpec
@@ -37,6 +38,7 @@ class Method:
     may be among them), `options` (the method's own settings with their defaults), `decoder_options` (other defaults for its
     decoder's options; they hold as long as the run keeps that decoder), `choices` and `ranges` (of its
     own options, as decoders have them).
+    `needs_public`: it learns from public examples of the task; they are in `public`, from before `prepare` on.
     `preconditions`: its updates are finished directions, so plain SGD with the run's lr applies them.
     Of the run it knows `spec` and `steps`, from before `prepare` on; `rule` is the run's clipping rule, which is not its own.
     """
@@ -53,8 +55,10 @@ class Method:
     decoder_options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
+    needs_public: ClassVar[bool] = False
     preconditions: bool = False
     spec: RunSpec
+    public: Public
     steps: int = 1
 
     def __init__(self, options: dict[str, Any] | None = None, decoder: Decoder | None = None):

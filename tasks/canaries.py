@@ -37,6 +37,7 @@ class Canaries(Task):
     higher_is_better = False
     chance = 0.0
     threshold = -1.0
+    public = "canaries"
     default_model = f"canaries-{COUNT}"
     default_head = "native"
     default_max_length = 1
@@ -71,7 +72,12 @@ class Canaries(Task):
             collate=_collate,
             data_fingerprint=data.fingerprint,
             model_fingerprint=hashlib.sha256(spec.model.encode()).hexdigest(),
+            public=[dict(examples[i]) for i in data.public if i < count],
         )
+
+    def public_rows(self, data_dir: Path | None) -> Sequence[int]:
+        """Numbers of canaries of which everybody knows that they exist, wherever they are."""
+        return range(COUNT)
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the canaries read, times their weight (0: the canary is not there), [batch]."""

@@ -78,6 +78,8 @@ def _prepared(name: str, model: nn.Module, examples: int = 1, decoder: str | Non
     reason = method.skip(model)
     if max(kind_starts(method)) > 1:
         reason = "has kinds of steps that differ; see the times in a run's record"
+    if method.needs_public:
+        reason = "learns from public data of a task, which a bench has not; see the times in a run's record"
     if reason is not None:
         raise Skipped(reason)
     device = next(model.parameters()).device

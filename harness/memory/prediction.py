@@ -145,6 +145,11 @@ def _step(question: Question, model: nn.Module, mode: FakeTensorMode | None):
         raise CannotRun(
             f"{question.method} has kinds of steps, each with a memory of its own; see peak_bytes in the record of a run."
         )
+    if method.needs_public:
+        raise CannotRun(
+            f"{question.method} learns from public data of a task, which a prediction has not; see peak_bytes in the record of a "
+            "run."
+        )
     reason = method.skip(model)
     if reason is not None:
         raise BadInput(reason)

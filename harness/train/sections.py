@@ -132,4 +132,5 @@ def fingerprints(setup: Setup | None, files: str | None) -> dict[str, Any]:
         "train_examples": len(prepared.train) if prepared else None,
         "validation_examples": len(prepared.validation) if prepared else None,
         "model_files": files if prepared else None,  # of a local folder or file: told apart without loading it
+        **({"public_examples": len(prepared.public)} if prepared and prepared.public else {}),
     }

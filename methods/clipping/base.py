@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from dpft.harness.query.noisy_sum import NoisySum
+    from dpft.harness.query.public import Public
     from dpft.harness.query.queries import Seen, Values
     from dpft.harness.runs.spec import RunSpec
 
@@ -24,7 +25,8 @@ class ClippingRule:
 
     Class attributes, as of decoders: `name`, `summary`, `reference`, `options`, `choices`, `ranges`.
     `function`: what the factor of a gradient is as a function of its norm (harness/engine/clipping.py).
-    `adaptive`: the bound of a step follows from releases.
+    `adaptive`: the bound of a step follows from releases. `needs_public`: it learns from public examples of the task; they are
+    in `public`, from before `start` on.
     """
 
     name: ClassVar[str]
@@ -32,6 +34,8 @@ class ClippingRule:
     reference: ClassVar[str] = ""
     function: str = "abadi"
     adaptive: ClassVar[bool] = False
+    needs_public: ClassVar[bool] = False
+    public: Public
     options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
