@@ -32,12 +32,12 @@ __all__ = [
 class Method:
     """Base class of all methods: DP-SGD on whatever `prepare` leaves trainable.
 
-    Class attributes: `name` (registry key), `version` (raise it when results change: it is part of the run id),
-    `summary`, `reference` (arXiv id), `private` (False: no clipping, no noise, never ranked), `control` (shown beside
-    the methods, never ranked), `asks` (the kinds of questions that it may ask), `defaults` (settings of RunSpec; `decoder`
-    may be among them), `options` (the method's own settings with their defaults), `decoder_options` (other defaults for its
-    decoder's options; they hold as long as the run keeps that decoder), `choices` and `ranges` (of its
-    own options, as decoders have them).
+    Class attributes: `name` (registry key), `version` (raise it when results change: it is part of the run id), `summary`,
+    `reference` (arXiv id), `claim` (the result that was published of it, with its setting), `private` (False: no clipping, no
+    noise, never ranked), `control` (shown beside the methods, never ranked), `asks` (the kinds of questions that it may ask),
+    `defaults` (settings of RunSpec; `decoder` may be among them), `options` (the method's own settings with their defaults),
+    `decoder_options` (other defaults for its decoder's options; they hold as long as the run keeps that decoder), `choices`
+    and `ranges` (of its own options, as decoders have them).
     `needs_public`: it learns from public examples of the task; they are in `public`, from before `prepare` on.
     `preconditions`: its updates are finished directions, so plain SGD with the run's lr applies them.
     Of the run it knows `spec` and `steps`, from before `prepare` on; `rule` is the run's clipping rule, which is not its own.
@@ -47,6 +47,7 @@ class Method:
     version: ClassVar[int] = 1
     summary: ClassVar[str] = ""
     reference: ClassVar[str] = ""
+    claim: ClassVar[str] = ""
     private: ClassVar[bool] = True
     control: ClassVar[bool] = False
     asks: ClassVar[tuple[type, ...]] = (Gradients,)

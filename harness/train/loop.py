@@ -82,6 +82,7 @@ def _measured_step(setup: Setup, run: Run, optimizer, indices: list[int], begun:
     if setup.device.type == "cuda":
         guard.note_peak(setup, run)
     run.cost.step_seconds.append(setup.clock.take())
+    run.cost.processor_seconds.append(setup.clock.processor)
     return row
 
 
