@@ -25,14 +25,15 @@ SPREAD = 1e-2  # of the weights at the start, cut at two of it: the paper's
 
 
 class BottleneckAdapters(Method):
-    """`h + U gelu(D h + d) + u` behind attention and behind the MLP of every block, before the residual; D [rank, width] and U train.
+    """`h + U gelu(D h + d) + u` behind attention and behind the MLP of every block, before the residual: D [rank, width], U, d,
+    u train.
 
-    Weights start normal with standard deviation .01, cut at two of them, and biases at zero, so that the model starts near the
-    pretrained one, and, unlike in LoRA, both matrices have gradients in the first step. The paper trains the LayerNorms, too; here, as
-    in Yu et al., adapters and head alone do (`norms-head` is the other half). rank 16: some 150,000 parameters of MiniLM, where
-    dp-lora has 110,000. PEFT has no such adapters, so they are a module here. Activations between D and U do not leave an example.
+    Weights start normal with standard deviation .01, cut at two of them, and biases at zero (the paper's): the model starts
+    near the pretrained one, and unlike in LoRA both matrices have a gradient in the first step. The paper trains LayerNorms,
+    too; here, as in Yu et al., adapters and head alone do. rank 16: 152,000 parameters of MiniLM, where dp-lora has 110,000.
+    PEFT has no such adapters, so the module is our own.
 
-    Prediction: level with dp-lora at equal numbers of parameters (Yu et al. found the same, within a point).
+    Prediction: level with dp-lora within a point.
     """
 
     name = "adapter"
@@ -44,7 +45,9 @@ class BottleneckAdapters(Method):
 
     def skip(self, model: nn.Module) -> str | None:
         if not self._targets(model):
-            return f"{self.name} knows no blocks of this model; set `targets` to the names of layers, with commas between."
+            return (
+                f"{self.name} knows no blocks of this model; set `targets` to the names of layers, with commas between."
+            )
         return None
 
     def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:

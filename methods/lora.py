@@ -33,6 +33,7 @@ class DPLoRA(Method):
     reference = "arXiv:2110.06500"
     defaults: ClassVar = {"optimizer": "adam", "lr": 3e-4, "clip_norm": 2.0}
     options: ClassVar = {"rank": 8, "alpha": 16, "targets": "attention", "head_lr_factor": 30.0}
+    ranges: ClassVar = {"rank": (1, 1 << 16)}
     variant: ClassVar[dict[str, bool]] = {}  # further settings of PEFT's LoraConfig
 
     def skip(self, model: nn.Module) -> str | None:
@@ -89,15 +90,15 @@ class FFALoRA(DPLoRA):
 
 
 class LoRAPlus(DPLoRA):
-    """LoRA whose B learns `lr_ratio` times as fast as A: A at the run's lr, B at `lr_ratio * lr`, the head at `head_lr_factor * lr`.
+    """LoRA whose factors learn at two rates: A at the run's lr, B at `lr_ratio` times that, the head at `head_lr_factor` times.
 
-    In wide layers one rate for both leaves A's or B's share of the update behind (2402.12354); the ratio 16 is the paper's (its
-    code has no default, its README's example 20), and its README asks for an lr below LoRA's. Rates act after the release: the
-    ledger, the clipping and the noise are dp-lora's. Trap: the public code gives B's rate to everything with one dimension, and
-    so to the head's bias; here the head has its own.
+    With one rate for both, wide layers leave A or B behind (2402.12354). 16 is the paper's ratio for most of its experiments; its
+    code has no default. Its authors advise an lr below LoRA's: here a third. Rates act after the release, so clipping, noise and
+    ledger are dp-lora's. Trap: the public code gives B's rate to all that has one dimension, and so to the head's bias; here the
+    head has its own.
 
-    Prediction: B starts at zero, so A's first gradients are noise alone, and a slow A loses nothing; at equal B rate it is
-    near ffa-lora. Under Adam the ratio is worth what a larger lr of dp-lora is worth, and no more.
+    Prediction: B starts at zero, so A's first gradients are noise alone, and a slow A loses nothing: at most a point over dp-lora
+    at the best lr of each, and no gain over a dp-lora with B's lr.
     """
 
     name = "lora-plus"
@@ -105,7 +106,7 @@ class LoRAPlus(DPLoRA):
     reference = "arXiv:2402.12354"
     defaults: ClassVar = {**DPLoRA.defaults, "lr": 1e-4}
     options: ClassVar = {**DPLoRA.options, "lr_ratio": 16.0, "head_lr_factor": 90.0}
-    ranges: ClassVar = {"lr_ratio": (1e-3, 1e3)}
+    ranges: ClassVar = {**DPLoRA.ranges, "lr_ratio": (1e-3, 1e3)}
 
     def optimizer(
         self, parameters: dict[str, nn.Parameter], head: frozenset[str], spec: RunSpec

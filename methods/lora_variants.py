@@ -1,8 +1,8 @@
-"""What LoRA's factors can be made of, on PEFT's layers: DoRA (2402.09353) and VeRA (2310.11454).
+"""Low-rank adapters whose factors hold more than two matrices, on PEFT's layers: DoRA (2402.09353) and VeRA (2310.11454).
 
-PEFT's own layers of both use a parameter outside of a call of the layer that owns it, or send the identity matrix through LoRA's
-layers, so an engine that looks at layers cannot tell examples apart, and refuses. Here every parameter that trains is used by its
-own layer, on rows of one example each; the function is PEFT's, which the tests compare.
+PEFT's own DoRA sends the identity matrix through LoRA's layers, and its VeRA uses parameters outside of the module that owns
+them. An engine that looks at layers cannot tell examples apart there, and refuses. Here every parameter that trains is used by a
+layer of its own, on rows of one example each. The functions are PEFT's, and the tests compare them.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ ADAPTER = "default"  # PEFT's name of the only one
 
 
 class DoRA(DPLoRA):
-    """Direction and length of each weight apart: row j of `W0 + s B A` scaled to the length `m_j`, which trains beside A and B.
+    """LoRA with a length for each row of a weight: row j of `W0 + s B A` is scaled to the length `m_j`, which trains beside A
+    and B.
 
-    `y = m * (W0 + s B A) x / n + bias`, n the lengths of the rows of `W0 + s B A`, m = n at the start, s = alpha / rank. n is a function of
-    released weights alone and is treated as a constant where gradients are taken, as the paper proposes (its section 4.3) and PEFT
-    does: an example's gradient is that of this definition, whichever engine finds it. `rank`, `alpha` are dp-lora's, the paper halves
-    LoRA's rank; m trains at the same lr: it has the size of W0's rows, so its relative steps are small.
+    `y = m * ((W0 + s B A) x) / n + bias`, with s = alpha / rank, n the lengths of the rows of `W0 + s B A`, and m = n at the
+    start. Where gradients are taken n is a constant, as the paper proposes (section 4.3) and PEFT does. It is a function of
+    released weights alone, so an example's gradient is that of this definition and depends on no other example, whichever
+    engine finds it.
 
-    Prediction: m adds one number per row that a private run can learn (few coordinates, large signal), so at small rank it is at
-    least dp-lora; the gain over dp-lora is within a seed's spread at rank 8.
+    Prediction: one number per row has a large signal for its noise, so at rank 1 or 2 it gains over dp-lora; at rank 8 within a
+    seed's spread.
     """
 
     name = "dora"
@@ -45,13 +46,12 @@ class DoRA(DPLoRA):
 class VeRA(DPLoRA):
     """`y = W0 x + b * B (d * (A x))`: A and B random, frozen and the same in every layer; the vectors d [rank] and b [out] train.
 
-    b starts at zero and d at `d_initial`. A and B are drawn Kaiming-uniform, as PEFT draws them, from the method's generator; layers of
-    other sizes share the part that fits. Ten to thirty times fewer parameters than LoRA, so less noise in all, and no product of
-    two noised matrices. The rank costs parameters only through d: 256 is PEFT's default (the paper: 1024 for RoBERTa-base, 256 for
-    large), d_initial .1 its and the paper's. lr: the paper's are ten times LoRA's.
+    b starts at zero and d at `d_initial`. A and B are uniform with variance 2 over their inputs, as in PEFT, but drawn by the
+    method's generator; layers of several sizes share the part that fits. rank 256 and d_initial .1 are PEFT's defaults. On
+    MiniLM a tenth of dp-lora's parameters train, and no product of two noised matrices is taken. lr is ten times dp-lora's: b
+    has to grow to about 1 before it matters.
 
-    Prediction: at strong privacy (eps <= 2) closer to dp-lora than without privacy; at eps 8 below it by what the frozen directions
-    cost, and above last-layer.
+    Prediction: at eps 8 below dp-lora and above last-layer; the distance to dp-lora shrinks as eps does.
     """
 
     name = "vera"
@@ -59,7 +59,7 @@ class VeRA(DPLoRA):
     reference = "arXiv:2310.11454"
     defaults: ClassVar = {**DPLoRA.defaults, "lr": 3e-3}
     options: ClassVar = {"rank": 256, "d_initial": 0.1, "targets": "attention", "head_lr_factor": 3.0}
-    ranges: ClassVar = {"d_initial": (1e-6, 1e3)}
+    ranges: ClassVar = {**DPLoRA.ranges, "d_initial": (1e-6, 1e3)}
 
     def _alpha(self) -> float:
         return self.settings["rank"]

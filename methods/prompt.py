@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 
 class PromptTuning(Method):
-    """T `tokens` that are no words: vectors p [T, width] of the input embeddings' kind join every input. They train, and the head.
+    """Vectors p [tokens, width] join the embedded words of every input. They train, and the head; everything else is frozen.
 
-    Every example looks them up, as it looks up words, so each has a gradient of its own: vectors that were broadcast over the batch
-    would have one for all. They start as the embeddings of T words of the vocabulary, drawn by the method's generator (the paper's
-    "sampled vocabulary", there of the 5,000 most common). The text keeps the positions that it was trained with, so nothing is cut:
+    Every example looks them up, as it looks up words, so each has a gradient of its own; vectors broadcast over the batch would
+    have one for all. They start as embeddings of words of the vocabulary that the method's generator draws. The text keeps the
+    positions that it was pretrained with, and loses none of its length:
 
-    - decoders: in front, where everything sees them. Rotary models count on from them (distances in the text stay), tables of positions
-      give them the first one.
-    - encoders with a table of positions: all at the first position. Attention does not know the order of its tokens, so they are put
-      behind the text and nothing moves: the first token is still the one that a pooler reads, whatever the padding.
+    - decoders: in front of the text. Rotary models count on from them, and distances in the text stay; where positions are a
+      table, all have the first one.
+    - encoders with a table of positions: all at the first position. Attention does not know the order of its tokens, so they
+      stand behind the text: the first token is still the one that a pooler reads, and no prompt depends on how far a batch is
+      padded.
 
-    The output forgets them: pooling, targets and masks see the text alone. PEFT's prompt tuning wraps and renames the whole model and
-    shifts an encoder's positions; its rows are an `nn.Embedding`, as here. `head_lr_factor * lr` is some 1e-2.
+    The output forgets them: pooling, targets and masks see the text alone. PEFT's rows are an `nn.Embedding`, too, but its prompt
+    tuning wraps and renames the whole model and shifts an encoder's positions. tokens: 20.
 
-    Prediction: clearly worse than adapters in as few steps as private runs have: all that trains is far from the loss, and its
-    gradients are small beside the head's. With the head at zero, near last-layer.
+    Prediction: clearly worse than adapters in as few steps as a private run has, and near last-layer.
     """
 
     name = "prompt"

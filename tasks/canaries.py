@@ -111,7 +111,9 @@ def make_model(count: int, generator: torch.Generator) -> nn.Module:
         def get_input_embeddings(self) -> nn.Embedding:
             return self.table
 
-        def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None) -> SimpleNamespace:
+        def forward(
+            self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None
+        ) -> SimpleNamespace:
             embedded = self.table(input_ids) if inputs_embeds is None else inputs_embeds
             return SimpleNamespace(last_hidden_state=(embedded * attention_mask[:, :, None]).sum(1, keepdim=True))
 

@@ -231,6 +231,7 @@ def test_b_learns_at_its_own_rate_and_the_head_at_its(optimizer):
     assert sum("lora_B" in n for n in parameters) == 6 and "classifier.bias" in parameters
 
 
-def test_a_ratio_that_is_none_is_refused():
-    with pytest.raises(BadInput, match="lr_ratio"):
-        resolve({"task": "sst2", "method": "lora-plus", "lr_ratio": 0.0})
+@pytest.mark.parametrize("name, option", [("lora-plus", "lr_ratio"), ("dora", "rank"), ("vera", "d_initial")])
+def test_settings_that_cannot_work_are_refused(name, option):
+    with pytest.raises(BadInput, match=option):
+        resolve({"task": "sst2", "method": name, option: 0})

@@ -127,7 +127,9 @@ def test_microbatches_and_an_empty_one_change_nothing(kind):
     whole = clipped("factored", model, batch, 0.5, loss=loss)[0]
     added = zero_sums({n: p for n, p in model.named_parameters() if p.requires_grad}, {})
     for part in (slice(0, 1), slice(1, None)):
-        for name, value in clipped("factored", model, {k: v[part] for k, v in batch.items()}, 0.5, loss=loss)[0].items():
+        for name, value in clipped("factored", model, {k: v[part] for k, v in batch.items()}, 0.5, loss=loss)[
+            0
+        ].items():
             added[name] += value
     assert all(torch.allclose(added[name], value, rtol=1e-9, atol=1e-14) for name, value in whole.items())
 
