@@ -168,10 +168,14 @@ def _step(question: Question, model: nn.Module, mode: FakeTensorMode | None):
 
 
 def _fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    made: dict[int, nn.Parameter] = {}  # what modules share they go on sharing
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None and not isinstance(p, FakeTensor):
-                module._parameters[name] = nn.Parameter(mode.from_tensor(p.data), requires_grad=p.requires_grad)
+            if p is None or isinstance(p, FakeTensor):
+                continue
+            if id(p) not in made:
+                made[id(p)] = nn.Parameter(mode.from_tensor(p.data), requires_grad=p.requires_grad)
+            module._parameters[name] = made[id(p)]
 
 
 def _shapes(parameters: dict[str, nn.Parameter], encodings: dict[str, Any], batch: int) -> dict[tuple[int, ...], str]:
