@@ -48,6 +48,7 @@ class DPLoRA(Method):
             lora_alpha=self.settings["alpha"],
             lora_dropout=0.0,
             target_modules=self._targets(model),
+            init_lora_weights=self._start(),
         )
         with torch.random.fork_rng(devices=[]):  # PEFT draws A from the global generator
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
@@ -55,6 +56,10 @@ class DPLoRA(Method):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in head or self._trains(name))
         return model
+
+    def _start(self) -> bool | str:
+        """How PEFT fills the factors: A at random, B with zeros."""
+        return True
 
     def _trains(self, name: str) -> bool:
         return "lora_" in name
