@@ -81,11 +81,15 @@ class Prism(DPLoRA):
 
     def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
         model = super().prepare(model, generator)
-        self._weights, self._pairs = {n: p for n, p in model.named_parameters() if p.requires_grad}, {}
+        self._pairs, self._layers = (
+            {},
+            {},
+        )  # by path: names of the factors and the scaling; the layers that hold the factors
         for path, module in model.named_modules():
             for adapter, scaling in getattr(module, "scaling", {}).items() if hasattr(module, "lora_A") else ():
-                names = [f"{path}.lora_{side}.{adapter}.weight" for side in "AB"]
+                names = (f"{path}.lora_{side}.{adapter}.weight" for side in "AB")
                 self._pairs[path] = (*names, scaling)
+                self._layers[path] = (module.lora_A[adapter], module.lora_B[adapter])
         return model
 
     def _start(self) -> bool | str:
@@ -97,8 +101,9 @@ class Prism(DPLoRA):
 
     def step(self, ask: Ask, step: int) -> dict[str, torch.Tensor]:
         spaces, encodings = {}, {}
+        factors = {path: [layer.weight.detach() for layer in pair] for path, pair in self._layers.items()}
         for path, (a, b, scaling) in self._pairs.items():
-            spaces[path] = Tangent(basis(self._weights[b]), basis(self._weights[a].mT), scaling)
+            spaces[path] = Tangent(basis(factors[path][1]), basis(factors[path][0].mT), scaling)
             encodings[a], encodings[b] = spaces[path].encodings()
         (noisy,) = ask(gradient=Gradients(encodings=encodings))
         release = noisy.mean()
@@ -114,9 +119,11 @@ class Prism(DPLoRA):
             x, space = inside[path], spaces[path]
             if self.preconditions:
                 x = self._tangent_adam.direction(path, space, x, noisy.mean_noise_std, 1 + step)
-            for name, new in zip((b, a), space.retracted(x, lr), strict=True):
-                # plain SGD takes p - lr u, which is to be the new factor
-                release[name] = ((self._weights[name].detach().double() - new) / lr).to(self._weights[name].dtype)
+            new = reversed(space.retracted(x, lr))
+            for name, old, factor in zip((a, b), factors[path], new, strict=True):
+                release[name] = ((old - factor) / lr).to(
+                    old.dtype
+                )  # plain SGD takes old - lr u, which is to be the factor
         return release
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -166,7 +166,9 @@ def _fake(model: nn.Module, mode: FakeTensorMode) -> None:
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None and not isinstance(p, FakeTensor):
-                module._parameters[name] = nn.Parameter(mode.from_tensor(p.data), requires_grad=p.requires_grad)
+                with mode:  # made of fakes, a parameter has no device
+                    data = torch.empty(p.shape, dtype=p.dtype) if p.is_meta else mode.from_tensor(p.data)
+                module._parameters[name] = nn.Parameter(data, requires_grad=p.requires_grad)
 
 
 def _shapes(parameters: dict[str, nn.Parameter], encodings: dict[str, Any], batch: int) -> dict[tuple[int, ...], str]:
