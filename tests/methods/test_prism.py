@@ -7,7 +7,6 @@ import torch
 from asking import answered, encodings_of
 from causal_cases import CONFIGS
 from engine_cases import assert_same, clipped
-from grape_cases import resumes_bit_for_bit
 from torch import nn
 from torch.nn import functional as F
 
@@ -293,11 +292,6 @@ def test_the_engines_agree_on_language_models(kind):
     assert (found[1][2] > 0.02).any()
     assert torch.allclose(found[0][2], found[1][2], rtol=1e-9)
     assert_same(found[0][0], found[1][0], 1e-8)
-
-
-@pytest.mark.parametrize("options", [{"schedule": "linear"}, {"start": "zero"}, {"optimizer": "sgd", "lr": 0.02}])
-def test_a_run_that_is_cut_resumes_bit_for_bit(options, setup_of, tmp_path):
-    resumes_bit_for_bit("prism", options, setup_of, tmp_path)
 
 
 @pytest.mark.parametrize(
