@@ -18,6 +18,7 @@ from dpft.harness.engine.fakes import has_values
 from dpft.harness.engine.hidden import refuse_parameter_hooks
 from dpft.harness.engine.pieces import Grams, Measured, Piece, absolute, charged, measured
 from dpft.harness.engine.rules import rule_for
+from dpft.harness.engine.stacked import piece_of
 from dpft.harness.engine.taps import Recorder, Use
 from dpft.harness.errors import CannotRun
 from dpft.harness.probes import uncounted
@@ -128,7 +129,8 @@ class FactoredEngine(Engine):
             kinds[local, type(use.module)].append(use)
         encoding = now.encodings.get(name, IDENTITY)
         pieces: list[Piece] = [
-            self._rules[group[0].module](group, local, encoding) for (local, _), group in kinds.items()
+            piece_of(self._rules[group[0].module], group, local, encoding, self.parameters[name].shape)
+            for (local, _), group in kinds.items()
         ]
         if encoding.absolute:
             pieces = absolute(name, pieces)

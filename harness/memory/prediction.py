@@ -174,7 +174,9 @@ def _fake(model: nn.Module, mode: FakeTensorMode) -> None:
             if p is None or isinstance(p, FakeTensor):
                 continue
             if id(p) not in made:
-                made[id(p)] = nn.Parameter(mode.from_tensor(p.data), requires_grad=p.requires_grad)
+                with mode:  # made of fakes, a parameter has no device
+                    data = torch.empty(p.shape, dtype=p.dtype) if p.is_meta else mode.from_tensor(p.data)
+                made[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
             module._parameters[name] = made[id(p)]
 
 

@@ -9,10 +9,32 @@ import torch
 
 
 @dataclass(frozen=True)
+class Complement:
+    """A side that leaves out the span of `basis` [m, r], whose columns are orthonormal or zero: `x - (x Q) Q^T`.
+
+    Its own transpose; [m, m] is never formed.
+    """
+
+    basis: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (len(self.basis), len(self.basis))
+
+    def dim(self) -> int:
+        return 2
+
+    def of(self, factor: torch.Tensor) -> torch.Tensor:
+        """Of a factor whose last dimension is m."""
+        basis = self.basis.to(factor.dtype)
+        return factor - (factor @ basis) @ basis.mT
+
+
+@dataclass(frozen=True)
 class Encoding:
     """Two-sided map `G -> L^T G R` of a weight's per-example gradient G, shape [m, n].
 
-    left: dense [m, r], or a long vector of the rows to keep, or None (identity); right: the same for columns, [n, r].
+    left: dense [m, r], or a long vector of the rows to keep, or a Complement, or None (identity); right: the same for columns.
     For a Linear weight m is the output and n the input dimension, and the map acts on the factors of
     `G = E^T A`: `(E L)^T (A R)`, so G itself is never formed. One-dimensional parameters take `left` only; weights of
     convolutions [m, ...] are seen as [m, n] with all further dimensions in n, and their encoded gradient stays so.
@@ -20,8 +42,8 @@ class Encoding:
     changes no norm. A side of no rows at all leaves nothing: the parameter is not asked for.
     """
 
-    left: torch.Tensor | None = None
-    right: torch.Tensor | None = None
+    left: torch.Tensor | Complement | None = None
+    right: torch.Tensor | Complement | None = None
     scale: float = 1.0
     absolute: bool = False
 
@@ -68,17 +90,21 @@ class Encoding:
         lifted = encoded if len(shape) == 1 else self._back(self.right, encoded, 1, size)
         return self._back(self.left, lifted, 0, shape[0]).reshape(shape)
 
-    def _side(self, side: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor:
+    def _side(self, side: torch.Tensor | Complement | None, factor: torch.Tensor) -> torch.Tensor:
         if side is None:
             return factor
+        if isinstance(side, Complement):
+            return side.of(factor)
         if side.dim() == 2:
             return factor @ side.to(factor.dtype)
         kept = factor.index_select(-1, side)
         return kept if self.scale == 1 else kept * self.scale
 
-    def _back(self, side: torch.Tensor | None, encoded: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    def _back(self, side: torch.Tensor | Complement | None, encoded: torch.Tensor, dim: int, size: int) -> torch.Tensor:
         if side is None:
             return encoded
+        if isinstance(side, Complement):
+            return side.of(encoded.movedim(dim, -1)).movedim(-1, dim)
         if side.dim() == 2:
             side = side.to(encoded.dtype)
             return side @ encoded if dim == 0 else encoded @ side.mT
@@ -86,7 +112,42 @@ class Encoding:
         return encoded.new_zeros(shape).index_copy_(dim, side, encoded if self.scale == 1 else encoded * self.scale)
 
 
-def _reached(side: torch.Tensor | None, size: int) -> int:
+@dataclass(frozen=True)
+class Stacked(Encoding):
+    """Several maps of one parameter in one ball: what each of `parts` makes of the gradient, flat, one after the other."""
+
+    parts: tuple[Encoding, ...] = ()
+
+    def shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
+        """The encoded shapes of the parts."""
+        return [part.shape(shape) for part in self.parts]
+
+    def shape(self, shape: torch.Size) -> tuple[int, ...]:
+        return (sum(math.prod(own) for own in self.shapes(shape)),)
+
+    def split(self, encoded: torch.Tensor, shape: torch.Size) -> list[torch.Tensor]:
+        """Views of what is encoded of a parameter of `shape`, each in the encoded shape of its part."""
+        shapes = self.shapes(shape)
+        pieces = encoded.split([math.prod(own) for own in shapes])
+        return [piece.view(own) for piece, own in zip(pieces, shapes, strict=True)]
+
+    def reach(self, shape: torch.Size) -> int:
+        """At most: parts may move the same entries."""
+        return min(math.prod(shape), sum(part.reach(shape) for part in self.parts))
+
+    def rows(self, factor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("A stack of encodings has no one map of a factor; encode by its parts.")
+
+    columns = rows
+
+    def dense(self, per_example: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part.dense(per_example).flatten(1) for part in self.parts], 1)
+
+    def lift(self, encoded: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        return sum(part.lift(own, shape) for part, own in zip(self.parts, self.split(encoded, shape), strict=True))
+
+
+def _reached(side: torch.Tensor | Complement | None, size: int) -> int:
     """Of a side of `size`: those that a vector keeps, all that a dense map spreads over, none where nothing is asked for."""
     if side is None or (side.dim() == 2 and side.shape[1]):
         return size
