@@ -41,7 +41,8 @@ class Method:
     `withholds`: of what requires a gradient, matrices may never move, because releases choose which do.
     `needs_public`: it learns from public examples of the task; they are in `public`, from before `prepare` on.
     `preconditions`: its updates are finished directions, so plain SGD with the run's lr applies them.
-    Of the run it knows `spec` and `steps`, from before `prepare` on; `rule` is the run's clipping rule, which is not its own.
+    Of the run it knows `spec`, `steps` and `noise_multiplier` (sigma of a whole step, 0 without noise), from before `prepare` on;
+    `rule` is the run's clipping rule, which is not its own.
     """
 
     name: ClassVar[str]
@@ -62,6 +63,7 @@ class Method:
     spec: RunSpec
     public: Public
     steps: int = 1
+    noise_multiplier: float = 0.0
 
     def __init__(self, options: dict[str, Any] | None = None, decoder: Decoder | None = None):
         self.settings = {**self.options, **(options or {})}
