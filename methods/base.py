@@ -38,9 +38,11 @@ class Method:
     `defaults` (settings of RunSpec; `decoder` may be among them), `options` (the method's own settings with their defaults),
     `decoder_options` (other defaults for its decoder's options; they hold as long as the run keeps that decoder), `choices`
     and `ranges` (of its own options, as decoders have them).
+    `withholds`: of what requires a gradient, matrices may never move, because releases choose which do.
     `needs_public`: it learns from public examples of the task; they are in `public`, from before `prepare` on.
     `preconditions`: its updates are finished directions, so plain SGD with the run's lr applies them.
-    Of the run it knows `spec` and `steps`, from before `prepare` on; `rule` is the run's clipping rule, which is not its own.
+    Of the run it knows `spec`, `steps` and `noise_multiplier` (sigma of a whole step, 0 without noise), from before `prepare` on;
+    `rule` is the run's clipping rule, which is not its own.
     """
 
     name: ClassVar[str]
@@ -56,11 +58,13 @@ class Method:
     decoder_options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
+    withholds: ClassVar[bool] = False
     needs_public: ClassVar[bool] = False
     preconditions: bool = False
     spec: RunSpec
     public: Public
     steps: int = 1
+    noise_multiplier: float = 0.0
 
     def __init__(self, options: dict[str, Any] | None = None, decoder: Decoder | None = None):
         self.settings = {**self.options, **(options or {})}

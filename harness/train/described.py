@@ -72,6 +72,7 @@ class _Listener(Watcher):
 
 def _core(spec: RunSpec) -> tuple[Method, Core]:
     method, task = registry.instance(spec), registry.task(spec.task)(spec.task_options)
+    method.noise_multiplier = 1.0
     shape = ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm)
     prepared = task.prepare(public.loaded(method, task, None), shape, stream("cpu", "head", spec.task, spec.seed))
     public.hand_over(method, prepared, task.loss, torch.device("cpu"))

@@ -125,9 +125,10 @@ def _dimension(canonical: str, settings: Settings) -> int:
     return found
 
 
-def _model(spec: RunSpec, settings: Settings, device: torch.device):
+def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multiplier: float = 0.0):
     """(method, task's data with the model to train, trainable parameters by name, names of the head's)."""
     task, method = registry.task(spec.task)(spec.task_options), registry.instance(spec)
+    method.noise_multiplier = noise_multiplier
     prepared = task.prepare(
         public.loaded(method, task, settings.data_dir),
         ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm),
@@ -149,7 +150,8 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device):
 def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoint_path: Path | None) -> Setup:
     """Model, data, engine, sampler and mechanism of a run. Raises CannotRun or Skipped with one sentence."""
     device, secure = torch.device(settings.device), settings.secure_noise
-    method, prepared, parameters, head = _model(spec, settings, device)
+    sigma = privacy_plan.noise_multiplier or 0.0
+    method, prepared, parameters, head = _model(spec, settings, device, sigma)
     task, model = registry.task(spec.task)(spec.task_options), prepared.model
     if len(prepared.train) != privacy_plan.num_examples:
         raise CannotRun(
