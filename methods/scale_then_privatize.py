@@ -25,10 +25,11 @@ TINY = 1e-30  # so that a second moment of zeros has a root
 class ScaleThenPrivatize(DPAdam):
     """DP-Adam that multiplies each example's gradient by D before the clip, and the release by 1/D (2507.01129, Algorithm 8).
 
-    D = a / sqrt(v + (prior/n) s^2), entry by entry, with v Adam's second moment of the releases *before* this step (each after its
-    division by D; bias-corrected), and a such that the mean of 1/D^2 is 1. Then noise of the same total energy falls where
-    gradients are large, and C keeps its meaning: an example whose squares are to each other as the second moments are keeps its
-    norm. The first step has D = 1. D is a function of releases; the norm that is clipped is that of D times the gradient.
+    D = a / sqrt(v + (prior/n) s^2), entry by entry, with v Adam's second moment of the releases *before* this step (each
+    after its division by D; bias-corrected), and a such that the mean of 1/D^2 is 1. Then noise of the same total energy
+    falls where gradients are large, and C keeps its meaning: an example whose squares are to each other as the second
+    moments are keeps its norm. The first step has D = 1. D is a function of releases; the norm that is clipped is that of D
+    times the gradient.
 
     v is noisy, and noise that is divided by D feeds it again: an entry whose first release was small by chance would get less
     noise and stay small. So v counts `prior` releases of noise alone, of standard deviation s = sigma C/B, beside the n =

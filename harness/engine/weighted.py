@@ -9,7 +9,9 @@ import torch
 
 from dpft.harness.engine.pieces import EmbeddingPiece, Grams, KeptPiece, LinearPiece, Piece, RecomputedPiece
 
-AT_ONCE = 1 << 22  # entries of gradients that exist at once (16 MiB of fp32), but one example's at least
+AT_ONCE = (
+    1 << 20
+)  # entries of gradients that exist at once (4 MiB of fp32: more leave the cache), but one example at least
 
 
 @dataclass
@@ -29,7 +31,7 @@ class WeightedPiece:
         for piece in self.pieces:
             found = _made(piece, examples, self.weights.shape)
             total = found if total is None else total + found
-        return total * self.weights
+        return total.mul_(self.weights)  # nobody else's: a product, or a sum
 
     def squared_norms(self, grams: Grams) -> tuple[torch.Tensor, None]:
         return torch.cat([self.made(e).flatten(1).square().sum(1) for e in self._slices()]), None
