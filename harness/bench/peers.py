@@ -124,7 +124,7 @@ def dpft_step(
     with unset_fake_temporarily():  # a generator has a seed also where tensors have only shapes
         mechanism = GaussianMechanism(job.noise_multiplier, job.clip_norm, job.examples, source(job.device, "bench"))
     if method.rule.adaptive:
-        method.rule.start(method.spec, job.noise_multiplier)
+        method.rule.start(method.spec, job.noise_multiplier, engine.members, model)
     core = Core(model, parameters, engine, mechanism, method.rule, job.clip_norm, clock)
     count = 0
 

@@ -37,6 +37,19 @@ class Public:
         chosen = [self.examples[(number * size + i) % len(self.examples)] for i in range(size)]
         return {name: tensor.to(self.device) for name, tensor in self.collate(chosen).items()}
 
+    def mean_loss(self, model: nn.Module, batch: Batch) -> float:
+        """Of a public batch, at the present weights, in evaluation mode: no dropout, so no randomness is used up."""
+        import torch
+
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.no_grad():
+                return float(self.loss(model, batch).double().mean())
+        finally:
+            for module, training in modes:
+                module.training = training
+
     def gradient(self, model: nn.Module, parameters: dict[str, nn.Parameter], batch: Batch) -> dict[str, torch.Tensor]:
         """Of the mean loss of a public batch, by name; zero where the loss does not reach a parameter."""
         import torch

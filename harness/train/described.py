@@ -83,6 +83,6 @@ def _core(spec: RunSpec) -> tuple[Method, Core]:
     method.optimizer(parameters, head, spec)
     private = spec.epsilon is not None
     mechanism = GaussianMechanism(float(private), spec.clip_norm or 1.0, spec.batch_size, source("cpu", "describe"))
-    method.rule.start(spec, 1.0)
     engine = ForwardEngine(model, task.loss, parameters, clock, Clipping(method.rule.function, spec.clip_groups))
+    method.rule.start(spec, 1.0, engine.members, model)
     return method, Core(model, parameters, engine, mechanism, method.rule, spec.clip_norm or float("inf"), clock)

@@ -36,7 +36,7 @@ class Listening(core.Watcher):
 
 def heard(setup, step=0, indices=(0, 1, 2)):
     """All questions of a step by name, the rule's among them, answered without noise on a few examples."""
-    setup.method.rule.start(setup.spec, setup.mechanism.noise_multiplier)
+    setup.method.rule.start(setup.spec, setup.mechanism.noise_multiplier, setup.engine.members, setup.prepared.model)
     listening, some = Listening(), dataclasses.replace(setup.core, mechanism=silent(setup.spec.batch_size))
     declared = shares(setup.method, step)
     setup.method.step(Answers(some, declared, lambda: microbatches(setup, indices, step), watcher=listening), step)
