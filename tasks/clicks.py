@@ -174,4 +174,7 @@ def _collate(examples: Sequence[dict]) -> dict[str, torch.Tensor]:
     import torch
 
     ids = numpy.stack([e["input_ids"] for e in examples]) if examples else numpy.zeros((0, len(SMALL) + 2), "int64")
-    return {"input_ids": torch.from_numpy(ids), "labels": torch.tensor([e["labels"] for e in examples], dtype=torch.int64)}
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "labels": torch.tensor([e["labels"] for e in examples], dtype=torch.int64),
+    }

@@ -1,4 +1,4 @@
-"""Moments of a table of which some rows move in a step: kept of rows that ever moved, and a row's change in its own steps only."""
+"""Moments of a table of which some rows move in a step: held of rows that ever moved; a row's change in its own steps only."""
 
 from __future__ import annotations
 
