@@ -1,12 +1,12 @@
 """Pure epsilon: delta is 0. Of one number a step with Laplace noise, and of nothing else.
 
 A number that one example moves by C at most, with noise Laplace(b C), is 1/b-DP. Of a batch that each example joins with
-probability q it is log(1 + q (exp(1/b) - 1))-DP: one density is at most that much above the other where the example is in the
-batch for sure, and 1 / (1 - q (1 - exp(-1/b))), in the other direction, is not more. T steps cost T times as much, and no
-accountant can do better: wherever all draws are above all sums the loss is that large. So the three numbers of a certificate are one.
+probability q it is log(1 + q (exp(1/b) - 1))-DP: by so much is the density with the example above that without it at most, and
+in the other direction it is -log(1 - q (1 - exp(-1/b))), which is less. T steps cost T times as much, and no accountant can do
+better: where all draws are above all sums the loss is that large. So the three numbers of a certificate are one.
 
-Its draws have no end (harness/train/noise.py, `endless_laplace`): one that ends is (epsilon, delta)-DP with a delta above 0. A vector
-that is clipped in L2 has no such certificate (noise_kinds.py), which is why such a release is booked with its dimension.
+Its draws have no end (harness/train/noise.py, `endless_laplace`): noise that ends has a delta above 0. A vector that is clipped
+in L2 has no such certificate (noise_kinds.py), so a release is booked with its dimension.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def of_one_number(mechanism: str, parameters: Mapping[str, Any]) -> bool:
 
 
 def fit(target: float, sampling_probability: float, steps: int) -> float:
-    """The standard deviation of the noise, in units of C, with which so many steps cost `target`. Raises CannotRun above MAX_EPSILON."""
+    """The standard deviation of the noise, in units of C, with which so many steps cost `target`.
+
+    Raises CannotRun for a target above MAX_EPSILON.
+    """
     if not 0 < target <= MAX_EPSILON:
         raise CannotRun(f"Cannot certify epsilon {target!r}: choose epsilon above 0 and at most {MAX_EPSILON:g}.")
     shift = math.log1p(math.expm1(target * (1 - ROUNDING) / steps) / sampling_probability)
@@ -49,13 +52,13 @@ def _grown(noise_multiplier: float) -> float:
 
 
 def epsilon(ledger: Ledger) -> float:
-    """What a ledger costs at delta 0. Raises CannotRun where some of its noise has no pure epsilon, or it is above MAX_EPSILON."""
+    """What a ledger costs at delta 0. Raises CannotRun where noise has no pure epsilon, and above MAX_EPSILON."""
     spent = []
     for event in ledger.events:
         for release in event["releases"]:
             if not of_one_number(release["mechanism"], release.get("parameters", {})):
                 raise CannotRun(
-                    f"Cannot certify delta 0: it takes one number a step with Laplace noise, and {release['name']!r} is not that; "
+                    f"Cannot certify delta 0: it takes one number with Laplace noise, and {release['name']!r} is not that; "
                     "choose a delta above 0."
                 )
             steps = event["step_to"] - event["step_from"]
@@ -73,7 +76,7 @@ def curve(sampling_probability: float, noise_multiplier: float, steps: int) -> l
 
 
 def by_distributions(ledger: Ledger, target: float) -> float | None:
-    """The same by a second accountant: dp-accounting's privacy loss distribution of each kind of step, both directions; or None."""
+    """The same by a second accountant, dp-accounting's privacy loss distributions, step by step; None where it fails."""
     error, total = tolerance(target, 0.0)[0], 0.0
     for event in ledger.events:
         q, steps = event["sampling_probability"], event["step_to"] - event["step_from"]

@@ -24,8 +24,8 @@ def epsilon(events: Sequence[dict[str, Any]], delta: float, target: float) -> tu
 
     With other noise than Gaussian, `lower` is what the Gaussian of the same Fisher information costs, and `upper` what is
     certified. `target` only sets the tolerances. Raises BadInput for a malformed ledger, CannotRun where the accountant
-    cannot certify (sigma < .3, epsilon > 20, delta below its resolution, a grid over 2e7 cells, any failure inside it). At delta 0
-    all three are the pure epsilon (harness/privacy/pure.py).
+    cannot certify (sigma < .3, epsilon > 20, delta below its resolution, a grid over 2e7 cells, any failure inside it). At
+    delta 0 all three are the pure epsilon (harness/privacy/pure.py).
     """
     ledger, delta, target = Ledger.from_events(list(events)), float(delta), float(target)
     if delta == 0:

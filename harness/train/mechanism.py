@@ -89,8 +89,10 @@ class Mechanism:
         return math.sqrt(2 * _gamma((noise.parameters["dimension"] + 1) / 2, self._source)) / inverse
 
     def _check(self, clipped_sum: dict[str, torch.Tensor]) -> None:
-        """Spherical noise is certified for one dimension: with fewer coordinates than booked it would protect less. Pure epsilon is
-        certified for one number."""
+        """Spherical noise is certified for one dimension: with fewer coordinates than booked it would protect less.
+
+        Pure epsilon is certified for one number.
+        """
         booked, found = self.noise.parameters.get("dimension"), sum(t.numel() for t in clipped_sum.values())
         if booked not in (None, found):
             raise RuntimeError(f"The release has {found} coordinates, but its noise was certified for {booked}.")
