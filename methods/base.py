@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dpft.harness.errors import BadInput
 from dpft.harness.query.queries import Gradients, Nothing, Values
 from dpft.methods.clipping.base import ClippingRule
 from dpft.methods.decoders.base import Decoder, Mean, check_options
@@ -75,6 +76,16 @@ class Method:
         """Refuse settings that cannot work, before anything is loaded. Raises BadInput."""
         check_options(self.settings, self.choices, self.ranges)
         self.decoder.validate(spec)
+        if spec.delta == 0 and self.numbers != 1:
+            raise BadInput(
+                f"Pure epsilon (delta = 0) is certified for one number a step, and {self.name} releases "
+                f"{'as many as what trains' if self.numbers is None else self.numbers}; leave delta out."
+            )
+
+    @property
+    def numbers(self) -> int | None:
+        """How many numbers each step releases, where that depends on no model."""
+        return None
 
     def skip(self, model: nn.Module) -> str | None:
         """A one-sentence reason why this method cannot run on `model`, or None."""
