@@ -60,9 +60,10 @@ def copied(noisy):
     return dataclasses.replace(noisy, tensors={n: t.clone() for n, t in noisy.tensors.items()}, beside=beside)
 
 
-def recorded(setup, batches, answers=()):
+def recorded(setup, batches, answers=(), watched=True):
     """Train on these batches of indices, one a step; -> every clipped sum, in order, and the run.
 
+    watched: as in small_runs.trained.
     answers: what another run has recorded; its noisy sums are handed out in place of this run's, so that both ask the same.
     """
     found, left, now = [], list(answers), [None]
@@ -79,6 +80,6 @@ def recorded(setup, batches, answers=()):
         return noisy
 
     setup.method.step, setup.mechanism.release, setup.sampler.sample = step, releasing, lambda: own.pop(0)
-    made = trained(setup)
+    made = trained(setup, watched=watched)
     assert not left and not own
     return found, made
