@@ -10,6 +10,18 @@ os.environ["POLARS_MAX_THREADS"] = os.environ["RAYON_NUM_THREADS"] = "1"  # tabl
 import polars
 import pytest
 
+
+def pytest_collection_modifyitems(items):
+    """All conformance tests of a method in a row, so that the runs they share are made by one worker."""
+    methods = {}
+    for item in items:
+        if item.path.name == "test_conformance.py" and hasattr(item, "callspec"):
+            methods.setdefault(item.callspec.params["method"], []).append(item)
+    together = [item for own in methods.values() for item in own]
+    left, moved = iter(together), set(together)
+    items[:] = [next(left) if item in moved else item for item in items]
+
+
 NEUTRAL = ["the", "film", "is", "was", "a", "not", "very", "plot", "cast", "and", "but", "so", "it", "story", "ending"]
 GOOD, BAD = ["good", "great", "fine"], ["bad", "dull", "awful"]
 
