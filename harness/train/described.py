@@ -15,7 +15,7 @@ from dpft.harness.query.queries import Gradients, Query, Values
 from dpft.harness.runs import registry
 from dpft.harness.runs.releases import shares
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import public
+from dpft.harness.train import public_rows
 from dpft.harness.train.answer import Answers
 from dpft.harness.train.core import Core, Found, Watcher
 from dpft.harness.train.mechanism import GaussianMechanism
@@ -74,8 +74,8 @@ def _core(spec: RunSpec) -> tuple[Method, Core]:
     method, task = registry.instance(spec), registry.task(spec.task)(spec.task_options)
     method.noise_multiplier = 1.0
     shape = ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm)
-    prepared = task.prepare(public.loaded(method, task, None), shape, stream("cpu", "head", spec.task, spec.seed))
-    public.hand_over(method, prepared, task.loss, torch.device("cpu"))
+    prepared = task.prepare(public_rows.loaded(method, task, None), shape, stream("cpu", "head", spec.task, spec.seed))
+    public_rows.hand_over(method, prepared, task.loss, torch.device("cpu"))
     model = method.prepare(prepared.model, stream("cpu", "method", spec.task, spec.method, spec.seed))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head, clock = frozenset(model.head_parameters), Clock(torch.device("cpu"))

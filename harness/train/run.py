@@ -26,7 +26,7 @@ from dpft.harness.records.store import SCHEMA
 from dpft.harness.runs import registry
 from dpft.harness.runs.plan import PrivacyPlan, plan
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import loop, public, sections
+from dpft.harness.train import loop, public_rows, sections
 from dpft.harness.train.core import encodings_of
 from dpft.harness.train.mechanism import Mechanism
 from dpft.harness.train.noise import secret_source, source, stream
@@ -130,7 +130,7 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multip
     task, method = registry.task(spec.task)(spec.task_options), registry.instance(spec)
     method.noise_multiplier = noise_multiplier
     prepared = task.prepare(
-        public.loaded(method, task, settings.data_dir),
+        public_rows.loaded(method, task, settings.data_dir),
         ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm),
         stream("cpu", "head", spec.task, spec.seed),
     )
@@ -138,7 +138,7 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multip
     if reason is not None:
         raise Skipped(reason)
     head = frozenset(prepared.model.head_parameters)
-    public.hand_over(method, prepared, _loss(spec, task, device), device)
+    public_rows.hand_over(method, prepared, _loss(spec, task, device), device)
     model = method.prepare(prepared.model, stream("cpu", "method", spec.task, spec.method, spec.seed)).to(device)
     prepared = dataclasses.replace(prepared, model=model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -7,7 +7,7 @@ from small_runs import a_spec, trained
 from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.runs import registry
 from dpft.harness.runs.resolve import resolve
-from dpft.harness.train import public, run
+from dpft.harness.train import public_rows, run
 from dpft.methods.clipping.base import ClippingRule
 from dpft.methods.full import DPAdam
 
@@ -109,4 +109,4 @@ def test_memory_says_why_it_cannot_predict(learner):
 def test_a_record_says_how_many(learner, tiny_bert, settings):
     record, _ = run.execute(a_spec(learner, tiny_bert), settings, lambda step, row: None)
     assert record["provenance"]["public_examples"] == 2048, record["error"]
-    assert public.needed(registry.make(learner, "mean", {}, "abadi"))
+    assert public_rows.needed(registry.make(learner, "mean", {}, "abadi"))
