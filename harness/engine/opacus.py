@@ -23,8 +23,22 @@ class OpacusEngine(Engine):
             raise CannotRun(
                 f"Opacus cannot hook this model ({error}); mend what it names or use --engine factored."
             ) from error
+        self.hooks.disable_hooks()
 
     def accumulate(self, batch, total, bound, encodings):
+        with self._listening():
+            losses = self._passes(batch)
+        with self.clock("clip"):
+            samples = {name: self._take(name, p, len(losses)) for name, p in self.parameters.items()}
+            for name, encoding in encodings.items():
+                samples[name] = encoding.finished(encoding.dense(samples[name]))
+            squares = {name: g.flatten(1).square().sum(1, dtype=torch.float64) for name, g in samples.items()}
+            factors, norms = self.clip(squares, bound)
+            for name, g in samples.items():
+                total[name].add_(torch.einsum("b,b...->...", factors[name].to(g.dtype), g))
+        return losses.detach(), norms
+
+    def _passes(self, batch) -> torch.Tensor:
         with self.clock("forward"):
             try:
                 losses = self.losses(batch)
@@ -41,15 +55,16 @@ class OpacusEngine(Engine):
                 if "memory" in str(error):
                     raise
                 raise CannotRun(f"Opacus fails on this model ({error}); use --engine factored or reference.") from error
-        with self.clock("clip"):
-            samples = {name: self._take(name, p, len(losses)) for name, p in self.parameters.items()}
-            for name, encoding in encodings.items():
-                samples[name] = encoding.finished(encoding.dense(samples[name]))
-            squares = {name: g.flatten(1).square().sum(1, dtype=torch.float64) for name, g in samples.items()}
-            factors, norms = self.clip(squares, bound)
-            for name, g in samples.items():
-                total[name].add_(torch.einsum("b,b...->...", factors[name].to(g.dtype), g))
-        return losses.detach(), norms
+        return losses
+
+    @contextmanager
+    def _listening(self):
+        """Its hooks note every pass that they see, others' too (a method looks at public examples): but for this time."""
+        self.hooks.enable_hooks()
+        try:
+            yield
+        finally:
+            self.hooks.disable_hooks()
 
     def _take(self, name, parameter, batch_size):
         sample, used = getattr(parameter, "grad_sample", None), parameter.grad is not None
@@ -64,14 +79,6 @@ class OpacusEngine(Engine):
         if isinstance(sample, list) or len(sample) != batch_size:
             raise CannotRun(f"Opacus does not keep the examples of {name} apart; use --engine factored or reference.")
         return sample
-
-    @contextmanager
-    def plain(self):
-        self.hooks.disable_hooks()
-        try:
-            yield
-        finally:
-            self.hooks.enable_hooks()
 
     def close(self):
         self.hooks.cleanup()
