@@ -16,6 +16,7 @@ from dpft.harness.engine import NAMES, engine_class
 from dpft.harness.engine.base import zero_sums
 from dpft.harness.errors import CannotRun
 from dpft.harness.probes import Clock
+from dpft.harness.query.kronecker import kronecker_factors
 from dpft.harness.query.public import Public
 from dpft.harness.runs import registry
 from dpft.methods.kfac import AT_ONCE
@@ -182,7 +183,10 @@ def test_the_first_step_is_that_of_dp_adam_and_sides_hold_for_a_while_and_throug
 def test_a_head_at_zero_stops_gradients_and_what_they_do_not_reach_is_left_as_it_is():
     model, method = made()
     nn.init.zeros_(model.out.weight)
-    assert set(method._whitened(method._factors(1))) == {"out.weight", "out.bias"}
+    assert set(method._whitened(kronecker_factors(method.public, model, method._layers, method._batches(1)))) == {
+        "out.weight",
+        "out.bias",
+    }
 
 
 def test_probes_of_random_tokens_are_as_long_as_examples_may_be_and_the_same_again():
