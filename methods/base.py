@@ -38,7 +38,8 @@ class Method:
     may be among them), `options` (the method's own settings with their defaults), `decoder_options` (other defaults for its
     decoder's options; they hold as long as the run keeps that decoder), `choices` and `ranges` (of its
     own options, as decoders have them).
-    `preconditions`: its updates are finished directions, so plain SGD with the run's lr applies them.
+    `preconditions`: its updates are finished directions, so plain SGD with the run's lr applies them. `numbers`: how many each
+    step releases, where that depends on no model.
     Of the run it knows `spec` and `steps`, from before `prepare` on; `rule` is the run's clipping rule, which is not its own.
     """
 
@@ -55,6 +56,7 @@ class Method:
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
     preconditions: bool = False
+    numbers: int | None = None
     spec: RunSpec
     steps: int = 1
 
@@ -72,11 +74,6 @@ class Method:
                 f"Pure epsilon (delta = 0) is certified for one number a step, and {self.name} releases "
                 f"{'as many as what trains' if self.numbers is None else self.numbers}; leave delta out."
             )
-
-    @property
-    def numbers(self) -> int | None:
-        """How many numbers each step releases, where that depends on no model."""
-        return None
 
     def skip(self, model: nn.Module) -> str | None:
         """A one-sentence reason why this method cannot run on `model`, or None."""

@@ -94,7 +94,7 @@ def fit(wanted: Wanted, mechanism: str, shape: str, law: str | None, dimension: 
         if (mechanism, shape) != ("laplace", "coordinates"):
             raise CannotRun(f"Cannot certify delta 0 with noise of mechanism {mechanism}; choose a delta above 0.")
         sigma = pure.fit(wanted.target, wanted.sampling_probability, wanted.steps)
-        return Noise(mechanism, sigma, dict(pure.ONE_NUMBER))
+        return Noise(mechanism, sigma, dict(noise_kinds.ONE_NUMBER))
     if mechanism == "gaussian" or shape == "coordinates":
         sigma = _gaussian(wanted)
         if mechanism == "gaussian":

@@ -12,21 +12,14 @@ in L2 has no such certificate (noise_kinds.py), so a release is booked with its 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from dpft.harness.errors import CannotRun
 from dpft.harness.privacy.accountant import MAX_EPSILON, guarded, tolerance
 from dpft.harness.privacy.ledger import Ledger
+from dpft.harness.privacy.noise_kinds import of_one_number
 
-ONE_NUMBER = {"shape": "coordinates", "dimension": 1}  # the parameters of such a release
 ENDS = "noise of stream 1 ends, so it has a delta above 0."
 ROUNDING = 1e-12  # relative: what calibration leaves, so that T steps are not above the target by their last digit
-
-
-def of_one_number(mechanism: str, parameters: Mapping[str, Any]) -> bool:
-    """Whether a release is one number with Laplace noise without an end."""
-    return mechanism == "laplace" and dict(parameters) == ONE_NUMBER
 
 
 def fit(target: float, sampling_probability: float, steps: int) -> float:

@@ -10,8 +10,7 @@ import torch
 from dpft.harness.engine.fakes import has_values
 from dpft.harness.privacy import Release
 from dpft.harness.privacy.calibration import Noise
-from dpft.harness.privacy.noise_kinds import law_of
-from dpft.harness.privacy.pure import of_one_number
+from dpft.harness.privacy.noise_kinds import law_of, of_one_number
 from dpft.harness.privacy.scale_law import Term
 from dpft.harness.privacy.shares import noise_multiplier
 from dpft.harness.query.noisy_sum import NoisySum
