@@ -41,7 +41,8 @@ class Method:
     and `ranges` (of its own options, as decoders have them).
     `withholds`: of what requires a gradient, matrices may never move, because releases choose which do.
     `needs_public`: it learns from public examples of the task; they are in `public`, from before `prepare` on.
-    `preconditions`: its updates are finished directions, so plain SGD with the run's lr applies them.
+    `preconditions`: its updates are finished directions, so plain SGD with the run's lr applies them. `numbers`: how many
+    each step releases, where that depends on no model.
     Of the run it knows `spec`, `steps` and `noise_multiplier` (sigma of a whole step, 0 without noise), from before `prepare` on;
     `rule` is the run's clipping rule, which is not its own.
     """
@@ -62,6 +63,7 @@ class Method:
     withholds: ClassVar[bool] = False
     needs_public: ClassVar[bool] = False
     preconditions: bool = False
+    numbers: int | None = None
     spec: RunSpec
     public: Public
     steps: int = 1
@@ -81,11 +83,6 @@ class Method:
                 f"Pure epsilon (delta = 0) is certified for one number a step, and {self.name} releases "
                 f"{'as many as what trains' if self.numbers is None else self.numbers}; leave delta out."
             )
-
-    @property
-    def numbers(self) -> int | None:
-        """How many numbers each step releases, where that depends on no model."""
-        return None
 
     def skip(self, model: nn.Module) -> str | None:
         """A one-sentence reason why this method cannot run on `model`, or None."""

@@ -30,6 +30,7 @@ MECHANISMS = ("gaussian", "laplace", "lmo", "plrv")
 SHAPES = ("spherical", "coordinates")
 FAMILIES = {"lmo": ("gamma", "exponential", "uniform"), "plrv": ("gamma",)}
 LAPLACE_TO_GAUSSIAN = math.sqrt(math.pi)  # std of the Laplace over std of the Gaussian that covers it
+ONE_NUMBER = {"shape": "coordinates", "dimension": 1}  # Laplace noise without an end on a release of one number
 MAX_DIMENSION = 10**13
 LAW_TOLERANCE = 1e-6
 ONE_NUMBER = {"shape": "coordinates", "dimension": 1}  # the parameters of a release with a pure epsilon
@@ -68,6 +69,11 @@ def check(mechanism: Any, noise_multiplier: float, parameters: Any) -> dict[str,
         if not math.isclose(found, noise_multiplier, rel_tol=LAW_TOLERANCE):
             raise ValueError(f"its noise_multiplier is {noise_multiplier:g}, but its law gives {found:g}")
     return parameters
+
+
+def of_one_number(mechanism: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether a release has a pure epsilon (harness/privacy/pure.py)."""
+    return mechanism == "laplace" and dict(parameters) == ONE_NUMBER
 
 
 def _keys(mechanism: str, parameters: dict[str, Any], expected: tuple[str, ...]) -> dict[str, Any]:

@@ -135,12 +135,12 @@ def test_laplace_coordinates_are_covered_by_their_gaussian():
         assert (laplace >= gaussian - 1e-12).all()
 
 
-def test_one_dimensional_laplace_accounting_cannot_be_had():
+def test_one_dimensional_laplace_accounting_cannot_be_had_of_a_vector():
     """eps 1 by the scalar rule for b = 1; with many coordinates the truth is near Gaussian of sigma 1."""
     noise = Noise("laplace", math.sqrt(2), {"shape": "coordinates"})
     lower, _, upper = epsilon(events_of(noise, 1.0, 1), DELTA, 8.0)
     assert lower > 4.2 and upper > 5
-    for parameters in ({}, {"shape": "scalar"}, {"shape": "coordinates", "dimension": 1}, {"shape": "spherical"}):
+    for parameters in ({}, {"shape": "scalar"}, {"shape": "coordinates", "dimension": 2}, {"shape": "spherical"}):
         with pytest.raises(ValueError):
             Noise("laplace", 1.0, parameters).entry("gradient")
     for mechanism in ("lmo", "plrv"):

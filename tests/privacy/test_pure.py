@@ -11,9 +11,10 @@ from scipy import stats
 from small_runs import quiet, stopped, trained, weights
 
 from dpft.harness.errors import BadInput, CannotRun
-from dpft.harness.privacy import Release, certify, matched, noise_kinds, pure, tail, verify_record
+from dpft.harness.privacy import Release, certify, matched, pure, tail, verify_record
 from dpft.harness.privacy.calibration import Noise, Wanted, curve_of, fit
 from dpft.harness.privacy.ledger import Ledger
+from dpft.harness.privacy.noise_kinds import ONE_NUMBER
 from dpft.harness.privacy.spent import epsilon
 from dpft.harness.records.verifying import verify_run
 from dpft.harness.report import rows
@@ -35,7 +36,7 @@ def ledger(*kinds):
     made = Ledger()
     for q, sigma, steps in kinds:
         for _ in range(steps):
-            made.append(made.steps, q, [Noise("laplace", sigma, noise_kinds.ONE_NUMBER).entry("values")])
+            made.append(made.steps, q, [Noise("laplace", sigma, ONE_NUMBER).entry("values")])
     return made
 
 
@@ -132,7 +133,7 @@ def test_draws_have_no_end():
 
 
 def test_the_mechanism_releases_one_number_with_that_noise_and_nothing_else():
-    mechanism = Mechanism(Noise("laplace", 0.8, dict(noise_kinds.ONE_NUMBER)), 1.0, 10, source("cpu", "one"))
+    mechanism = Mechanism(Noise("laplace", 0.8, dict(ONE_NUMBER)), 1.0, 10, source("cpu", "one"))
     found = torch.cat([mechanism.release({"values": torch.full((1,), 30.0)}, 2.0).values for _ in range(4000)])
     scale = 2.0 * 0.8 / math.sqrt(2) / 10
     assert stats.kstest((found - 3).numpy(), stats.laplace(scale=scale).cdf).pvalue > 1e-3
@@ -158,7 +159,7 @@ def test_a_record_says_so_and_verifies(made):
     record, curve = made
     privacy = record["privacy"]
     assert privacy["delta"] == 0 and privacy["epsilon"][2] == privacy["epsilon"][0] == pytest.approx(4.0)
-    assert privacy["ledger"][0]["releases"][0]["parameters"] == noise_kinds.ONE_NUMBER
+    assert privacy["ledger"][0]["releases"][0]["parameters"] == ONE_NUMBER
     assert [row["epsilon"] for row in curve] == pytest.approx([0.8, 1.6, 2.4, 3.2, 4.0])
     assert verify_record(record, 5, [row["epsilon"] for row in curve]) == []
     assert verify_run(record, None).findings == ["The record has no curve beside it."]
