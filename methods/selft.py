@@ -15,6 +15,7 @@ from dpft.methods import projection
 from dpft.methods.base import freeze_all_but
 from dpft.methods.decoders.moments import Adam
 from dpft.methods.full import DPAdam
+from dpft.methods.trajectory import move, put_back
 
 if TYPE_CHECKING:
     import torch
@@ -83,27 +84,18 @@ class DPSelFT(DPAdam):
 
     def _trial(self, model: nn.Module, names: set[str], seen: Public, unseen: Public, seed: int) -> float:
         """The loss on `unseen` after training `names` with noise on `seen`; the model is left as it was."""
-        import torch
-
         freeze_all_but(model, names)
-        parameters = {name: p for name, p in model.named_parameters() if name in names}
-        before = {name: p.detach().clone() for name, p in parameters.items()}
-        training, adam = model.training, Adam()
-        rates = {n: self.settings["head_lr_factor"] if n in model.head_parameters else 1.0 for n in names}
-        model.eval()
-        for step in range(self.settings["trial_steps"]):
-            batch = seen.batch(self.settings["trial_batch"], step)
-            parts = self.noised(seen.gradient(model, parameters, batch), seed, step)
-            if self.spec.optimizer != "sgd":
-                adam.precondition(parts, lambda name, step=step: step + 1)
-            with torch.no_grad():
-                for name, p in parameters.items():
-                    p.sub_(parts[name], alpha=self.spec.lr * rates[name])
-        loss = _mean_loss(model, unseen, self.settings["trial_batch"])
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(before[name])
-        model.train(training)
+        parameters, adam = {name: p for name, p in model.named_parameters() if name in names}, Adam()
+        with put_back(model, parameters):
+            for step in range(self.settings["trial_steps"]):
+                batch = seen.batch(self.settings["trial_batch"], step)
+                parts = self.noised(seen.gradient(model, parameters, batch), seed, step)
+                if self.spec.optimizer != "sgd":
+                    adam.precondition(parts, lambda name, step=step: step + 1)
+                for name in parts.keys() & set(model.head_parameters):
+                    parts[name] *= self.settings["head_lr_factor"]
+                move(parameters, parts, self.spec.lr)
+            loss = _mean_loss(model, unseen, self.settings["trial_batch"])
         return loss if loss == loss else float("inf")  # nan: it diverged
 
     def noised(self, gradient: dict[str, torch.Tensor], seed: int, step: int) -> dict[str, torch.Tensor]:

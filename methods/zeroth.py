@@ -85,7 +85,7 @@ class DPZO(Method):
         weights = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         directions = Directions(self._seed, step)
         points = [_point(directions, k, weights, side) for k in range(count) for side in (phi, -phi)]
-        of = partial(_differences, scale=2 * phi * count)
+        of = partial(differences, scale=2 * phi * count)
         (noisy,) = ask(values=Values(size=count, of=of, bound=self.spec.clip_norm, at=points))
         numbers = {name: number for number, name in enumerate(weights)}
         return LazyUpdates(
@@ -95,7 +95,7 @@ class DPZO(Method):
         )
 
 
-def _differences(seen: Seen, scale: float) -> torch.Tensor:
+def differences(seen: Seen, scale: float) -> torch.Tensor:
     """[b, K] of losses [b, 2K], there and back of each direction side by side."""
     losses = seen.losses.double()
     return (losses[:, 0::2] - losses[:, 1::2]) / scale

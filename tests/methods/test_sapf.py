@@ -13,13 +13,14 @@ from dpft.harness.train import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PHASES = {"steps": 6, "warmup_fraction": 0.34, "selection_fraction": 0.34, "eval_every": 3}  # 2, 2 and 2 steps
+SPEC = resolve({"task": "sst2", "method": "dp-sapf"})
 BATCHES = [list(range(20 * step, 20 * step + 6)) for step in range(6)]
 
 
 def method_for(model, steps=10, **options):
     model.head_parameters = [n for n, _ in model.named_parameters() if "head" in n or "classifier" in n]
     method = registry.make("dp-sapf", "mean", options)
-    method.steps = steps
+    method.spec, method.steps = SPEC, steps
     method.prepare(model, torch.Generator().manual_seed(0))
     return method
 
@@ -57,6 +58,7 @@ def test_each_phase_asks_and_moves_what_it_says(setup_of):
             assert moved == moves
         else:
             assert {n for n in chosen if "lora_B" in n} | setup.head <= moved <= chosen | setup.head
+    assert [one.bound for one in found] == [2.0] * 2 + [0.5] * 2 + [2.0] * 2
     assert all(torch.equal(seen[-1][n], seen[0][n]) for n in adapters - chosen)
     assert all(not torch.equal(seen[-1][n], seen[0][n]) for n in chosen), "B no longer 0, A trains, too"
     assert not any(found[0].clean[n].any() for n in of_b if n in asked[0])
