@@ -7,10 +7,12 @@ import pytest
 import torch
 import transformers as hf
 from engine_cases import CONFIGS, batch_for, clipped, model_for
+from small_runs import a_spec, quiet
 from torch.nn import functional as F
 
 from dpft.harness.engine.base import zero_sums
 from dpft.harness.runs import registry
+from dpft.harness.train import run
 from dpft.tasks import causal, models
 
 ENCODERS = ("bert", "roberta", "electra", "distilbert")
@@ -147,6 +149,13 @@ def test_a_pooler_still_reads_the_first_token_of_the_text():
     hidden = by_hand("bert", plain, model.bert.prompt.weight, alone(batch, 2))
     expected = plain.classifier(torch.tanh(plain.bert.pooler.dense(hidden[:, 0])))
     assert torch.allclose(model(**inputs, token_type_ids=torch.zeros_like(inputs["input_ids"])).logits[2:3], expected)
+
+
+@pytest.mark.parametrize("head", ["native", "mlm"])
+def test_a_run_with_another_head_passes_its_own_comparison_with_autograd(head, tiny_bert, settings):
+    """Texts are up to 32 tokens long, all that this model has positions for: the prompt takes none away."""
+    record, _ = run.execute(a_spec("prompt", tiny_bert, head=head, steps=1, eval_every=1), settings, quiet)
+    assert record["status"] == "done", record["error"]
 
 
 @pytest.mark.parametrize("kind", DECODERS)
