@@ -32,7 +32,9 @@ class DPLAC(Adaptive):
     without one more histogram. Where a loss is not above 0 its ratio says nothing, and C stays.
     `follow=falls` is the paper's; min makes it a ratchet: a loss that only wavers by 5% halves C in 30 steps. `follow=loss`
     takes the ratio as it is, so that C is C_0 v_t/v_0.
-    Prediction: the vote makes up for any wrong start; following the loss changes little under Adam.
+    Votes and the fall are described after a summary of the paper, not the paper. The first step still has the run's clip norm: a
+    start that is far too large puts its noise into Adam's moments before the first vote is counted.
+    Prediction: the vote makes up for most of a wrong start; following the loss changes little under Adam.
     """
 
     name = "dp-lac"

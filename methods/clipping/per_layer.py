@@ -24,9 +24,9 @@ class PerLayer(Adaptive):
     """Of each group g: T_g <- T_g exp(-eta (b_g - q)), b_g the released share of its gradients within T_g; its bound is C_g.
 
     eta: `clip_rate`; q: `target_quantile`. `total=fixed`: C_g = C T_g / sqrt(sum T^2), so that the bounds keep their proportions
-    and the whole stays at the run's clip norm C. `total=quantiles`: C_g = T_g, and C = sqrt(sum T^2) follows them: that is the
-    paper's Algorithm 1. Noise is sigma C on every layer (the paper's noise allocation "global"). With one group the first is a
-    fixed C, and the second is clipping `quantile`.
+    and the whole stays at the run's clip norm C. `total=quantiles`: C_g = T_g, and C = sqrt(sum T^2) follows them. Noise is
+    sigma C on every layer. With one group the first is a fixed C, and the second is clipping `quantile`. That the paper has
+    both is recalled, not read again.
     Counts are held against T_g and not against C_g: where the whole is far too small or too large, every group would count the
     same, and rescaling would undo all that they learn.
     The G counts are one release: entries +1/2 and -1/2, of length sqrt(G)/2 (uncentred it would be twice that), for
