@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dpft.harness.errors import BadInput
 from dpft.harness.query.queries import Gradients, Nothing, Values
 from dpft.methods.clipping.base import ClippingRule
 from dpft.methods.decoders.base import Decoder, Mean, check_options
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from dpft.harness.query.public import Public
     from dpft.harness.query.queries import Ask
     from dpft.harness.query.updates import Updates
     from dpft.harness.runs.spec import RunSpec
@@ -31,20 +33,24 @@ __all__ = [
 class Method:
     """Base class of all methods: DP-SGD on whatever `prepare` leaves trainable.
 
-    Class attributes: `name` (registry key), `version` (raise it when results change: it is part of the run id),
-    `summary`, `reference` (arXiv id), `private` (False: no clipping, no noise, never ranked), `control` (shown beside
-    the methods, never ranked), `asks` (the kinds of questions that it may ask), `defaults` (settings of RunSpec; `decoder`
-    may be among them), `options` (the method's own settings with their defaults), `decoder_options` (other defaults for its
-    decoder's options; they hold as long as the run keeps that decoder), `choices` and `ranges` (of its
-    own options, as decoders have them).
+    Class attributes: `name` (registry key), `version` (raise it when results change: it is part of the run id), `summary`,
+    `reference` (arXiv id), `claim` (the result that was published of it, with its setting), `private` (False: no clipping, no
+    noise, never ranked), `control` (shown beside the methods, never ranked), `asks` (the kinds of questions that it may ask),
+    `defaults` (settings of RunSpec; `decoder` may be among them), `options` (the method's own settings with their defaults),
+    `decoder_options` (other defaults for its decoder's options; they hold as long as the run keeps that decoder), `choices`
+    and `ranges` (of its own options, as decoders have them).
+    `withholds`: of what requires a gradient, matrices may never move, because releases choose which do.
+    `needs_public`: it learns from public examples of the task; they are in `public`, from before `prepare` on.
     `preconditions`: its updates are finished directions, so plain SGD with the run's lr applies them.
-    Of the run it knows `spec` and `steps`, from before `prepare` on; `rule` is the run's clipping rule, which is not its own.
+    Of the run it knows `spec`, `steps` and `noise_multiplier` (sigma of a whole step, 0 without noise), from before `prepare` on;
+    `rule` is the run's clipping rule, which is not its own.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
     summary: ClassVar[str] = ""
     reference: ClassVar[str] = ""
+    claim: ClassVar[str] = ""
     private: ClassVar[bool] = True
     control: ClassVar[bool] = False
     asks: ClassVar[tuple[type, ...]] = (Gradients,)
@@ -53,9 +59,13 @@ class Method:
     decoder_options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
+    withholds: ClassVar[bool] = False
+    needs_public: ClassVar[bool] = False
     preconditions: bool = False
     spec: RunSpec
+    public: Public
     steps: int = 1
+    noise_multiplier: float = 0.0
 
     def __init__(self, options: dict[str, Any] | None = None, decoder: Decoder | None = None):
         self.settings = {**self.options, **(options or {})}
@@ -66,6 +76,16 @@ class Method:
         """Refuse settings that cannot work, before anything is loaded. Raises BadInput."""
         check_options(self.settings, self.choices, self.ranges)
         self.decoder.validate(spec)
+        if spec.delta == 0 and self.numbers != 1:
+            raise BadInput(
+                f"Pure epsilon (delta = 0) is certified for one number a step, and {self.name} releases "
+                f"{'as many as what trains' if self.numbers is None else self.numbers}; leave delta out."
+            )
+
+    @property
+    def numbers(self) -> int | None:
+        """How many numbers each step releases, where that depends on no model."""
+        return None
 
     def skip(self, model: nn.Module) -> str | None:
         """A one-sentence reason why this method cannot run on `model`, or None."""

@@ -92,8 +92,9 @@ class Prism(DPLoRA):
                 self._layers[path] = (module.lora_A[adapter], module.lora_B[adapter])
         return model
 
-    def _start(self) -> bool | str:
-        return "pissa_niter_16" if self.settings["start"] == "spectral" else True
+    @property
+    def variant(self) -> dict[str, str]:
+        return {"init_lora_weights": "pissa_niter_16"} if self.settings["start"] == "spectral" else {}
 
     def optimizer(self, parameters, head, spec) -> torch.optim.Optimizer:
         self.preconditions = spec.optimizer != "sgd"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from dpft.harness.errors import BadInput
 from dpft.harness.query.queries import Gradients
 from dpft.methods.decoders.moments import Adam
+from dpft.methods.phases import Phases
 from dpft.methods.sparse import SparseRows
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from dpft.harness.runs.spec import RunSpec
 
 
-class Sparta(SparseRows):
+class Sparta(Phases, SparseRows):
     """Three phases under one noise multiplier: warm-up, selection, training; selection steps are steps of the same ledger.
 
     Warm-up (`warmup_fraction` of the steps, at least one): head, norms and biases train. Selection (`selection_fraction`, at
@@ -40,7 +41,8 @@ class Sparta(SparseRows):
         "score": "release",
     }
     choices: ClassVar = {"score": ("release", "absolute")}
-    ranges: ClassVar = {**SparseRows.ranges, "warmup_fraction": (0.0, 1.0), "selection_fraction": (0.0, 1.0)}
+    ranges: ClassVar = {**SparseRows.ranges, **Phases.phases}
+    chosen_parts = "rows"
 
     def __init__(self, options=None, decoder=None):
         super().__init__(options, decoder)
@@ -48,21 +50,7 @@ class Sparta(SparseRows):
 
     def validate(self, spec: RunSpec) -> None:
         super().validate(spec)
-        train = self._borders(spec.steps)[1]
-        if train >= spec.steps:
-            raise BadInput(
-                f"{self.name} would spend {train} of {spec.steps} steps before it trains rows; raise steps, or lower "
-                "warmup_fraction or selection_fraction."
-            )
-
-    def _borders(self, steps: int) -> tuple[int, int]:
-        """The first step of the selection, and that of training."""
-        select = max(1, round(self.settings["warmup_fraction"] * steps))
-        return select, select + max(1, round(self.settings["selection_fraction"] * steps))
-
-    def kind(self, step: int) -> str:
-        select, train = self._borders(self.steps)
-        return "warm-up" if step < select else "selection" if step < train else "training"
+        self.check_phases(spec)
 
     def step(self, ask: Ask, step: int) -> Updates:
         kind = self.kind(step)
@@ -73,7 +61,7 @@ class Sparta(SparseRows):
         if kind == "training":
             rows = self.rows()
             (noisy,) = ask(gradient=Gradients(encodings=rows))
-            return self.directions(self.decoder.decode(noisy, step), rows, step + 1 - self._borders(self.steps)[1])
+            return self.directions(self.decoder.decode(noisy, step), rows, step + 1 - self.borders(self.steps)[1])
         (noisy,) = ask(gradient=Gradients(only=self.others))
         parts = self.decoder.decode(noisy, step)
         return self.directions({name: parts[name] for name in parts if name in self.others}, {}, step + 1)

@@ -121,7 +121,7 @@ class TableRows(DPAdam):
         if self._rule == "sgd":
             for name, part in parts.items():
                 self._velocity.add(name, part)
-            self._velocity.add(self.table, table, rows, self.size)
+            self._velocity.add_rows(table, rows, self.size)
         else:
             self._adam.precondition(parts, lambda name: seen)
             self._rows.precondition(table, rows, self.size)

@@ -27,6 +27,7 @@ class DPZO(Method):
     With `d_ik = (loss_i(w + phi z_k) - loss_i(w - phi z_k)) / (2 phi)`, in evaluation mode, the row `v_i = (d_i1 .. d_iK) / K` is
     clipped to clip_norm as one vector. K numbers are released, v; the update is `sum_k v_k z_k`, on average the gradient. Two
     forward passes a direction, in the memory of inference and of the largest tensor, whatever K.
+    With directions=1, mechanism=laplace and noise_shape=coordinates the one number may have a pure epsilon: delta=0 (2401.04343).
     directions: K; 1 is DPZero. smoothing: phi; weights in half precision, and precision=bf16, round losses by more than it
     moves them. trains: all, or the head alone. A gradient of norm g makes a row of about g / sqrt(K): clip_norm goes with K.
     """
@@ -57,6 +58,10 @@ class DPZO(Method):
                 f"{self.name} has Gaussian noise, and with directions=1 also mechanism=laplace with noise_shape=coordinates; "
                 "take one of them."
             )
+
+    @property
+    def numbers(self) -> int:
+        return self.settings["directions"]
 
     def skip(self, model: nn.Module) -> str | None:
         if self.settings["trains"] == "head" and not model.head_parameters:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dpft.harness.errors import CannotRun
+
 if TYPE_CHECKING:  # `dpft list tasks` must not pay for torch
     import evaluate
     import torch
@@ -23,12 +25,14 @@ Example = dict[str, Any]  # one raw row: named columns
 class Data:
     """Raw rows of a task. `train` is private, `validation` is used for evaluation only.
 
-    fingerprint: sha256 over all rows in order, so that two records can be told to be about the same data.
+    fingerprint: sha256 over these rows in order, so that two records can be told to be about the same data.
+    public: rows for the methods that learn from public data, as `Task.public_rows` gives them.
     """
 
     train: Sequence[Example]
     validation: Sequence[Example]
     fingerprint: str
+    public: Sequence[Example] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Prepared:
     data_fingerprint, model_fingerprint: sha256 of the raw rows and of the pretrained weights (without a new head).
     train_collate: where training examples have random views, (examples, step) -> batch; a function of the two and the seed.
     writing: what a task that generates text needs for it, None for others.
+    public: encoded public examples, for a method that needs them.
     """
 
     model: nn.Module
@@ -69,6 +74,7 @@ class Prepared:
     model_fingerprint: str
     train_collate: Callable[[Sequence[Example], int], dict[str, torch.Tensor]] | None = None
     writing: Any = None
+    public: Sequence[Example] = ()
 
 
 class Task:
@@ -78,7 +84,8 @@ class Task:
     part of the run id), `kind`, `description`, `source` (citation and licence), `metric` (name of the headline metric),
     `higher_is_better`, `chance` (value of that metric for an uninformed model; None: measured before training), `threshold`
     (metric value that counts as "learned" when a run stands alone), `images` (examples are images: runs may set `views` and
-    `batch_norm`), `options` (its own settings with their defaults; they are part of the run id).
+    `batch_norm`), `public` (what its public data are, for methods that learn from such; empty: it has none), `options` (its
+    own settings with their defaults; they are part of the run id).
     """
 
     name: ClassVar[str]
@@ -94,6 +101,7 @@ class Task:
     default_head: ClassVar[str] = "mean"
     default_max_length: ClassVar[int] = 128
     images: ClassVar[bool] = False
+    public: ClassVar[str] = ""
     hub: ClassVar[str | None] = None  # "id/config" on the hub, None when the data come from a package
 
     options: ClassVar[dict[str, Any]] = {}
@@ -111,6 +119,14 @@ class Task:
     def load(self, data_dir: Path | None) -> Data:
         """Read the raw rows. Raises CannotRun with one sentence when the data are missing or damaged."""
         raise NotImplementedError
+
+    def public_rows(self, data_dir: Path | None) -> Sequence[Example]:
+        """Rows in the form of `train` that are nobody's private data, in an order that has nothing to do with their content.
+
+        They must come from elsewhere than the training rows: a part of a private set does not become public by being held out.
+        Raises CannotRun as `load`.
+        """
+        raise CannotRun(f"The task {self.name} has no public data; take another method, or another task.")
 
     def fingerprint(self, data_dir: Path | None) -> str | None:
         """`load(data_dir).fingerprint`, known without `load` where the data are pinned; None where the task draws them itself.

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from dpft.harness.errors import BadInput
@@ -37,6 +38,7 @@ class Canaries(Task):
     higher_is_better = False
     chance = 0.0
     threshold = -1.0
+    public = "canaries"
     default_model = f"canaries-{COUNT}"
     default_head = "native"
     default_max_length = 1
@@ -71,7 +73,12 @@ class Canaries(Task):
             collate=_collate,
             data_fingerprint=data.fingerprint,
             model_fingerprint=hashlib.sha256(spec.model.encode()).hexdigest(),
+            public=[dict(examples[i]) for i in data.public if i < count],
         )
+
+    def public_rows(self, data_dir: Path | None) -> Sequence[int]:
+        """Numbers of canaries of which everybody knows that they exist, wherever they are."""
+        return range(COUNT)
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the canaries read, times their weight (0: the canary is not there), [batch]."""
@@ -100,6 +107,22 @@ def make_model(count: int, generator: torch.Generator) -> nn.Module:
     import torch
     from torch import nn
 
+    class Bag(nn.Module):
+        """The sum of a text's embeddings, at its first place: an encoder with which further inputs may join the tokens."""
+
+        def __init__(self, table: nn.Embedding):
+            super().__init__()
+            self.__dict__["table"] = table  # no child: it has one name
+
+        def get_input_embeddings(self) -> nn.Embedding:
+            return self.table
+
+        def forward(
+            self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None
+        ) -> SimpleNamespace:
+            embedded = self.table(input_ids) if inputs_embeds is None else inputs_embeds
+            return SimpleNamespace(last_hidden_state=(embedded * attention_mask[:, :, None]).sum(1, keepdim=True))
+
     class Model(nn.Module):
         head_parameters = ("head.weight", "head.bias")
         sites = ("embeddings", "layer.0.query", "layer.0.key", "layer.0.value", "layer.1.dense", "layer.1.norm", "head")
@@ -107,6 +130,7 @@ def make_model(count: int, generator: torch.Generator) -> nn.Module:
         def __init__(self):
             super().__init__()
             self.embeddings = nn.Embedding(count, count)
+            self.embeddings.bag = Bag(self.embeddings)  # in there: what it is given is of the layer `embeddings`
             self.layer = nn.ModuleList(
                 [
                     nn.ModuleDict({name: nn.Linear(count, count) for name in ("query", "key", "value")}),
@@ -121,6 +145,10 @@ def make_model(count: int, generator: torch.Generator) -> nn.Module:
             self.register_buffer("units", torch.eye(count))
             self.register_buffer("aims", torch.tensor(magnitudes)[:, None].repeat(1, len(self.sites)))
 
+        @property
+        def encoder(self) -> nn.Module:
+            return self.embeddings.bag
+
         def forward(self, canary, weight, input_ids, attention_mask) -> torch.Tensor:
             aims = self.aims[canary] * weight[:, None]
             read = self.units[canary]
@@ -130,7 +158,7 @@ def make_model(count: int, generator: torch.Generator) -> nn.Module:
                 column = (canary * _coprime(count) + 1 + number) % count
                 inputs = self.units[column][:, None]
                 if path == "embeddings":
-                    output = (self.embeddings(input_ids) * attention_mask[:, :, None]).sum(1)
+                    output = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
                 else:
                     output = self.get_submodule(path)(inputs)[:, 0]
                 losses = losses + aims[:, number] * (output * read).sum(1)

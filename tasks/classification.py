@@ -65,7 +65,7 @@ class TextClassification(Classification):
         model, weights = models.load_model(source, spec.head, self.classes, generator, words)
         fields = tokens.Fields.of(model, tokenizer)
         encode = tokens.Encoder(tokenizer, fields, fields.checked_length(spec.max_length, spec.model), prompt)
-        train, validation = encode(data.train), encode(data.validation)
+        train, validation, public = (encode(rows) for rows in (data.train, data.validation, data.public))
         return Prepared(
             model=model,
             train=train,
@@ -75,6 +75,7 @@ class TextClassification(Classification):
             collate=tokens.Collator(fields, prompted=prompt is not None),
             data_fingerprint=data.fingerprint,
             model_fingerprint=weights,
+            public=public,
         )
 
 

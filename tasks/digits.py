@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
-from dpft.tasks.base import Data
+from dpft.tasks.base import Data, Example
 from dpft.tasks.handwriting import PRIVATE, PUBLIC, of_classes
 from dpft.tasks.images import ImageClassification, fingerprint, rows
 
@@ -27,6 +28,7 @@ class Digits(ImageClassification):
     classes = len(PRIVATE)
     chance = 0.188  # share of the largest class in validation
     threshold = 0.80
+    public = "the digits 0 to 3, which pretrained the models"
     default_model = "digits-vit"
 
     def train_size(self, data_dir: Path | None) -> int:
@@ -42,3 +44,10 @@ class Digits(ImageClassification):
         train, validation = (rows([images[i] for i in part], [labels[i] for i in part]) for part in parts)
         note = f"private classes {PRIVATE}, public pretraining on classes {PUBLIC}\n"
         return Data(train, validation, fingerprint(train, validation, note=note))
+
+    def public_rows(self, data_dir: Path | None) -> Sequence[Example]:
+        """The public classes, in the order of their hashes; their labels count from 0, as those of other digits do."""
+        found = sorted(
+            zip(*of_classes(PUBLIC), strict=True), key=lambda pair: hashlib.sha256(pair[0].tobytes()).hexdigest()
+        )
+        return rows([image for image, _ in found], [label for _, label in found])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.errors import CannotRun
-from dpft.tasks import mirror
+from dpft.tasks import lexicon, mirror
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.classification import TextClassification
 from dpft.tasks.downloads import data_root
@@ -74,10 +75,15 @@ class Sst2(Glue):
     source = "Socher et al. 2013 (EMNLP), through GLUE; research use"
     columns = ("sentence",)
     train_rows = 67349
+    public = lexicon.WHAT
     chance = 0.509  # as everywhere here: share of the largest class in validation
     threshold = 0.80
     template = "*cls**sent_0*_It_was*mask*.*sep+*"
     label_words = ("terrible", "great")
+
+    def public_rows(self, data_dir: Path | None) -> Sequence[Example]:
+        """Words with their published ratings."""
+        return lexicon.rows(data_dir)
 
 
 class Cola(Glue):

@@ -54,6 +54,7 @@ class ImageClassification(Classification):
             data_fingerprint=data.fingerprint,
             model_fingerprint=weights,
             train_collate=views,
+            public=data.public,
         )
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -12,10 +12,11 @@ from dpft.tasks.base import Data, ModelSpec, Prepared, Task
 
 if TYPE_CHECKING:
     import evaluate
+    import numpy
     import torch
     from torch import nn
 
-SIZE, TRAIN, VALIDATION = 256, 20_000, 256
+SIZE, TRAIN, VALIDATION, PUBLIC = 256, 20_000, 256, 512
 SINGULAR_VALUES = (1.0, 0.7, 0.5, 0.35)
 FEATURES = 64  # of the model `layers`
 
@@ -35,6 +36,7 @@ class LowRank(Task):
     metric = "r2"
     chance = 0.0
     threshold = 0.5
+    public = "pairs of another map, whose column space it shares half of"
     default_model = "linear"
     default_head = "native"
     default_max_length = 1
@@ -52,12 +54,24 @@ class LowRank(Task):
         import numpy
 
         generator = numpy.random.Generator(numpy.random.PCG64(1103_2221))
-        left, right = (numpy.linalg.qr(generator.standard_normal((SIZE, len(SINGULAR_VALUES))))[0] for _ in "lr")
-        inputs = generator.standard_normal((TRAIN + VALIDATION, SIZE)).astype("float32")
-        targets = ((inputs @ right) * SINGULAR_VALUES @ left.T).astype("float32")
+        inputs, targets = _pairs(TRAIN + VALIDATION, generator, _factors(generator))
         rows = [{"inputs": x, "targets": y} for x, y in zip(inputs, targets, strict=True)]
         digest = hashlib.sha256(inputs.tobytes() + targets.tobytes()).hexdigest()
         return Data(rows[:TRAIN], rows[TRAIN:], digest)
+
+    def public_rows(self, data_dir: Path | None) -> Sequence[dict]:
+        """Pairs of another map of rank 4, whose column space shares two of the four directions of W*."""
+        import numpy
+
+        generator = numpy.random.Generator(numpy.random.PCG64(1103_2221))
+        left, right = _factors(generator)
+        other = numpy.random.Generator(numpy.random.PCG64(2))
+        mine = _factors(other)
+        left, right = (
+            numpy.linalg.qr(numpy.hstack([a[:, :2], b[:, 2:]]))[0] for a, b in zip((left, right), mine, strict=True)
+        )
+        inputs, targets = _pairs(PUBLIC, other, (left, right))
+        return [{"inputs": x, "targets": y} for x, y in zip(inputs, targets, strict=True)]
 
     def prepare(self, data: Data, spec: ModelSpec, generator: torch.Generator) -> Prepared:
         """`linear`: one layer at zero. `layers`: 64 random features and a head at zero, for methods that train biases or heads.
@@ -77,6 +91,7 @@ class LowRank(Task):
             collate=_collate,
             data_fingerprint=data.fingerprint,
             model_fingerprint=fingerprint,
+            public=data.public,
         )
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -93,6 +108,23 @@ class LowRank(Task):
         from dpft.tasks.metrics import make_r2
 
         return make_r2()
+
+
+def _factors(generator: numpy.random.Generator) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Orthonormal columns, twice [256, 4]."""
+    import numpy
+
+    left, right = (numpy.linalg.qr(generator.standard_normal((SIZE, len(SINGULAR_VALUES))))[0] for _ in "lr")
+    return left, right
+
+
+def _pairs(
+    count: int, generator: numpy.random.Generator, factors: tuple[numpy.ndarray, numpy.ndarray]
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """(inputs, targets), float32 [count, 256] each."""
+    left, right = factors
+    inputs = generator.standard_normal((count, SIZE)).astype("float32")
+    return inputs, ((inputs @ right) * SINGULAR_VALUES @ left.T).astype("float32")
 
 
 def _linear() -> tuple[nn.Module, str]:

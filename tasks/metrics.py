@@ -40,6 +40,17 @@ def make_r2() -> evaluate.Metric:
     return _metric("r2, as in scikit-learn, variance weighted", ["float32"], r2)
 
 
+def make_auc() -> evaluate.Metric:
+    """A metric of scores and labels 0 and 1 that gives `auc`, the area under the ROC curve; .5 where all labels are one."""
+
+    def auc(predictions, references) -> dict[str, float]:
+        from sklearn.metrics import roc_auc_score
+
+        return {"auc": float(roc_auc_score(references, predictions)) if len(set(references)) > 1 else 0.5}
+
+    return _metric("auc, as in scikit-learn", "float64", auc, "int64")
+
+
 def make_perplexity() -> evaluate.Metric:
     """`loss_per_token` (nats) and `perplexity` from each example's negative log-likelihood and number of target tokens."""
 

@@ -6,15 +6,15 @@ import hashlib
 import html
 import io
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpft.harness.errors import CannotRun
+from dpft.tasks import lexicon
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.classification import TextClassification
-from dpft.tasks.downloads import sdist
+from dpft.tasks.lexicon import SDIST, content_of
 
-SDIST = "vaderSentiment-3.3.2.tar.gz"
-SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 FILES = ("movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets", "tweets")
 MINIMUM_RATING = 0.5  # |mean rating| below this is neither positive nor negative
@@ -30,6 +30,7 @@ class Sentences(TextClassification):
     version = 1
     description = "sentiment of sentences from film and product reviews, editorials and tweets, rated by 20 people each"
     source = "Hutto and Gilbert 2014 (ICWSM), in the source distribution of vaderSentiment 3.3.2 on PyPI, MIT"
+    public = lexicon.WHAT
     chance = 0.555  # always "positive", the larger class: 55.5% of validation, 52.7% of train
     threshold = 0.75
     template = "*cls**sent_0*_It_was*mask*.*sep+*"
@@ -45,9 +46,12 @@ class Sentences(TextClassification):
 
     def load(self, data_dir: Path | None) -> Data:
         """Fetch (once), check and read the sentences. Raises CannotRun when they cannot be had."""
-        content = sdist(SDIST.removesuffix(".tar.gz").replace("-", "=="), SDIST, SHA256, data_dir)
-        train, validation = split(distinct(rated(content)))
+        train, validation = split(distinct(rated(content_of(data_dir))))
         return Data(train, validation, fingerprint(train, validation))
+
+    def public_rows(self, data_dir: Path | None) -> Sequence[Example]:
+        """Words with their published ratings."""
+        return lexicon.rows(data_dir)
 
 
 def rated(content: bytes) -> list[tuple[str, float]]:

@@ -10,6 +10,18 @@ os.environ["POLARS_MAX_THREADS"] = os.environ["RAYON_NUM_THREADS"] = "1"  # tabl
 import polars
 import pytest
 
+
+def pytest_collection_modifyitems(items):
+    """All conformance tests of a method in a row, so that the runs they share are made by one worker."""
+    methods = {}
+    for item in items:
+        if item.path.name == "test_conformance.py" and hasattr(item, "callspec"):
+            methods.setdefault(item.callspec.params["method"], []).append(item)
+    together = [item for own in methods.values() for item in own]
+    left, moved = iter(together), set(together)
+    items[:] = [next(left) if item in moved else item for item in items]
+
+
 NEUTRAL = ["the", "film", "is", "was", "a", "not", "very", "plot", "cast", "and", "but", "so", "it", "story", "ending"]
 GOOD, BAD = ["good", "great", "fine"], ["bad", "dull", "awful"]
 
@@ -76,8 +88,37 @@ def settings(mirror):
     return Settings(data_dir=mirror)
 
 
+@pytest.fixture(scope="session")
+def prepared_once():
+    """Inside: what `prepare` makes of the same data, model and random numbers is made once, and its model copied.
+
+    Reading and tokenising the mirror takes as long as the steps of a small run.
+    """
+    from contextlib import contextmanager
+    from copy import deepcopy
+    from dataclasses import replace
+
+    from dpft.tasks.classification import TextClassification
+
+    found, prepare = {}, TextClassification.prepare
+
+    def once(self, data, spec, generator):
+        key = (type(self), str(vars(self)), data.fingerprint, str(data.public), spec, bytes(generator.get_state()))
+        if key not in found:
+            found[key] = prepare(self, data, spec, generator)
+        return replace(found[key], model=deepcopy(found[key].model))
+
+    @contextmanager
+    def inside():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TextClassification, "prepare", once)
+            yield
+
+    return inside
+
+
 @pytest.fixture
-def setup_of(tiny_bert, settings):
+def setup_of(tiny_bert, settings, prepared_once):
     """method name -> a fresh Setup of a small run, as `execute` makes it."""
     from small_runs import a_spec
 
@@ -88,8 +129,9 @@ def setup_of(tiny_bert, settings):
 
     def make(method, checkpoint_path=None, **more):
         one = a_spec(method, tiny_bert, **more)
-        budget = plan(one, settings.data_dir, lambda: run.release_dimension(one, settings))
-        made.append(run.build(one, settings, budget, checkpoint_path))
+        with prepared_once():
+            budget = plan(one, settings.data_dir, lambda: run.release_dimension(one, settings))
+            made.append(run.build(one, settings, budget, checkpoint_path))
         return made[-1]
 
     yield make

@@ -70,14 +70,42 @@ def decoder_of(method):
     return registry.make(method, registry.method(method).defaults.get("decoder", "mean"), {}).decoder
 
 
-def built(setup_of, method, how, path=None, **more):
-    return setup_of(method, path, **settings_of(how), **more)
+# Options of methods that make a run as much cheaper as they are smaller, and nothing else of it.
+FEWER = {"directions": 2}
+
+
+def fewer(method):
+    return {option: value for option, value in FEWER.items() if option in registry.method(method).options}
+
+
+def built(setup_of, method, how="", path=None, **more):
+    return setup_of(method, path, **fewer(method), **settings_of(how), **more)
+
+
+EXECUTED, WHOLE, PLAINLY = {}, {}, {}  # runs that several tests look at, by what they are
+
+
+def executed(method, tiny_bert, settings):
+    """(spec, record, curve) of the run as `dpft run` makes it, with all that watches over it."""
+    if method not in EXECUTED:
+        one = a_spec(method, tiny_bert, **fewer(method))
+        EXECUTED[method] = one, *run.execute(one, settings, quiet)
+    return EXECUTED[method]
+
+
+def whole(setup_of, method, how=""):
+    """(setup, weights at its start, the run, weights at its end) of a run without interruption."""
+    if (method, how) not in WHOLE:
+        setup = built(setup_of, method, how)
+        before = weights(setup)
+        made = trained(setup, watched=bool(how))  # `executed` has been watched
+        WHOLE[method, how] = setup, before, made, weights(setup)
+    return WHOLE[method, how]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_is_recorded_spends_its_budget_and_trains_what_it_says(method, tiny_bert, settings, setup_of):
-    one = a_spec(method, tiny_bert)
-    record, curve = run.execute(one, settings, quiet)
+    one, record, curve = executed(method, tiny_bert, settings)
     assert record["status"] == "done", record["error"]
     assert [row["step"] for row in curve] == [1, 2, 3, 4]
     assert [row["metric"] is not None for row in curve] == [False, True, False, True]
@@ -90,35 +118,30 @@ def test_a_run_is_recorded_spends_its_budget_and_trains_what_it_says(method, tin
         assert privacy["sampling_probability"] == 60 / 600
         assert curve[-1]["epsilon"] == pytest.approx(privacy["epsilon"][2], abs=1e-9)
         assert [row["epsilon"] for row in curve] == sorted(row["epsilon"] for row in curve)
-    setup = setup_of(method)
-    before = weights(setup)
-    trained(setup)
-    for name, value in weights(setup).items():
+    setup, before, _, after = whole(setup_of, method)
+    for name, value in after.items():
         if name in setup.parameters:
-            if value.dim() == 1 or not setup.method.decoder.withholds:
+            if value.dim() == 1 or not (setup.method.decoder.withholds or setup.method.withholds):
                 assert not torch.equal(value, before[name]), f"{name} should train"
         else:
             assert torch.equal(value, before[name]), f"{name} should be frozen"
     assert setup.head <= set(setup.parameters), "the head must train"
 
 
-WHOLE, PLAINLY = {}, {}  # runs that several tests compare others with
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_gives_the_same_curve_bit_for_bit(method, tiny_bert, settings, setup_of):
+    """Watched or not. Clipping rules and choices: see the next test, whose runs are of one seed."""
+    _, record, curve = executed(method, tiny_bert, settings)
+    made = whole(setup_of, method)[2]
+    assert made.progress.curve == curve and made.outcome.final == record["result"]["final"]
+    other = []
+    with pytest.raises(KeyboardInterrupt):  # its first step says it
+        trained(built(setup_of, method, seed=1), lambda _, row: other.append(row) or interrupted(), watched=False)
+    assert other != curve[:1]
 
 
-def whole(setup_of, method, how):
-    """A run without interruption, and the weights at its end."""
-    if (method, how) not in WHOLE:
-        setup = built(setup_of, method, how)
-        WHOLE[method, how] = trained(setup), weights(setup)
-    return WHOLE[method, how]
-
-
-@pytest.mark.parametrize("method, how", ALL)
-def test_same_seed_gives_the_same_curve_bit_for_bit(method, how, setup_of):
-    first, second = whole(setup_of, method, how)[0], trained(built(setup_of, method, how))
-    assert first.progress.curve == second.progress.curve and first.outcome.final == second.outcome.final
-    other = trained(built(setup_of, method, how, seed=1))
-    assert other.progress.curve != first.progress.curve
+def interrupted():
+    raise KeyboardInterrupt
 
 
 def stopped_inside(setup, at=2):
@@ -141,16 +164,16 @@ def stopped_inside(setup, at=2):
 
     setup.method.step = step
     with pytest.raises(KeyboardInterrupt):
-        trained(dataclasses.replace(setup, checkpoint_seconds=0.0))
+        trained(dataclasses.replace(setup, checkpoint_seconds=0.0), watched=False)
 
 
 @pytest.mark.parametrize("method, how", ALL)
 def test_a_run_that_stops_between_two_answers_resumes_bit_for_bit(method, how, setup_of, tmp_path):
-    made, final = whole(setup_of, method, how)
+    _, _, made, final = whole(setup_of, method, how)
     path, seen = tmp_path / "run.ckpt", []
     stopped_inside(built(setup_of, method, how, path))
     setup = built(setup_of, method, how, path)
-    resumed = trained(setup, lambda step, row: seen.append(step))
+    resumed = trained(setup, lambda step, row: seen.append(step), watched=not how)
     assert seen == [3, 4], "steps 1 and 2 must come from the checkpoint"
     one, other = resumed.progress, made.progress
     assert one.curve == other.curve and resumed.outcome.final == made.outcome.final
@@ -173,7 +196,7 @@ def test_a_damaged_or_foreign_checkpoint_is_not_used(setup_of, tmp_path):
 
 @pytest.mark.parametrize("method", [name for name in PARAMETERISED if name in LEARNING])
 def test_engines_agree_and_microbatches_do_not_matter(method, setup_of):
-    setup = setup_of(method)
+    setup = built(setup_of, method)
     (question,) = named(heard(setup), Gradients).values()
     encodings = encodings_of(question, setup.parameters)
     examples = setup.prepared.train[:12]
@@ -202,13 +225,13 @@ def test_engines_agree_and_microbatches_do_not_matter(method, setup_of):
 
 @pytest.mark.parametrize("method", [m for m in LEARNING if decoder_of(m).exact_without_noise])
 def test_zero_noise_and_infinite_clip_is_the_non_private_optimizer(method, setup_of):
-    private, plain = setup_of(method, weight_decay=0.0), setup_of(method, weight_decay=0.0)
+    private, plain = (built(setup_of, method, weight_decay=0.0) for _ in range(2))
     private = not_private(private, spec=dataclasses.replace(private.spec, clip_norm=1e30))
     engine = PlainEngine(plain.prepared.model, plain.engine.loss, plain.parameters, plain.clock)
     plain = not_private(plain, engine=engine)
     for one in (private, plain):  # plain SGD: Adam would turn rounding of a zero gradient into a full step
         one.method.optimizer = lambda parameters, head, spec: torch.optim.SGD(parameters.values(), lr=0.5)
-        trained(one)
+        trained(one, watched=False)
     for name in private.parameters:
         a, b = private.parameters[name], plain.parameters[name]
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-5, name
@@ -218,7 +241,7 @@ def test_zero_noise_and_infinite_clip_is_the_non_private_optimizer(method, setup
 def test_an_empty_batch_has_sums_of_zero_and_adds_noise_and_steps_and_is_charged(method, how, setup_of):
     setup = built(setup_of, method, how)
     before = weights(setup)
-    found, made = recorded(setup, [[]] * 4)
+    found, made = recorded(setup, [[]] * 4, watched=False)
     assert made.progress.ledger.steps == 4 and {one.step for one in found} == set(range(4))
     for one in found:
         assert not any(tensor.any() for tensor in one.clean.values())
@@ -232,12 +255,32 @@ def vector(sums):
     return torch.cat([tensor.flatten().double() for tensor in sums.values()])
 
 
-def plainly(setup_of, method, how, clip_norm=0.1):
-    """A run on BATCHES."""
-    if (method, how, clip_norm) not in PLAINLY:
+def plainly(setup_of, method, how, clip_norm=0.1, max_tokens=None, answers=()):
+    """(sums, the run, weights at its end, how often steps were made and examples looked at) of a run on BATCHES."""
+    if (method, how, clip_norm, max_tokens) not in PLAINLY:
         setup = built(setup_of, method, how, clip_norm=clip_norm)
-        PLAINLY[method, how, clip_norm] = recorded(setup, BATCHES)
-    return PLAINLY[method, how, clip_norm]
+        setup = dataclasses.replace(setup, max_tokens=max_tokens or setup.max_tokens)
+        looks = "accumulate" if Gradients in setup.method.asks else "losses"
+        calls = counted(steps=(setup.method, "step"), passes=(setup.engine, looks))
+        made = recorded(setup, BATCHES, answers, watched=False)
+        PLAINLY[method, how, clip_norm, max_tokens] = *made, weights(setup), calls
+    return PLAINLY[method, how, clip_norm, max_tokens]
+
+
+def counted(**functions):
+    """How often each of these is called from now on: name -> (owner, its function's name)."""
+    calls = dict.fromkeys(functions, 0)
+
+    def counting(key, function):
+        def called(*arguments):
+            calls[key] += 1
+            return function(*arguments)
+
+        return called
+
+    for key, (owner, name) in functions.items():
+        setattr(owner, name, counting(key, getattr(owner, name)))
+    return calls
 
 
 @pytest.mark.parametrize("method, how", CASES)
@@ -247,9 +290,9 @@ def test_one_example_moves_all_releases_of_a_step_by_no_more_than_one_ball(metho
     Both runs get the same answers.
     """
     for clip_norm in (0.1, 3.0) if "clipping" in how else (0.1,):  # below all gradients, and above most of them
-        without, _ = plainly(setup_of, method, how, clip_norm)
+        without, *_ = plainly(setup_of, method, how, clip_norm)
         more = [[*batch, 300 + step] for step, batch in enumerate(BATCHES)]
-        beside, _ = recorded(built(setup_of, method, how, clip_norm=clip_norm), more, without)
+        beside, _ = recorded(built(setup_of, method, how, clip_norm=clip_norm), more, without, watched=False)
         spent, shared = dict.fromkeys(range(4), 0.0), dict.fromkeys(range(4), 0.0)
         for one, other in zip(beside, without, strict=True):
             assert (one.step, one.bound, one.share) == (other.step, other.bound, other.share)
@@ -263,56 +306,36 @@ def test_one_example_moves_all_releases_of_a_step_by_no_more_than_one_ball(metho
 
 @pytest.mark.parametrize("method, how", CASES)
 def test_an_example_outside_of_the_batch_changes_nothing(method, how, setup_of):
-    before, made = plainly(setup_of, method, how)
+    before, made, final, _ = plainly(setup_of, method, how)
     setup = built(setup_of, method, how, clip_norm=0.1)
     inside = {index for batch in BATCHES for index in batch}
     train = [
         example if i in inside else setup.prepared.train[7 + i % 5] for i, example in enumerate(setup.prepared.train)
     ]
-    after, other = recorded(
-        dataclasses.replace(setup, prepared=dataclasses.replace(setup.prepared, train=train)), BATCHES
-    )
+    setup = dataclasses.replace(setup, prepared=dataclasses.replace(setup.prepared, train=train))
+    after, other = recorded(setup, BATCHES, watched=False)
     assert all(torch.equal(vector(a.clean), vector(b.clean)) for a, b in zip(before, after, strict=True))
     assert made.progress.curve == other.progress.curve
+    assert all(torch.equal(value, final[name]) for name, value in weights(setup).items())
 
 
-@pytest.mark.parametrize("method, how", CASES)
-def test_sums_do_not_depend_on_the_microbatches(method, how, setup_of):
-    together, _ = plainly(setup_of, method, how)
-    setup = dataclasses.replace(built(setup_of, method, how, clip_norm=0.1), max_tokens=25)
-    pieces, _ = recorded(setup, BATCHES, together)
+@pytest.mark.parametrize("method, how", [*CASES, *((m, "") for m in PRIVATE if m in DISTINCT and (m, "") not in CASES)])
+def test_sums_noise_and_steps_do_not_depend_on_the_microbatches(method, how, setup_of):
+    """The same sums, noise and a step once per logical step, whether its six examples are one microbatch or several."""
+    together, _, _, once = plainly(setup_of, method, how)
+    pieces, _, _, often = plainly(setup_of, method, how, max_tokens=25, answers=together)
+    declared = [step for step in range(4) for _ in shares(built(setup_of, method, how).method, step)]
+    for found, calls in ((together, once), (pieces, often)):
+        assert [one.step for one in found] == declared and calls["steps"] == 4
     for one, other in zip(pieces, together, strict=True):
         assert float((vector(one.clean) - vector(other.clean)).norm()) <= 1e-3 * one.bound
-
-
-@pytest.mark.parametrize("method", [m for m in PRIVATE if m in DISTINCT])
-def test_noise_and_steps_happen_once_per_logical_step_whatever_the_microbatches(method, setup_of):
-    counts, pieces = [], []
-    for tokens in (100, 100_000):  # some seven examples at once, or all of them
-        setup = dataclasses.replace(setup_of(method), max_tokens=tokens)
-        looks = "accumulate" if Gradients in setup.method.asks else "losses"
-        calls = {"release": 0, "step": 0, looks: 0}
-        for owner, name in ((setup.mechanism, "release"), (setup.method, "step"), (setup.engine, looks)):
-            original = getattr(owner, name)
-
-            def counted(*arguments, calls=calls, name=name, original=original):
-                calls[name] += 1
-                return original(*arguments)
-
-            setattr(owner, name, counted)
-        trained(setup)
-        pieces.append(calls.pop(looks))
-        counts.append(calls)
-    declared = sum(len(shares(setup.method, step)) for step in range(4))
-    assert counts == [{"release": declared, "step": 4}] * 2
-    # the comparison with autograd asks the engine as often in both: the difference is microbatches of the four steps
-    assert method in BLIND or pieces[0] - pieces[1] > 4 * 4, pieces
+    assert method in BLIND or often["passes"] >= once["passes"] + 4, "one microbatch a step tests nothing"
 
 
 @pytest.mark.parametrize("method", PRIVATE)
 def test_releases_are_divided_by_the_expected_batch_size_and_updates_have_the_shapes_of_what_trains(method, setup_of):
     """Three examples where 60 are expected: nothing may be rescaled."""
-    setup, shapes = setup_of(method), []
+    setup, shapes = built(setup_of, method), []
     trains = setup.method.step
 
     def step(ask, number):
@@ -321,7 +344,7 @@ def test_releases_are_divided_by_the_expected_batch_size_and_updates_have_the_sh
         return update
 
     setup.method.step = step
-    for one in recorded(not_private(setup), [[0, 1, 2]] * 4)[0]:
+    for one in recorded(not_private(setup), [[0, 1, 2]] * 4, watched=False)[0]:
         assert one.noisy.expected_batch_size == 60
         for name, released in one.noisy.tensors.items():
             assert torch.equal(released, one.clean[name] / 60)
@@ -331,8 +354,10 @@ def test_releases_are_divided_by_the_expected_batch_size_and_updates_have_the_sh
 @pytest.mark.parametrize("method", [m for m in DISTINCT if m not in BLIND])
 def test_a_nan_example_ends_the_run_before_anything_is_released(method, tiny_bert, settings, setup_of, monkeypatch):
     """But for what was asked before anyone looked at losses: that is charged."""
-    sees = any(isinstance(q, Gradients) or getattr(q, "at", ()) for q in first(setup_of(method).method, 0).values())
-    one = a_spec(method, tiny_bert)
+    sees = any(
+        isinstance(q, Gradients) or getattr(q, "at", ()) for q in first(built(setup_of, method).method, 0).values()
+    )
+    one = a_spec(method, tiny_bert, **fewer(method))
     task = registry.task("sst2")
     original = task.loss
 
@@ -372,7 +397,7 @@ def test_a_method_that_cannot_run_is_skipped_with_a_reason(tiny_bert, settings):
 @pytest.mark.parametrize("method", ["dp-adam", "dp-lora", "last-layer"])
 def test_every_head_trains_and_the_engines_agree_on_it(method, head, tiny_bert, settings, setup_of):
     """`mlm` ties its output layer to the embeddings: both gradients must be in one norm."""
-    record, _ = run.execute(a_spec(method, tiny_bert, head=head), settings, quiet)
+    record, _ = run.execute(a_spec(method, tiny_bert, head=head, batch_size=20, steps=2), settings, quiet)
     assert record["status"] == "done", record["error"]
     setup = setup_of(method, head=head)
     batch = setup.prepared.collate(setup.prepared.train[:8])

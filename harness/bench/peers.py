@@ -78,6 +78,8 @@ def _prepared(name: str, model: nn.Module, examples: int = 1, decoder: str | Non
     reason = method.skip(model)
     if max(kind_starts(method)) > 1:
         reason = "has kinds of steps that differ; see the times in a run's record"
+    if method.needs_public:
+        reason = "learns from public data of a task, which a bench has not; see the times in a run's record"
     if reason is not None:
         raise Skipped(reason)
     device = next(model.parameters()).device
@@ -122,7 +124,7 @@ def dpft_step(
     with unset_fake_temporarily():  # a generator has a seed also where tensors have only shapes
         mechanism = GaussianMechanism(job.noise_multiplier, job.clip_norm, job.examples, source(job.device, "bench"))
     if method.rule.adaptive:
-        method.rule.start(method.spec, job.noise_multiplier)
+        method.rule.start(method.spec, job.noise_multiplier, engine.members, model)
     core = Core(model, parameters, engine, mechanism, method.rule, job.clip_norm, clock)
     count = 0
 

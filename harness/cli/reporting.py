@@ -32,9 +32,11 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--theory", is_flag=True, help="Only what random matrix theory predicts of spectra, beside what was seen."
 )
+@click.option("--methods", "only", flag_value="overview", help="Only one line a method: what it asks, costs, claims.")
+@click.option("--predictions", "only", flag_value="predictions", help="Only what was predicted of these runs.")
 @click.option("--html", type=FILE, help="Also write one self-contained page of all runs.")
 @click.option("--section", help="Name in the markers, where a file has several: <!-- dpft report NAME: begin -->.")
-def report(folder, output, check, figures, latex, csv, theory, html, section, **options):
+def report(folder, output, check, figures, latex, csv, theory, only, html, section, **options):
     """Print the tables of the runs in FOLDER, or put them between the markers of a markdown file."""
     from dpft.harness import report as reporting
     from dpft.harness.records.store import Store
@@ -63,7 +65,7 @@ def report(folder, output, check, figures, latex, csv, theory, html, section, **
         view = reporting.View(options["view"], options["memory_cap"])
         chosen = reporting.Options(options["curves"], options["all_lr"], options["public"], view, options["baseline"])
         made = reporting.Report(reporting.summaries(store), store, chosen)
-        parts = list(made.parts(pictures))
+        parts = list(made.parts(pictures)) if only is None else getattr(made, only)()
         if csv is not None and not check:
             made.csv(csv)
             click.echo(f"{csv} was written.", err=True)

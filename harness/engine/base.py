@@ -181,7 +181,7 @@ class PlainEngine(Engine):
             encoding = encodings.get(name, IDENTITY)
             if encoding.absolute:
                 raise BadInput("A run without privacy takes no per-example gradients, so it has no magnitudes of them.")
-            total[name].add_(encoding.dense(gradient[None])[0])
+            total[name].add_(encoding.finished(encoding.dense(gradient[None])[0]))
         return losses.detach(), torch.zeros(len(losses), len(self.groups), device=losses.device)
 
 

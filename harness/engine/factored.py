@@ -20,6 +20,7 @@ from dpft.harness.engine.pieces import Grams, Measured, Piece, absolute, charged
 from dpft.harness.engine.rules import rule_for
 from dpft.harness.engine.stacked import piece_of
 from dpft.harness.engine.taps import Recorder, Use
+from dpft.harness.engine.weighted import weighted
 from dpft.harness.errors import CannotRun
 from dpft.harness.probes import uncounted
 from dpft.harness.query.encoding import IDENTITY
@@ -132,6 +133,8 @@ class FactoredEngine(Engine):
             piece_of(self._rules[group[0].module], group, local, encoding, self.parameters[name].shape)
             for (local, _), group in kinds.items()
         ]
+        if encoding.weights is not None:
+            pieces = weighted(pieces, encoding.weights)
         if encoding.absolute:
             pieces = absolute(name, pieces)
         now.found[name] = self._measured(name, pieces)

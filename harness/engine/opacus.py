@@ -26,7 +26,14 @@ class OpacusEngine(Engine):
 
     def accumulate(self, batch, total, bound, encodings):
         with self.clock("forward"):
-            losses = self.losses(batch)
+            try:
+                losses = self.losses(batch)
+            except AttributeError as error:
+                if "_forward_counter" not in str(error):  # its hooks count on the parameters
+                    raise
+                raise CannotRun(
+                    "Opacus takes no gradients at other weights than the model's own; use --engine factored or reference."
+                ) from error
         with self.clock("backward"):
             try:
                 losses.sum().backward()

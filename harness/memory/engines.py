@@ -6,6 +6,7 @@ import torch
 
 from dpft.harness.engine.factored import FactoredEngine
 from dpft.harness.engine.pieces import KeptPiece, LinearPiece, Measured, Piece, measured
+from dpft.harness.engine.weighted import WeightedPiece
 from dpft.harness.query.encoding import IDENTITY
 
 
@@ -52,6 +53,9 @@ class TwoPasses(FactoredEngine):
 
 def _dense(piece: Piece, shape: tuple[int, ...]) -> torch.Tensor:
     """[batch, *shape], at least fp32."""
+    if isinstance(piece, WeightedPiece):
+        made = piece.made(slice(None))
+        return made.to(torch.promote_types(made.dtype, torch.float32))
     gradients = piece.gradients.to(torch.promote_types(piece.dtype, torch.float32))
     if isinstance(piece, KeptPiece):
         return gradients

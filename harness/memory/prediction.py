@@ -145,6 +145,11 @@ def _step(question: Question, model: nn.Module, mode: FakeTensorMode | None):
         raise CannotRun(
             f"{question.method} has kinds of steps, each with a memory of its own; see peak_bytes in the record of a run."
         )
+    if method.needs_public:
+        raise CannotRun(
+            f"{question.method} learns from public data of a task, which a prediction has not; see peak_bytes in the record of a "
+            "run."
+        )
     reason = method.skip(model)
     if reason is not None:
         raise BadInput(reason)
@@ -163,12 +168,16 @@ def _step(question: Question, model: nn.Module, mode: FakeTensorMode | None):
 
 
 def _fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    made: dict[int, nn.Parameter] = {}  # what modules share they go on sharing
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None and not isinstance(p, FakeTensor):
+            if p is None or isinstance(p, FakeTensor):
+                continue
+            if id(p) not in made:
                 with mode:  # made of fakes, a parameter has no device
                     data = torch.empty(p.shape, dtype=p.dtype) if p.is_meta else mode.from_tensor(p.data)
-                module._parameters[name] = nn.Parameter(data, requires_grad=p.requires_grad)
+                made[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
+            module._parameters[name] = made[id(p)]
 
 
 def _shapes(parameters: dict[str, nn.Parameter], encodings: dict[str, Any], batch: int) -> dict[tuple[int, ...], str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpft.harness.cache import cached
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy import mixtures, noise_kinds, tail
+from dpft.harness.privacy import mixtures, noise_kinds, pure, tail
 from dpft.harness.privacy.accountant import Unmet, bracket, calibrate, check_numbers, library_version, tolerance
 from dpft.harness.privacy.curve import epsilon_curve
 from dpft.harness.privacy.ledger import Release
@@ -45,7 +45,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The budget that noise is calibrated to.
+    """The budget that noise is calibrated to; delta 0: pure epsilon.
 
     noise_stream: how it will be drawn (harness/train/noise.py). shares: of the kinds of steps, as `shares.counted` gives them;
     empty: one release a step. Raises ValueError where those are of another number of steps.
@@ -90,6 +90,11 @@ def fit(wanted: Wanted, mechanism: str, shape: str, law: str | None, dimension: 
     law: of u for lmo and plrv, whose scale is then fitted; None: searched (`search`). dimension: coordinates of the
     released sum, for spherical noise. Raises CannotRun as `calibrate` does, ValueError for a law outside its family.
     """
+    if wanted.delta == 0:
+        if (mechanism, shape) != ("laplace", "coordinates"):
+            raise CannotRun(f"Cannot certify delta 0 with noise of mechanism {mechanism}; choose a delta above 0.")
+        sigma = pure.fit(wanted.target, wanted.sampling_probability, wanted.steps)
+        return Noise(mechanism, sigma, dict(pure.ONE_NUMBER))
     if mechanism == "gaussian" or shape == "coordinates":
         sigma = _gaussian(wanted)
         if mechanism == "gaussian":
@@ -185,6 +190,8 @@ def _kind(noise: Noise, wanted: Wanted) -> tuple[float, tuple[str, float]]:
 
 def curve_of(noise: Noise, wanted: Wanted) -> list[float]:
     """Upper epsilon after 0, 1, ..., T steps; as `epsilon_curve`, for any noise that can be certified."""
+    if wanted.delta == 0:
+        return pure.curve(wanted.sampling_probability, noise.noise_multiplier, wanted.steps)
     sigma = noise_kinds.covering_gaussian(noise.mechanism, noise.noise_multiplier, noise.parameters)
     q, steps, delta, target = wanted.sampling_probability, wanted.steps, wanted.delta_for(noise), wanted.target
     if sigma is not None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy import tail
+from dpft.harness.privacy import pure, tail
 from dpft.harness.privacy.accountant import SLACK, Composition, check_numbers, guarded, tolerance
 from dpft.harness.privacy.ledger import Ledger
 from dpft.harness.privacy.spent import covering, epsilon, fisher_epsilon, kinds_of, mixture_check
@@ -29,6 +29,8 @@ def certify(events: Sequence[dict[str, Any]], delta: float, target: float, noise
     checks: dict[str, float | None] = {"pld": None, "opacus_prv": None}
     values, error = None, None
     try:
+        if delta == 0 and noise_stream == 1:
+            raise CannotRun(f"Cannot certify delta 0: {pure.ENDS}")
         left = tail.checked(ledger.events, delta, noise_stream)
         values = list(epsilon(events, left, target))
         checks = cross_checks(ledger, left, target)
@@ -50,6 +52,8 @@ def cross_checks(ledger: Ledger, delta: float, target: float, opacus: bool = Tru
 
     pld: a second accountant (for noise of random scale our own FFT); fisher: what no certificate may be under.
     """
+    if delta == 0:
+        return {"pld": pure.by_distributions(ledger, target), "opacus_prv": None}
     kinds = covering(ledger)
     if kinds is not None:
         checks = {"pld": pld_epsilon(kinds, delta, target), "opacus_prv": None}

@@ -13,7 +13,8 @@ one coordinate in units of C.
   shifting a coordinate by x is at most as visible as shifting a Gaussian of std b sqrt(2/pi) by x (the density is
   log-concave, so threshold tests are the best), and trade-off functions of independent coordinates multiply (Dong et al.,
   1905.02383, Theorem 3.2): the vector is covered by that Gaussian, for every direction. One-dimensional Laplace
-  accounting, which calls this 1/b-DP, is false here and is not offered.
+  accounting, which calls this 1/b-DP, is false here and is not offered. Of one number it is true: such a release says so by
+  `dimension` 1, and has a pure epsilon (harness/privacy/pure.py).
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def check(mechanism: Any, noise_multiplier: float, parameters: Any) -> dict[str,
     if mechanism == "gaussian":
         return _keys(mechanism, parameters, ())
     if mechanism == "laplace" and parameters.get("shape") == "coordinates":
-        return _keys(mechanism, parameters, ("shape",))
+        if parameters.get("dimension", 1) != 1 or type(parameters.get("dimension", 1)) is not int:
+            raise ValueError(f"Laplace coordinates have no dimension, or it is 1, not {parameters['dimension']!r}")
+        return _keys(mechanism, parameters, ("shape", "dimension") if "dimension" in parameters else ("shape",))
     _keys(mechanism, parameters, ("shape", "dimension") if mechanism == "laplace" else ("shape", "dimension", "law"))
     if parameters["shape"] != "spherical":
         raise ValueError(f"mechanism {mechanism} with shape {parameters['shape']!r} cannot be accounted")

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpft.harness.errors import BadInput
-from dpft.harness.privacy import shape, tail
+from dpft.harness.privacy import pure, shape, tail
 from dpft.harness.privacy.accountant import CLOSE, tolerance
 from dpft.harness.privacy.certificate import ADJACENCY, SAMPLING, cross_checks, disagreement
 from dpft.harness.privacy.ledger import Ledger
@@ -216,6 +216,8 @@ def _epsilon(privacy: dict[str, Any], events: list[dict[str, Any]], foreign: boo
     delta, target, recorded = float(privacy["delta"]), float(privacy["target"]), privacy["epsilon"]
     eps_error = tolerance(target, delta)[0]
     stream = privacy.get("noise_stream", 1)
+    if delta == 0 and stream == 1 and not foreign:
+        yield f"delta is 0, but {pure.ENDS}"
     short = tail.missing(events, delta, stream)
     if stream != 1 and not math.isclose(privacy.get("tail_delta", -1.0), short, rel_tol=1e-6):
         yield f"tail_delta is {privacy.get('tail_delta')!r}, but noise of stream {stream} lacks {short:.6g}."

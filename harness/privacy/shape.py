@@ -31,7 +31,9 @@ def findings(privacy: Any, foreign: bool) -> Iterator[str]:
     for key in ("target", "delta", *ONE_KIND[:3]):
         value = privacy.get(key)
         absent = key not in privacy or (value is None and key in ONE_KIND)
-        if not absent and (not is_number(value) or value <= 0):
+        if not absent and (
+            not is_number(value) or value < 0 or (value == 0 and key != "delta")
+        ):  # delta 0: pure epsilon
             yield f"{key} must be a finite positive number, not {value!r}."
     values = privacy["epsilon"]
     if not isinstance(values, list) or len(values) != 3 or not all(map(is_number, values)):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy import mixtures, noise_kinds
+from dpft.harness.privacy import mixtures, noise_kinds, pure
 from dpft.harness.privacy.accountant import MAX_EPSILON, Composition, check_numbers, guarded, prv_epsilon, tolerance
 from dpft.harness.privacy.ledger import Ledger
 
@@ -24,9 +24,13 @@ def epsilon(events: Sequence[dict[str, Any]], delta: float, target: float) -> tu
 
     With other noise than Gaussian, `lower` is what the Gaussian of the same Fisher information costs, and `upper` what is
     certified. `target` only sets the tolerances. Raises BadInput for a malformed ledger, CannotRun where the accountant
-    cannot certify (sigma < .3, epsilon > 20, delta below its resolution, a grid over 2e7 cells, any failure inside it).
+    cannot certify (sigma < .3, epsilon > 20, delta below its resolution, a grid over 2e7 cells, any failure inside it). At
+    delta 0 all three are the pure epsilon (harness/privacy/pure.py).
     """
     ledger, delta, target = Ledger.from_events(list(events)), float(delta), float(target)
+    if delta == 0:
+        exact = pure.epsilon(ledger)
+        return exact, exact, exact
     covered = covering(ledger)
     if covered is not None:
         lower, estimate, upper = prv_epsilon(covered, delta, target)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dpft.harness.privacy import noise_kinds
+from dpft.harness.privacy import noise_kinds, pure
 from dpft.harness.privacy.shares import Kinds, of_kind
 
 # The largest standard draw by stream (harness/train/noise.py). 2: at least this on every device. A Gaussian pair lies in a
@@ -53,6 +53,8 @@ def _alike(events: Iterable[Mapping[str, Any]]) -> dict[tuple, tuple[int, Mappin
     for event in events:
         for release in event["releases"]:
             parameters = tuple(sorted(release.get("parameters", {}).items()))
+            if pure.of_one_number(release["mechanism"], dict(parameters)):
+                continue  # its draws have no end
             key = (event["sampling_probability"], release["mechanism"], release["noise_multiplier"], parameters)
             before, _ = found.get(key, (0, release))
             found[key] = (before + event["step_to"] - event["step_from"], release)

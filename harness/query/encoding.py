@@ -40,16 +40,20 @@ class Encoding:
     convolutions [m, ...] are seen as [m, n] with all further dimensions in n, and their encoded gradient stays so.
     scale: what is kept by a vector is multiplied by it. absolute: after that every entry is replaced by its magnitude, which
     changes no norm. A side of no rows at all leaves nothing: the parameter is not asked for.
+    weights: in the encoded shape; every entry is multiplied by its own, after the sides and before the magnitude. It does
+    not factor: the engine makes such a weight's gradient for a few examples at a time (harness/engine/weighted.py).
     """
 
     left: torch.Tensor | Complement | None = None
     right: torch.Tensor | Complement | None = None
     scale: float = 1.0
     absolute: bool = False
+    weights: torch.Tensor | None = None
 
     def finished(self, mapped: torch.Tensor) -> torch.Tensor:
-        """What `rows`, `columns` and `dense` leave to do, on one example's whole gradient: `absolute`."""
-        return mapped.abs() if self.absolute else mapped
+        """What `rows`, `columns` and `dense` leave to do, on whole gradients of examples: `weights` and `absolute`."""
+        weighted = self._weighted(mapped)
+        return weighted.abs() if self.absolute else weighted
 
     def shape(self, shape: torch.Size) -> tuple[int, ...]:
         """The encoded shape of a parameter of `shape`."""
@@ -77,7 +81,7 @@ class Encoding:
         return self._side(self.right, factor)
 
     def dense(self, per_example: torch.Tensor) -> torch.Tensor:
-        """The linear map applied to materialised gradients, shape [batch, m] or [batch, m, n, ...]."""
+        """The sides applied to materialised gradients, shape [batch, m] or [batch, m, n, ...]."""
         if self.left is None and self.right is None:
             return per_example
         if per_example.dim() == 2:
@@ -85,10 +89,13 @@ class Encoding:
         return self.columns(self.rows(per_example.flatten(2).mT).mT)
 
     def lift(self, encoded: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """The transpose of the map: what is encoded, back in `shape`, `L X R^T`. With vectors: put back among zeros."""
-        size = shape[1:].numel()
+        """The transpose of the map: what is encoded, back in `shape`, `L (W * X) R^T`. With vectors: put back among zeros."""
+        size, encoded = shape[1:].numel(), self._weighted(encoded)
         lifted = encoded if len(shape) == 1 else self._back(self.right, encoded, 1, size)
         return self._back(self.left, lifted, 0, shape[0]).reshape(shape)
+
+    def _weighted(self, encoded: torch.Tensor) -> torch.Tensor:
+        return encoded if self.weights is None else encoded * self.weights.to(encoded.dtype)
 
     def _side(self, side: torch.Tensor | Complement | None, factor: torch.Tensor) -> torch.Tensor:
         if side is None:
@@ -117,6 +124,10 @@ class Stacked(Encoding):
     """Several maps of one parameter in one ball: what each of `parts` makes of the gradient, flat, one after the other."""
 
     parts: tuple[Encoding, ...] = ()
+
+    def __post_init__(self) -> None:
+        if any(one.weights is not None or one.absolute for one in (self, *self.parts)):
+            raise ValueError("A stack of encodings has sides alone; leave out weights and absolute.")
 
     def shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
         """The encoded shapes of the parts."""

@@ -11,7 +11,20 @@ from typing import Any
 
 from dpft.harness.errors import BadInput, unknown
 from dpft.harness.records.store import Store, atomic
-from dpft.harness.report import decoders, export, figures, overall, pairs, plots, rejections, tables, text, texts
+from dpft.harness.report import (
+    decoders,
+    export,
+    figures,
+    methods,
+    overall,
+    pairs,
+    plots,
+    predictions,
+    rejections,
+    tables,
+    text,
+    texts,
+)
 from dpft.harness.report.figures import Figures
 from dpft.harness.report.reading import Curves, summaries
 from dpft.harness.report.text import Part, latex
@@ -48,9 +61,9 @@ class Report:
             {**record, "spec": completed(record["spec"]), "rejected": wrong.get(record["run_id"])} for record in records
         ]
         done = [record for record in self.records if record["status"] == "done"]
-        methods = {record["spec"]["method"] for record in done}
-        if options.baseline is not None and done and options.baseline not in methods:
-            raise unknown("method among these runs", options.baseline, methods)
+        present = {record["spec"]["method"] for record in done}
+        if options.baseline is not None and done and options.baseline not in present:
+            raise unknown("method among these runs", options.baseline, present)
         self.curves = Curves(store, done)
         counted = [record for record in self.records if record["status"] != "skipped"]
         arranged = arrange(counted, options.view, self.curves, options.rates)
@@ -91,6 +104,14 @@ class Report:
         ]
         if lines:
             yield "Not in a table:\n\n" + "\n".join(lines)
+
+    def overview(self) -> list[Part]:
+        """One line a method: what trains, what is asked, what it costs, what was claimed and found."""
+        return methods.overview(self.groups, self.options.baseline)
+
+    def predictions(self) -> list[Part]:
+        """What was predicted of these runs, and whether it held."""
+        return predictions.answers(self.groups)
 
     def csv(self, path: Path) -> None:
         """One line per run, the groups' thresholds among them."""

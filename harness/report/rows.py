@@ -126,8 +126,9 @@ def _seed(record: dict[str, Any]) -> int:
     return record["spec"]["seed"]
 
 
-def _budget(row: Row) -> tuple[float, int]:
-    return row.spec["epsilon"], origins.noise_stream(row.spec)
+def _budget(row: Row) -> tuple[float, bool, int]:
+    """Pure epsilon is another promise than that of the same number with a delta."""
+    return row.spec["epsilon"], row.spec.get("delta") == 0, origins.noise_stream(row.spec)
 
 
 def _row(records: list[dict[str, Any]]) -> Row:

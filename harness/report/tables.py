@@ -144,6 +144,8 @@ def _noise(record: dict[str, Any]) -> str:
 
 def _accountants(privacies: list[dict[str, Any]]) -> str:
     """Which accountants certified the rows."""
+    if all(privacy["delta"] == 0 for privacy in privacies):
+        return "pure ε in closed form, T log(1 + q (exp(1/b) − 1)) of Laplace noise of scale b C on one number a step"
     if all(privacy.get("mechanism", "gaussian") == "gaussian" for privacy in privacies):
         return "PRV accountant, upper bound"
     return (
@@ -154,7 +156,8 @@ def _accountants(privacies: list[dict[str, Any]]) -> str:
 
 def _budget(privacies: list[dict[str, Any]], steps_free: bool) -> str:
     privacy = privacies[0]
-    text = f"Budget: ε = {privacy['target']:g}, δ = {privacy['delta']:.3g}; {privacy['adjacency']}; Poisson sampling, "
+    promised = f"δ = {privacy['delta']:.3g}" if privacy["delta"] else "δ = 0 (pure)"
+    text = f"Budget: ε = {privacy['target']:g}, {promised}; {privacy['adjacency']}; Poisson sampling, "
     if steps_free:
         text += f"N = {privacy['num_examples']:,}"
     else:

@@ -82,7 +82,8 @@ class Group:
         spec, private = self.spec, self.private
         settings = "".join(f", {key}={value}" for key, value in spec["task_options"].items())
         text = f"{spec['task']} (v{spec['task_version']}{settings}), {spec['model']}, head `{spec['head']}`"
-        text += "" if not private else f", ε ≤ {private[0].spec['epsilon']:g}"
+        if private:
+            text += f", ε ≤ {private[0].spec['epsilon']:g}" + (" (pure)" if private[0].spec.get("delta") == 0 else "")
         return text + ("" if self.stream is None else f", noise stream {self.stream}")
 
     @property

@@ -50,6 +50,7 @@ def description(name: str) -> dict[str, Any]:
             "summary": m.summary,
             "about": " ".join((m.__doc__ or "").split()),
             "reference": m.reference or "none",
+            **({"claim": m.claim} if m.claim else {}),
             "releases": _asked(name) if m.private else "everything: not private",
             "ranked": m.private and not m.control,
             "defaults": m.defaults,
@@ -74,7 +75,13 @@ def description(name: str) -> dict[str, Any]:
         t = registry.tasks()[name]
         keys = ("version", "kind", "description", "source", "metric", "higher_is_better", "chance", "threshold")
         options = {"options": t.options} if t.options else {}
-        return {"task": name, **{key: getattr(t, key) for key in keys}, "data": _data(t), **options}
+        return {
+            "task": name,
+            **{key: getattr(t, key) for key in keys},
+            "data": _data(t),
+            **options,
+            **({"public": t.public} if t.public else {}),
+        }
     if name in suites.suites():
         suite = suites.load_suite(name)
         return {

@@ -85,6 +85,8 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _choice(spec: RunSpec, found: PrivacyPlan, tries: float) -> dict[str, Any]:
     """What the best of about `tries` runs costs, by the law of their number that costs least, and what each may cost."""
     noise, q = found.noise, found.sampling_probability
+    if found.delta == 0:
+        return {"problem": "No charge for a choice is known at delta 0; leave out delta, or --tries."}
     sigma = noise.noise_multiplier
     if noise.mechanism != "gaussian":
         sigma = covering_gaussian(noise.mechanism, sigma, noise.parameters)

@@ -23,7 +23,7 @@ class PrivacyPlan:
     Attributes:
         num_examples: the public N.
         sampling_probability: q, of every example in every step.
-        delta: None where the run is not private, as `noise` and `epsilon_curve`.
+        delta: 0 for pure epsilon; None where the run is not private, as `noise` and `epsilon_curve`.
         noise: of a whole step; what its releases have of it, `releases` says.
         epsilon_curve: certified upper epsilon after 0..T steps.
         shares: (first step, step after the last, share of the budget by name) of every stretch of equal steps.
@@ -78,7 +78,8 @@ def plan(
         raise CannotRun(
             f"delta = {delta:g} is not below 1/N = {1 / n:g}, so it protects nobody; choose 1/(2N) or less."
         )
-    check_numbers(((q, 1.0, spec.steps),), delta, spec.epsilon)
+    if delta > 0:
+        check_numbers(((q, 1.0, spec.steps),), delta, spec.epsilon)
     shares = _shares(spec)
     kinds = counted((last - first, share) for first, last, share in shares)
     wanted = Wanted(spec.epsilon, delta, q, spec.steps, spec.noise_stream, kinds)

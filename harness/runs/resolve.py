@@ -69,6 +69,12 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
     made = registry.make(spec.method, spec.decoder, spec.options, spec.clipping)
     made.validate(spec)
     made.rule.validate(spec, made.asks)
+    for part, setting in ((method, "method"), (rule, "clipping")):
+        if part.needs_public and not task.public:
+            raise BadInput(
+                f"{part.name} learns from public data, and the task {task.name} has none; take another {setting}, or a task "
+                f"with such: {', '.join(sorted(name for name, other in registry.tasks().items() if other.public))}."
+            )
     return spec
 
 

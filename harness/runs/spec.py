@@ -27,7 +27,8 @@ class RunSpec:
     A field that holds its default is left out of the canonical JSON, so a field added later leaves old run ids alone;
     for the same reason the default of an existing field is never changed.
 
-    epsilon, clip_norm: null for methods that are not private; delta null: 1/(2N) of the task's training set.
+    epsilon, clip_norm: null for methods that are not private; delta null: 1/(2N) of the task's training set; 0: pure
+    epsilon, where the noise has one (harness/privacy/pure.py).
     batch_size: expected batch size B of Poisson sampling; the sampling probability is B/N.
     eval_examples: validation examples used for the curve (the final value always uses all); null: all.
     clipping: rule by which a gradient is clipped (methods/clipping), and clip_groups: what is clipped together
@@ -174,8 +175,13 @@ def check_values(spec: RunSpec) -> None:
     if spec.warmup_steps >= spec.steps:
         raise BadInput(f"warmup_steps ({spec.warmup_steps}) must be fewer than steps ({spec.steps}); lower it.")
     _check_noise(spec)
-    if spec.delta is not None and not 0 < spec.delta < 1:
+    if spec.delta is not None and not 0 <= spec.delta < 1:
         raise BadInput(f"delta must lie between 0 and 1, not {spec.delta}; 1/(2N) is the usual choice.")
+    if spec.delta == 0 and (spec.mechanism, spec.noise_shape) != ("laplace", "coordinates"):
+        raise BadInput(
+            f"Noise of mechanism {spec.mechanism} has no pure epsilon (delta = 0) here; set mechanism=laplace and "
+            "noise_shape=coordinates, or leave delta out."
+        )
 
 
 def _check_noise(spec: RunSpec) -> None:

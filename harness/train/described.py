@@ -15,6 +15,7 @@ from dpft.harness.query.queries import Gradients, Query, Values
 from dpft.harness.runs import registry
 from dpft.harness.runs.releases import shares
 from dpft.harness.runs.spec import RunSpec
+from dpft.harness.train import public
 from dpft.harness.train.answer import Answers
 from dpft.harness.train.core import Core, Found, Watcher
 from dpft.harness.train.mechanism import GaussianMechanism
@@ -71,8 +72,10 @@ class _Listener(Watcher):
 
 def _core(spec: RunSpec) -> tuple[Method, Core]:
     method, task = registry.instance(spec), registry.task(spec.task)(spec.task_options)
+    method.noise_multiplier = 1.0
     shape = ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm)
-    prepared = task.prepare(task.load(None), shape, stream("cpu", "head", spec.task, spec.seed))
+    prepared = task.prepare(public.loaded(method, task, None), shape, stream("cpu", "head", spec.task, spec.seed))
+    public.hand_over(method, prepared, task.loss, torch.device("cpu"))
     model = method.prepare(prepared.model, stream("cpu", "method", spec.task, spec.method, spec.seed))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head, clock = frozenset(model.head_parameters), Clock(torch.device("cpu"))
@@ -80,6 +83,6 @@ def _core(spec: RunSpec) -> tuple[Method, Core]:
     method.optimizer(parameters, head, spec)
     private = spec.epsilon is not None
     mechanism = GaussianMechanism(float(private), spec.clip_norm or 1.0, spec.batch_size, source("cpu", "describe"))
-    method.rule.start(spec, 1.0)
     engine = ForwardEngine(model, task.loss, parameters, clock, Clipping(method.rule.function, spec.clip_groups))
+    method.rule.start(spec, 1.0, engine.members, model)
     return method, Core(model, parameters, engine, mechanism, method.rule, spec.clip_norm or float("inf"), clock)

@@ -30,7 +30,7 @@ def train(setup: Setup, run: Run, observe: Observer) -> None:
     Raises Diverged for a non-finite loss, gradient or update; OutOfTime after the deadline.
     """
     spec, progress = setup.spec, run.progress
-    setup.method.rule.start(spec, setup.mechanism.noise_multiplier)
+    setup.method.rule.start(spec, setup.mechanism.noise_multiplier, setup.engine.members, setup.prepared.model)
     optimizer = setup.method.optimizer(setup.parameters, setup.head, spec)
     if setup.task.chance is None:
         run.outcome.untrained = evaluate(setup, run, spec.eval_examples)[setup.task.metric]
@@ -82,6 +82,7 @@ def _measured_step(setup: Setup, run: Run, optimizer, indices: list[int], begun:
     if setup.device.type == "cuda":
         guard.note_peak(setup, run)
     run.cost.step_seconds.append(setup.clock.take())
+    run.cost.processor_seconds.append(setup.clock.processor)
     return row
 
 

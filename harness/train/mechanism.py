@@ -11,10 +11,11 @@ from dpft.harness.engine.fakes import has_values
 from dpft.harness.privacy import Release
 from dpft.harness.privacy.calibration import Noise
 from dpft.harness.privacy.noise_kinds import law_of
+from dpft.harness.privacy.pure import of_one_number
 from dpft.harness.privacy.scale_law import Term
 from dpft.harness.privacy.shares import noise_multiplier
 from dpft.harness.query.noisy_sum import NoisySum
-from dpft.harness.train.noise import Source, gamma
+from dpft.harness.train.noise import Source, endless_laplace, gamma
 from dpft.harness.train.old_noise import LegacyStream
 
 BESIDE = "(beside)"  # of a sum: the numbers that share the gradient's ball; no parameter is called so
@@ -47,8 +48,13 @@ class Mechanism:
             self._source.room(list(clipped_sum.values()))  # fakes have nothing that noise could be added to
         elif self.noise is not None:
             self._check(clipped_sum)
-            kind = "laplace" if self._shape == "coordinates" else "gaussian"
-            self._source.add(list(clipped_sum.values()), self._scale(multiplier) * bound, size, kind)
+            if of_one_number(self.noise.mechanism, self.noise.parameters):
+                draw = self._scale(multiplier) * bound * endless_laplace(lambda: float(self._source.uniform()[0]))
+                for tensor in clipped_sum.values():  # one number in all
+                    tensor.copy_((tensor.double() + draw) / size)
+            else:
+                kind = "laplace" if self._shape == "coordinates" else "gaussian"
+                self._source.add(list(clipped_sum.values()), self._scale(multiplier) * bound, size, kind)
         else:
             torch._foreach_div_(list(clipped_sum.values()), size)
         tensors = dict(clipped_sum)
@@ -83,7 +89,10 @@ class Mechanism:
         return math.sqrt(2 * _gamma((noise.parameters["dimension"] + 1) / 2, self._source)) / inverse
 
     def _check(self, clipped_sum: dict[str, torch.Tensor]) -> None:
-        """Spherical noise is certified for one dimension: with fewer coordinates than booked it would protect less."""
+        """Spherical noise is certified for one dimension: with fewer coordinates than booked it would protect less.
+
+        Pure epsilon is certified for one number.
+        """
         booked, found = self.noise.parameters.get("dimension"), sum(t.numel() for t in clipped_sum.values())
         if booked not in (None, found):
             raise RuntimeError(f"The release has {found} coordinates, but its noise was certified for {booked}.")

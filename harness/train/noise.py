@@ -32,6 +32,7 @@ DEVICE_PIECE = 1 << 22  # on a GPU every piece costs some launches, and some buf
 RARE = (
     2.0**-10
 )  # a smaller u is drawn again below RARE, with 53 bits: in fp32 the grid of 2^-24 is fine enough only above
+TAIL = 2.0**-20  # of `endless_laplace`
 THREADS = 4
 
 Tensors = Sequence[torch.Tensor]
@@ -262,6 +263,18 @@ def _buffers(room: int) -> list[torch.Tensor]:
     """Radii, angles and draws of `room` numbers."""
     pairs = (room + 1) // 2
     return [torch.empty(pairs), torch.empty(pairs), torch.empty(2 * pairs)]
+
+
+def endless_laplace(uniform: Callable[[], float]) -> float:
+    """One draw of Laplace(1) that may be as large as it likes; uniform: draws from (0, 1), on a grid of 2^-53.
+
+    The logarithm of a small u would come from few bits, and of the least there is none: below TAIL the rest is drawn anew, for
+    an exponential has no memory.
+    """
+    sign, magnitude, u = (1.0 if uniform() < 0.5 else -1.0), 0.0, uniform()
+    while u < TAIL:
+        magnitude, u = magnitude - math.log(TAIL), uniform()
+    return sign * (magnitude - math.log(u))
 
 
 def gamma(uniform: Callable[[], float], shape: float) -> float:

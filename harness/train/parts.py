@@ -124,6 +124,7 @@ class Cost:
 
     peak_bytes: dict[str, int] = field(default_factory=dict)
     step_seconds: list[dict[str, float]] = field(default_factory=list)
+    processor_seconds: list[float | None] = field(default_factory=list)
     eval_seconds: float = 0.0
     trains: int | None = None
 

@@ -38,12 +38,13 @@ class Rows:
             owner, columns = rows.indices()
             values = rows.values()
             norms = values.new_zeros(count).index_add_(0, owner, values.square()).sqrt()
-            clipped = torch.zeros(self.size, dtype=values.dtype, device=values.device)
-            clipped.index_add_(0, columns, values * self._factors(norms, limit)[owner])
+            if self._total is None:
+                self._total = torch.zeros(self.size, dtype=values.dtype, device=values.device)
+            self._total.index_add_(0, columns, values * self._factors(norms, limit)[owner])
         else:
             norms = torch.linalg.vector_norm(rows, dim=1)
             clipped = self._factors(norms, limit) @ rows
-        self._total = clipped if self._total is None else self._total.add_(clipped)
+            self._total = clipped if self._total is None else self._total.add_(clipped)
         return norms
 
     @staticmethod

@@ -26,7 +26,7 @@ from dpft.harness.records.store import SCHEMA
 from dpft.harness.runs import registry
 from dpft.harness.runs.plan import PrivacyPlan, plan
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import loop, sections
+from dpft.harness.train import loop, public, sections
 from dpft.harness.train.core import encodings_of
 from dpft.harness.train.mechanism import Mechanism
 from dpft.harness.train.noise import secret_source, source, stream
@@ -125,11 +125,12 @@ def _dimension(canonical: str, settings: Settings) -> int:
     return found
 
 
-def _model(spec: RunSpec, settings: Settings, device: torch.device):
+def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multiplier: float = 0.0):
     """(method, task's data with the model to train, trainable parameters by name, names of the head's)."""
     task, method = registry.task(spec.task)(spec.task_options), registry.instance(spec)
+    method.noise_multiplier = noise_multiplier
     prepared = task.prepare(
-        task.load(settings.data_dir),
+        public.loaded(method, task, settings.data_dir),
         ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm),
         stream("cpu", "head", spec.task, spec.seed),
     )
@@ -137,6 +138,7 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device):
     if reason is not None:
         raise Skipped(reason)
     head = frozenset(prepared.model.head_parameters)
+    public.hand_over(method, prepared, _loss(spec, task, device), device)
     model = method.prepare(prepared.model, stream("cpu", "method", spec.task, spec.method, spec.seed)).to(device)
     prepared = dataclasses.replace(prepared, model=model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -148,7 +150,8 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device):
 def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoint_path: Path | None) -> Setup:
     """Model, data, engine, sampler and mechanism of a run. Raises CannotRun or Skipped with one sentence."""
     device, secure = torch.device(settings.device), settings.secure_noise
-    method, prepared, parameters, head = _model(spec, settings, device)
+    sigma = privacy_plan.noise_multiplier or 0.0
+    method, prepared, parameters, head = _model(spec, settings, device, sigma)
     task, model = registry.task(spec.task)(spec.task_options), prepared.model
     if len(prepared.train) != privacy_plan.num_examples:
         raise CannotRun(

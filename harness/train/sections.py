@@ -82,6 +82,7 @@ def cost(spec: RunSpec, setup: Setup | None, spent: Cost, seconds: float) -> dic
     """Times, memory, sizes."""
     steps = [sum(phases.values()) for phases in spent.step_seconds]
     timed = spent.step_seconds[MEMORY_STEPS:]
+    processor = [seconds for seconds in spent.processor_seconds[MEMORY_STEPS:] if seconds is not None]
     phases = {key for row in timed for key in row}
     return {
         "total_s": seconds,
@@ -89,6 +90,7 @@ def cost(spec: RunSpec, setup: Setup | None, spent: Cost, seconds: float) -> dic
         "eval_s": spent.eval_seconds,
         "warmup_s": sum(steps[:MEMORY_STEPS]),
         "step_s": statistics.median(steps[MEMORY_STEPS:]) if timed else None,
+        "step_cpu_s": statistics.mean(processor) if processor else None,  # of all kinds of steps together
         "phase_s": {key: sum(row.get(key, 0.0) for row in timed) / len(timed) for key in sorted(phases)},
         "peak_bytes": dict(sorted(spent.peak_bytes.items())),
         "example_gradients": spec.batch_size * spec.steps,
@@ -132,4 +134,5 @@ def fingerprints(setup: Setup | None, files: str | None) -> dict[str, Any]:
         "train_examples": len(prepared.train) if prepared else None,
         "validation_examples": len(prepared.validation) if prepared else None,
         "model_files": files if prepared else None,  # of a local folder or file: told apart without loading it
+        **({"public_examples": len(prepared.public)} if prepared and prepared.public else {}),
     }

@@ -13,8 +13,10 @@ from dpft.methods.decoders.base import check_options
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from dpft.harness.query.noisy_sum import NoisySum
+    from dpft.harness.query.public import Public
     from dpft.harness.query.queries import Seen, Values
     from dpft.harness.runs.spec import RunSpec
 
@@ -24,7 +26,8 @@ class ClippingRule:
 
     Class attributes, as of decoders: `name`, `summary`, `reference`, `options`, `choices`, `ranges`.
     `function`: what the factor of a gradient is as a function of its norm (harness/engine/clipping.py).
-    `adaptive`: the bound of a step follows from releases.
+    `adaptive`: the bound of a step follows from releases. `needs_public`: it learns from public examples of the task; they are
+    in `public`, from before `start` on.
     """
 
     name: ClassVar[str]
@@ -32,6 +35,8 @@ class ClippingRule:
     reference: ClassVar[str] = ""
     function: str = "abadi"
     adaptive: ClassVar[bool] = False
+    needs_public: ClassVar[bool] = False
+    public: Public
     options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
@@ -46,8 +51,18 @@ class ClippingRule:
         """
         check_options(self.settings, self.choices, self.ranges)
 
-    def start(self, spec: RunSpec, noise_multiplier: float) -> None:
-        """Told once before the run what it is and its noise multiplier sigma, of the whole step."""
+    def start(
+        self,
+        spec: RunSpec,
+        noise_multiplier: float,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        """Told once before the run what it is, its noise multiplier sigma, of the whole step, and what trains.
+
+        groups: the parameters of each clipping group, by its name, in the order of all norms [batch, groups]. model: for a
+        look at public examples; it may not be changed.
+        """
 
     def shares(self) -> Mapping[str, float]:
         """What is released beside the gradient, by name: shares of the gradient's part of the budget; their sum is under 1."""
@@ -102,7 +117,7 @@ class Adaptive(ClippingRule):
                 "mechanism out, or take a fixed rule."
             )
 
-    def start(self, spec: RunSpec, noise_multiplier: float) -> None:
+    def start(self, spec, noise_multiplier, groups=None, model=None):
         self.clip_norm: float = spec.clip_norm
         self._range = spec.clip_norm * self.settings["clip_least"], spec.clip_norm * self.settings["clip_most"]
 
@@ -111,8 +126,12 @@ class Adaptive(ClippingRule):
 
     def move(self, error: float) -> None:
         """C <- C exp(clip_rate * error), within its range."""
+        self.clip_norm = self.kept(self.clip_norm * math.exp(self.settings["clip_rate"] * error))
+
+    def kept(self, clip_norm: float) -> float:
+        """The nearest C within the range."""
         least, most = self._range
-        self.clip_norm = min(max(self.clip_norm * math.exp(self.settings["clip_rate"] * error), least), most)
+        return min(max(clip_norm, least), most)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         import torch

@@ -48,8 +48,8 @@ class SlaClip(Adaptive):
         if self.settings["slots"] == 1:
             raise BadInput("slots must be 2 or more, or 0 for a number that suits batch and noise; correct it.")
 
-    def start(self, spec, noise_multiplier):
-        super().start(spec, noise_multiplier)
+    def start(self, spec, noise_multiplier, groups=None, model=None):
+        super().start(spec, noise_multiplier, groups, model)
         self.slots: int = self.settings["slots"] or slots_for(spec.batch_size, noise_multiplier)
 
     def amend(self, gradient):

@@ -1,8 +1,9 @@
 """What a method asks in a step, what it makes of an answer, and what a run sums before its noise."""
 
+import contextlib
 import dataclasses
 
-from small_runs import silent, trained
+from small_runs import silent, trained, unevaluated
 
 from dpft.harness.query.preview import first_questions as first
 from dpft.harness.runs.releases import shares
@@ -36,7 +37,7 @@ class Listening(core.Watcher):
 
 def heard(setup, step=0, indices=(0, 1, 2)):
     """All questions of a step by name, the rule's among them, answered without noise on a few examples."""
-    setup.method.rule.start(setup.spec, setup.mechanism.noise_multiplier)
+    setup.method.rule.start(setup.spec, setup.mechanism.noise_multiplier, setup.engine.members, setup.prepared.model)
     listening, some = Listening(), dataclasses.replace(setup.core, mechanism=silent(setup.spec.batch_size))
     declared = shares(setup.method, step)
     setup.method.step(Answers(some, declared, lambda: microbatches(setup, indices, step), watcher=listening), step)
@@ -60,9 +61,10 @@ def copied(noisy):
     return dataclasses.replace(noisy, tensors={n: t.clone() for n, t in noisy.tensors.items()}, beside=beside)
 
 
-def recorded(setup, batches, answers=()):
+def recorded(setup, batches, answers=(), watched=True):
     """Train on these batches of indices, one a step; -> every clipped sum, in order, and the run.
 
+    watched: as in small_runs.trained; an unwatched run is not evaluated either.
     answers: what another run has recorded; its noisy sums are handed out in place of this run's, so that both ask the same.
     """
     found, left, now = [], list(answers), [None]
@@ -79,6 +81,7 @@ def recorded(setup, batches, answers=()):
         return noisy
 
     setup.method.step, setup.mechanism.release, setup.sampler.sample = step, releasing, lambda: own.pop(0)
-    made = trained(setup)
+    with contextlib.nullcontext() if watched else unevaluated():
+        made = trained(setup, watched=watched)
     assert not left and not own
     return found, made

@@ -1,11 +1,12 @@
 """Runs of four steps on the tiny BERT, for the tests that need the real loop."""
 
+import contextlib
 import dataclasses
 
 import pytest
 
 from dpft.harness.runs.resolve import resolve
-from dpft.harness.train import loop
+from dpft.harness.train import guard, loop
 from dpft.harness.train.mechanism import GaussianMechanism
 from dpft.harness.train.noise import source
 from dpft.harness.train.parts import Run
@@ -25,9 +26,33 @@ def weights(setup):
     return {name: p.detach().clone() for name, p in setup.prepared.model.named_parameters()}
 
 
-def trained(setup, observe=quiet):
+@contextlib.contextmanager
+def unwatched():
+    """No comparison with autograd and no count of live bytes: two thirds of a small run's time.
+
+    They may end a run and change nothing in it. What a test finds without them it finds of the same numbers; but each
+    configuration should have a run with them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard, "rehearse", lambda *_: None)
+        patch.setattr(guard, "compare", lambda *_: None)
+        patch.setattr(loop, "MEMORY_STEPS", 0)
+        yield
+
+
+@contextlib.contextmanager
+def unevaluated():
+    """No look at the validation split, for tests of what is released and of the weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "evaluate", lambda setup, *_: {setup.task.metric: 0.0})
+        patch.setattr(loop, "finish", lambda *_: None)
+        yield
+
+
+def trained(setup, observe=quiet, watched=True):
     made = Run()
-    loop.train(setup, made, observe)
+    with contextlib.nullcontext() if watched else unwatched():
+        loop.train(setup, made, observe)
     return made
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import zero_sums
-from dpft.harness.query.encoding import Encoding
+from dpft.harness.query.encoding import IDENTITY, Encoding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -195,8 +196,11 @@ def clipped(name, model, batch, clip_norm, encodings):
         engine.close()
 
 
-def random_encodings(model):
-    """Dense and index maps on either side of matrices, on the left of vectors; tables get rows in order on the left."""
+def random_encodings(model, weighted):
+    """Dense and index maps on either side of matrices, on the left of vectors; tables get rows in order on the left.
+
+    weighted: and each entry of what comes out has a weight of its own, also where there are no sides.
+    """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
 
     def side(n):
@@ -210,6 +214,9 @@ def random_encodings(model):
             if id(p) in tables and left is not None:
                 left = None if left.dim() == 2 else left.sort().values
             encodings[name] = Encoding(left, side(p.shape[1]) if p.dim() == 2 else None, scale=1.5)
+        if weighted:
+            sides = encodings.get(name, IDENTITY)
+            encodings[name] = replace(sides, weights=10 ** real(*sides.shape(p.shape)))
     return encodings
 
 
@@ -222,7 +229,7 @@ def test_rule(name, data):
     model, x = KINDS[name](sizes)
     model = model.double()
     batch = {"x": x, "y": torch.randn_like(model(x).detach())}  # this call also makes the lazy layers
-    encodings = random_encodings(model) if encoded else {}
+    encodings = random_encodings(model, data.draw(st.booleans())) if encoded else {}
     norms = clipped("reference", model, batch, 1.0, encodings)[1]
     check_equal(model, batch, 0.9 * float(norms.median()), encodings)
     check_bound(model.float(), batch, norms, encodings)

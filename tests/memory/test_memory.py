@@ -77,6 +77,24 @@ def test_and_for_other_architectures_and_the_real_minilm(model, one_thread):
         assert predicted.peak["parameters"] == real.peak["parameters"]
 
 
+@pytest.mark.parametrize(
+    "method, model",
+    [
+        ("dora", "small-roberta"),
+        ("vera", "small-gpt2"),
+        ("adapter", "small-llama"),
+        ("prompt", "small-roberta"),
+        ("prompt", "small-llama"),
+    ],
+)
+def test_what_a_method_adds_to_a_model_is_predicted_too(method, model, one_thread):
+    """VeRA's layers share their frozen matrices, which are counted once; a prompt makes every input longer."""
+    question = Question(model, method, batch=4, length=24)
+    predicted, real = predict(question), measure(question)
+    assert predicted.total == pytest.approx(real.total, rel=0.05)
+    assert (predicted.parameters, predicted.trainable) == (real.parameters, real.trainable)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("method", ["dp-adam", "dp-grape"])
 def test_the_allocator_of_a_gpu_agrees(method):
@@ -150,3 +168,11 @@ def test_the_command_prints_one_document():
     found = subprocess.run([*command, "--method", "dp-adam", "--json"], capture_output=True, text=True, check=True)
     (row,) = json.loads(found.stdout)
     assert row["total_bytes"] == sum(row["peak_bytes"].values()) > 4 * 22_000_000
+
+
+def test_the_table_of_claims_says_what_zeroth_order_takes_beyond_inference():
+    case = claims.Case("small-roberta", 4, 24, 4, "much less")
+    answers = claims.ask_all((case,), lambda text: None)
+    text = claims.markdown(answers, "picture.svg")
+    expected = answers[case]["dp-zo"].total / answers[case]["inference"].total
+    assert 1 <= expected < 1.5 and f"here {expected:.3f} times inference" in text and "much less. Of DPZero" in text

@@ -209,18 +209,29 @@ def test_rows_that_survive_untouched_move_and_touched_ones_that_do_not_survive_s
     assert saved & set(ABSENT)
 
 
+def kept_of(method):
+    """What a method keeps of rows of its table: label -> row -> its numbers."""
+    state = method.state_dict()
+    (start,) = (key.removesuffix("names") for key in state if key.endswith("|names"))
+    rows = state.pop(f"{start}names").tolist()
+    return {k: dict(zip(rows, t.clone(), strict=True)) for k, t in state.items() if k.startswith(start)}
+
+
 @pytest.mark.parametrize("more", SETTINGS)
 def test_what_does_not_survive_keeps_weights_and_moments_bit_for_bit(more, setup_of):
-    setup = setup_of("dp-adafest", tau=0.0, **more)
-    held = {}
+    setup = setup_of("dp-adafest", tau=1.0, **more)
+    held, ever = {}, set()
     for _, notes, before, after in steps(setup, [setup.prepared.train[:30]] * 5):
-        out = [row for row in range(setup.method.size) if row not in chosen(notes)]
+        rows = set(chosen(notes).tolist())
+        out = [row for row in range(setup.method.size) if row not in rows]
         assert torch.equal(before[TABLE][out], after[TABLE][out])
-        state = {k: t.clone() for k, t in setup.method.state_dict().items() if len(t) == setup.method.size}
-        for key in held:
-            assert torch.equal(held[key][out], state[key][out]) and not torch.equal(held[key], state[key])
+        state, ever = kept_of(setup.method), ever | rows
+        for label, was in held.items():
+            now = state[label]
+            assert all(torch.equal(was[row], now[row]) == (row not in rows) for row in was)
         held = state
-    assert len(held) == (1 if more else 3)
+        assert all(set(one) == ever for one in state.values()), "nothing is kept of a row that was never chosen"
+    assert len(held) == (1 if more else 3) and len(ever) < setup.method.size
 
 
 @pytest.mark.parametrize("more", SETTINGS)
@@ -276,7 +287,11 @@ def test_moments_of_a_row_are_those_of_an_adam_that_saw_its_steps_only():
             state, mine = {k: t.clone() for k, t in mine.state_dict().items()}, RowAdam()
             mine.load_state_dict({**state, "adam_first|other": torch.zeros(2)})
     assert torch.allclose(table, torch.stack([row.detach() for row in alone]), atol=1e-5)
-    assert mine.state_dict()["rows_updates"].tolist() == counts and len(set(counts)) > 1
+    state = mine.state_dict()
+    assert dict(zip(state["rows|names"].tolist(), state["rows|updates"].tolist(), strict=True)) == {
+        row: count for row, count in enumerate(counts) if count
+    }
+    assert len(set(counts)) > 1
 
 
 def test_velocities_of_rows_and_of_whole_tensors_are_those_of_sgd():
@@ -288,7 +303,7 @@ def test_velocities_of_rows_and_of_whole_tensors_are_those_of_sgd():
         whole.grad = release.clone()
         sgd.step()
         some, every = release[rows].clone(), release.clone()
-        mine.add("table", some, rows, 4)
+        mine.add_rows(some, rows, 4)
         mine.add("whole", every)
         table[rows] -= some
     assert torch.allclose(table[rows], whole[rows]) and not table[[1, 2]].any()

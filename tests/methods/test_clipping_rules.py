@@ -9,80 +9,27 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rule_cases import B, resolved, run, sampled, seen, started, step
 
 from dpft.harness.engine.clipping import FUNCTIONS
 from dpft.harness.errors import BadInput
 from dpft.harness.query.noisy_sum import VALUES, NoisySum
-from dpft.harness.query.queries import Beside, Gradients, Seen, Values
-from dpft.harness.runs import registry, resolve, spec
+from dpft.harness.query.queries import Beside, Gradients, Values
+from dpft.harness.runs import registry, spec
 from dpft.methods.clipping.slaclip import slots, slots_for
 
 ADAPTIVE = [name for name, rule in registry.clippings().items() if rule.adaptive]
-B, SIGMA = 256, 0.7
-
-
-def resolved(**more):
-    return resolve.resolve({"task": "sst2", "method": "dp-adam", "batch_size": B, **more})
-
-
-def started(name, sigma=SIGMA, **more):
-    found = resolved(clipping=name, **more)
-    rule = registry.make(found.method, found.decoder, found.options, found.clipping).rule
-    rule.start(found, sigma)
-    return rule
-
-
-def seen(lengths, clip_norm):
-    """Of gradients of these norms [b, groups], clipped by abadi group by group."""
-    lengths = torch.as_tensor(lengths, dtype=torch.float64)
-    clipped = lengths.clamp_max(clip_norm / lengths.shape[1] ** 0.5).square().sum(1).sqrt()
-    return Seen(None, {}, lambda: None, lengths, clipped)
-
-
-def answer(tensor, clip_norm, sigma, batch=B, share=1.0):
-    """Rows [b, size] summed and released as `harness/train/answer.py` does."""
-    multiplier = sigma / math.sqrt(share)
-    noise = multiplier * clip_norm * torch.randn(tensor.shape[1], dtype=torch.float64)
-    return (tensor.sum(0) + noise) / batch, multiplier
-
-
-def step(rule, norms, sigma=SIGMA, batch=B):
-    """One step of a run whose examples' gradients have these norms [b, groups]."""
-    gradient, more = rule.amend(Gradients())
-    looked, bound, shares = seen(norms, gradient.bound), gradient.bound, rule.shares()
-    values = None
-    if gradient.beside is not None:
-        rows = gradient.beside.of(looked)
-        assert rows.shape == (len(norms), gradient.beside.size)
-        assert bool((looked.clipped**2 + rows.square().sum(1) <= bound**2 * (1 + 1e-9)).all())
-        values = answer(rows, bound, sigma, batch)[0]
-    answers = {}
-    for name, query in more.items():
-        rows = query.of(looked)
-        assert rows.shape == (len(norms), query.size) and bool((rows.norm(dim=1) <= query.bound).all())
-        mean, multiplier = answer(rows, query.bound, sigma, batch, shares[name])
-        answers[name] = NoisySum({VALUES: mean}, multiplier, query.bound, batch)
-    rule.learn(NoisySum({}, sigma, bound, batch, values), answers)
-
-
-def sampled(scale, generator, population=4000, spread=0.5):
-    """Norms [b, 1] of a Poisson batch from a log-normal population with median `scale`."""
-    size = int(torch.binomial(torch.tensor(float(population)), torch.tensor(B / population), generator=generator))
-    return scale * torch.exp(spread * torch.randn(size, 1, dtype=torch.float64, generator=generator))
+RATED = ["quantile", "slaclip"]  # move one C by at most `clip_rate` in a step
+FINDING = [  # lead one C to where norms are
+    *[(name, {}) for name in RATED],
+    ("per-layer", {"total": "quantiles"}),
+    ("dc-sgd", {"chosen_by": "percentile", "target_quantile": 0.5}),
+    ("dp-lac", {}),
+]
 
 
 def answers(clip_norm, beside=None):
     return NoisySum({}, 1.0, clip_norm, B, beside)
-
-
-def run(rule, scale, steps, generator=None, **more):
-    generator = generator or torch.Generator().manual_seed(0)
-    torch.manual_seed(1)
-    trace = []
-    for _ in range(steps):
-        step(rule, sampled(scale, generator), **more)
-        trace.append(rule.clip_norm)
-    return trace
 
 
 # --- the formulas
@@ -144,7 +91,7 @@ def test_slots_are_as_many_as_their_noise_allows():
 
 
 @pytest.mark.parametrize("groups", ["flat", "layer"])
-@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("name", RATED)
 def test_c_of_a_real_run_follows_its_releases_and_so_does_the_noise(setup_of, name, groups):
     """In the loop: each step's bound is the one that the releases before it led to."""
     from small_runs import quiet
@@ -173,12 +120,16 @@ def test_the_functions_of_all_rules_exist_and_fixed_rules_ask_for_nothing():
 # --- where C goes
 
 
+def test_no_adaptive_rule_is_left_out():
+    assert sorted({name for name, _ in FINDING}) == sorted(ADAPTIVE)
+
+
 @pytest.mark.parametrize("clip_norm", [1 / 30, 1.0, 30.0])
-@pytest.mark.parametrize("name", ADAPTIVE)
-def test_a_start_wrong_by_thirty_is_recovered_from(name, clip_norm):
+@pytest.mark.parametrize("name, more", FINDING)
+def test_a_start_wrong_by_thirty_is_recovered_from(name, more, clip_norm):
     """Whatever the scale of the gradients; within 60 steps, and there it stays."""
     for scale in (1e-3, 1.0, 50.0):
-        trace = run(started(name, clip_norm=clip_norm * scale), scale, 100)
+        trace = run(started(name, clip_norm=clip_norm * scale, **more), scale, 100)
         assert all(0.6 * scale < c < 1.7 * scale for c in trace[60:]), (trace[60:], scale)
 
 
@@ -186,15 +137,15 @@ def test_slaclip_recovers_with_two_slots_too():
     assert run(started("slaclip", clip_norm=30.0, slots=2), 1.0, 400)[-1] < 2.5
 
 
-@pytest.mark.parametrize("name", ADAPTIVE)
-def test_groups_lead_c_where_whole_gradients_do(name):
+@pytest.mark.parametrize("name, more", [case for case in FINDING if case[0] != "per-layer"])
+def test_groups_lead_c_where_whole_gradients_do(name, more):
     """Not where every group is cut: a clipped gradient of many groups is almost always shorter than C."""
     share = torch.tensor([0.9, 0.3, 0.3, 0.1], dtype=torch.float64)
     generator, ends = torch.Generator().manual_seed(0), []
     norms = [sampled(1.0, generator) for _ in range(60)]
     for groups in (torch.ones(1, dtype=torch.float64), share):
         torch.manual_seed(1)
-        rule = started(name, clip_norm=1.0)
+        rule = started(name, clip_norm=1.0, **more)
         for row in norms:
             step(rule, row * groups)
         ends.append(rule.clip_norm)
@@ -214,22 +165,28 @@ def test_c_follows_the_scale_of_the_gradients():
         ("quantile", {}, True),
         ("slaclip", {}, True),
         ("slaclip", {"tiny": "over-bound"}, False),
+        ("per-layer", {"total": "quantiles"}, True),
+        ("dc-sgd", {}, True),
+        ("dc-sgd", {"chosen_by": "percentile"}, True),
+        ("dp-lac", {}, True),
     ):
         ends = []
         for scale in (1.0, 0.01):
             torch.manual_seed(1)
-            ends.append(run(started(name, clip_norm=5 * scale, **more), scale, 30)[-1] / scale)
+            ends.append(run(started(name, clip_norm=5 * scale, **more), scale, 30, coordinates=1000)[-1] / scale)
         assert (ends[0] == pytest.approx(ends[1], rel=1e-6)) == same, (name, ends)
 
 
-@pytest.mark.parametrize("name", ADAPTIVE)
-def test_c_stays_in_its_range(name):
-    low = run(started(name, clip_norm=1.0, clip_least=0.5), 0.1, 40)
-    high = run(started(name, clip_norm=1.0, clip_most=2.0), 10.0, 40)
-    assert min(low) == pytest.approx(0.5) and max(high) == pytest.approx(2.0)
+@pytest.mark.parametrize("name, more", FINDING)
+def test_c_stays_in_its_range(name, more):
+    low = run(started(name, clip_norm=1.0, clip_least=0.5, **more), 0.1, 40)
+    high = run(started(name, clip_norm=1.0, clip_most=2.0, **more), 10.0, 40)
+    outer = 2**0.5 if name == "dp-lac" else 1.0  # the middle of its outer bin
+    assert min(low) == pytest.approx(0.5 * outer) and max(high) == pytest.approx(2.0, rel=outer - 1 + 1e-9)
+    assert min(low) >= 0.5 and max(high) <= 2.0
 
 
-@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("name", RATED)
 def test_an_empty_batch_moves_c_by_noise_alone(name):
     """A row exists for those in the batch only, so nobody's absence is a zero gradient, which would count as short."""
     rule = started(name, clip_norm=1.0)
@@ -241,20 +198,24 @@ def test_an_empty_batch_moves_c_by_noise_alone(name):
     assert empty == pytest.approx(1.0 if name == "quantile" else math.exp(0.2 * 0.5))
 
 
-@pytest.mark.parametrize("name", ADAPTIVE)
-def test_a_resumed_rule_goes_on_as_if_nothing_had_been(name):
+@pytest.mark.parametrize("name, more", [*FINDING, ("dc-sgd", {"chosen_by": "error"}), ("dp-lac", {"votes": 1})])
+def test_a_resumed_rule_goes_on_as_if_nothing_had_been(name, more):
     torch.manual_seed(0)
-    whole, first = started(name, clip_norm=3.0), started(name, clip_norm=3.0)
+    whole, first = started(name, clip_norm=3.0, **more), started(name, clip_norm=3.0, **more)
     norms = torch.rand(4, B, 1, dtype=torch.float64)
     for rule in (whole, first):
         for row in norms[:2]:
             step(rule, row, sigma=0.0)
-    again = started(name, clip_norm=3.0)
+    again = started(name, clip_norm=3.0, **more)
     again.load_state_dict(first.state_dict())
     for row in norms[2:]:
         step(whole, row, sigma=0.0)
         step(again, row, sigma=0.0)
-    assert again.clip_norm == whole.clip_norm != first.clip_norm
+    assert again.clip_norm == whole.clip_norm
+    arrived = name == "dp-lac" or more.get("chosen_by") == "error"
+    assert first.clip_norm != whole.clip_norm or arrived
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[key])
 
 
 # --- choices, ids, refusals
@@ -360,7 +321,8 @@ def test_a_plugin_brings_a_rule(tmp_path):
 def test_the_command_line_lists_and_describes_rules(dpft):
     rows = json.loads(dpft("list", "clippings", "--json")[1])
     assert {row["name"]: row["adaptive"] for row in rows} == {
-        "abadi": False, "auto-s": False, "psac": False, "quantile": True, "slaclip": True
+        "abadi": False, "auto-s": False, "dc-sgd": True, "dp-lac": True, "per-layer": True, "psac": False, "quantile": True,
+        "slaclip": True
     }  # fmt: skip
     described = json.loads(dpft("describe", "quantile", "--json")[1])
     assert described["releases"] == "beside the gradient: count (0.01 of the gradient's budget)"

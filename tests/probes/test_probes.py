@@ -45,6 +45,21 @@ def test_a_phase_inside_another_stops_its_time():
     assert clock.phase is None and seconds["clip"] >= 0.1 and 0.02 <= seconds["backward"] < 0.1
 
 
+def test_processor_seconds_are_those_of_work_in_phases():
+    clock = Clock(torch.device("cpu"))
+    with clock("forward"):
+        time.sleep(0.3)
+        begin = time.process_time()
+        while time.process_time() < begin + 0.05:
+            pass
+    while time.process_time() < begin + 0.5:  # in no phase
+        pass
+    seconds = clock.take()
+    assert seconds["forward"] >= 0.35 and 0.05 <= clock.processor < 0.3
+    clock.take()
+    assert clock.processor == 0
+
+
 def test_live_bytes_of_each_phase_at_the_peak():
     clock = Clock(torch.device("cpu"))
     weight = torch.zeros(MIB // 4)

@@ -99,6 +99,12 @@ DONE: dict[str, dict[str, tuple[str, Check]]] = {
         "model_fingerprint": ("64 hex digits", _hex(64)),
     },
 }
+_COUNT = ("a whole number", count)
+# what older records do not have
+LATER = {
+    "provenance": {"train_examples": _COUNT, "validation_examples": _COUNT, "public_examples": _COUNT},
+    "cost": {"step_cpu_s": ("seconds", _amount)},
+}
 PACKAGES = ("python", "dpft", "torch", "numpy", "prv-accountant", "dp-accounting")
 
 
@@ -137,9 +143,9 @@ def _section(name: str, content: Any) -> Iterator[str]:
             yield f"The {name} section lacks {key}."
         elif not check(content[key]):
             yield f"{key} in the {name} section must be {kind}, not {_short(content[key])}."
-    for key in ("train_examples", "validation_examples") if name == "provenance" else ():  # older records do not say
-        if content.get(key) is not None and not count(content[key]):
-            yield f"{key} in the {name} section must be a whole number, not {_short(content[key])}."
+    for key, (kind, check) in LATER.get(name, {}).items():
+        if content.get(key) is not None and not check(content[key]):
+            yield f"{key} in the {name} section must be {kind}, not {_short(content[key])}."
     if name == "provenance" and isinstance(content.get("versions"), dict):
         lacking = [package for package in PACKAGES if package not in content["versions"]]
         if lacking:

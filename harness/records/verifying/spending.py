@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpft.harness.errors import BadInput
-from dpft.harness.privacy import tail
+from dpft.harness.privacy import pure, tail
 from dpft.harness.privacy.accountant import tolerance
 from dpft.harness.privacy.curve import epsilon_curve
 from dpft.harness.privacy.ledger import Ledger
@@ -29,7 +29,11 @@ def findings(record: dict[str, Any], rows: Rows) -> Iterator[str]:
     target, delta = float(privacy["target"]), float(privacy["delta"])
     left = tail.checked(ledger.events, delta, privacy.get("noise_stream", 1))
     try:
-        spent = epsilon_curve(sigma, q, privacy["steps_planned"], left, target)
+        if delta == 0:
+            ((event),) = ledger.events
+            spent = pure.curve(q, event["noise_multiplier"], privacy["steps_planned"])
+        else:
+            spent = epsilon_curve(sigma, q, privacy["steps_planned"], left, target)
     except BadInput:
         return  # said of the whole ledger
     for row, value in zip(rows, spent[1:], strict=False):
