@@ -54,7 +54,7 @@ class _Listener(Watcher):
     def summed(self, name: str, query: Query, total: Sums, found: Found) -> None:
         if isinstance(query, Gradients):
             asked = {key: t for key, t in total.items() if t.numel() and key in self._core.parameters}
-            encoded = any(t.shape != self._core.parameters[key].shape for key, t in asked.items())
+            encoded = any(query.encodings.get(key) is not None for key in asked)  # a turn leaves the shape as it is
             self.texts[name] += f", {len(asked)} of {len(self._core.parameters)} tensors" + ", encoded" * encoded
 
     def released(self, name: str, noisy: NoisySum) -> None:
