@@ -23,5 +23,5 @@ def events_of(noise, q, steps):
     return [{**ledger.events[0], "step_to": steps}]
 
 
-def parts():
-    return {"a": torch.zeros(30), "b": torch.zeros(10)}
+def parts(a=30, b=10):
+    return {"a": torch.zeros(a), "b": torch.zeros(b)}

@@ -89,7 +89,7 @@ LEAKS = {
 def execute_with(monkeypatch, tiny_bert, settings, wrap, engine, method="dp-adam"):
     monkeypatch.setattr(registry.method(method), "prepare", lambda self, model, generator: wrap(model))
     some = dataclasses.replace(settings, engine=engine)
-    return run.execute(a_spec(method, tiny_bert), some, quiet)[0]
+    return run.execute(a_spec(method, tiny_bert, batch_size=20, steps=2), some, quiet)[0]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -186,7 +186,7 @@ def counting(setup):
 def test_what_releases_write_into_a_buffer_is_allowed_and_resumed_bit_for_bit(setup_of, monkeypatch, tmp_path):
     monkeypatch.setattr(registry.method("dp-adam"), "prepare", lambda self, model, generator: Tracking(model))
     whole = counting(setup_of("dp-adam"))
-    made = trained(whole)
+    made = trained(whole, watched=False)
     assert float(whole.prepared.model.largest) > 0
     path = tmp_path / "run.ckpt"
     stopped(counting(setup_of("dp-adam", path)))
