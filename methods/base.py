@@ -26,7 +26,6 @@ __all__ = [
     "Nothing",
     "Values",
     "freeze_all_but",
-    "kind_starts",
 ]  # one import for a method's file
 
 
@@ -39,12 +38,10 @@ class Method:
     `defaults` (settings of RunSpec; `decoder` may be among them), `options` (the method's own settings with their defaults),
     `decoder_options` (other defaults for its decoder's options; they hold as long as the run keeps that decoder), `choices`
     and `ranges` (of its own options, as decoders have them).
-    `withholds`: of what requires a gradient, matrices may never move, because releases choose which do.
-    `needs_public`: it learns from public examples of the task; they are in `public`, from before `prepare` on.
-    `preconditions`: its updates are finished directions, so plain SGD with the run's lr applies them. `numbers`: how many
-    each step releases, where that depends on no model.
-    Of the run it knows `spec`, `steps` and `noise_multiplier` (sigma of a whole step, 0 without noise), from before `prepare` on;
-    `rule` is the run's clipping rule, which is not its own.
+    `withholds`: of what requires a gradient, matrices may never move, because releases choose which do. `needs_public`: it
+    learns from public examples of the task, which are in `public` before `prepare`. `preconditions`: its updates are finished directions, so plain SGD with the run's lr applies them. `numbers`: how many each step releases, where no model
+    decides that. Of the run it knows `spec`, `steps` and `noise_multiplier` (sigma of a whole step, 0 without noise), from
+    before `prepare` on; `rule` is the run's clipping rule, which is not its own.
     """
 
     name: ClassVar[str]
@@ -151,9 +148,3 @@ def freeze_all_but(model: nn.Module, names: set[str]) -> None:
     """Leave exactly the parameters called `names` trainable."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
-
-
-def kind_starts(method: Method) -> tuple[int, ...]:
-    """The steps at which another kind of step begins, from 0."""
-    kinds = [method.kind(step) for step in range(method.steps)]
-    return tuple(step for step, kind in enumerate(kinds) if step == 0 or kind != kinds[step - 1])

@@ -8,16 +8,14 @@ layer of its own, on rows of one example each. The functions are PEFT's, and the
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 from dpft.methods.lora import DPLoRA
+from dpft.methods.lora_layers import ADAPTER, magnitude_layer, scaled_layer
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-ADAPTER = "default"  # PEFT's name of the only one
 
 
 class DoRA(DPLoRA):
@@ -40,7 +38,7 @@ class DoRA(DPLoRA):
 
     def _finish(self, model: nn.Module) -> None:
         for layer in _adapted(model):
-            layer.lora_magnitude_vector[ADAPTER] = _magnitude()(layer.lora_magnitude_vector[ADAPTER])
+            layer.lora_magnitude_vector[ADAPTER] = magnitude_layer()(layer.lora_magnitude_vector[ADAPTER])
 
 
 class VeRA(DPLoRA):
@@ -87,8 +85,8 @@ class VeRA(DPLoRA):
             base = layer.get_base_layer().weight
             a = matrix("A", rank, layer.in_features, base)
             b = matrix("B", layer.out_features, rank, base)
-            layer.lora_A[ADAPTER] = _scaled()(a, base.new_full((rank,), self.settings["d_initial"]))
-            layer.lora_B[ADAPTER] = _scaled()(b, base.new_zeros(layer.out_features))
+            layer.lora_A[ADAPTER] = scaled_layer()(a, base.new_full((rank,), self.settings["d_initial"]))
+            layer.lora_B[ADAPTER] = scaled_layer()(b, base.new_zeros(layer.out_features))
 
 
 def _adapted(model: nn.Module) -> list[nn.Module]:
@@ -103,62 +101,3 @@ def _kaiming(rows: int, columns: int) -> torch.Tensor:
     import torch
 
     return torch.empty(rows, columns).uniform_(-1, 1) * math.sqrt(6 / columns)
-
-
-@cache
-def _scale() -> type[nn.Module]:
-    """The class; made inside a function because torch costs seconds to import."""
-    from torch import nn
-
-    class Scale(nn.Module):
-        """`x * weight`, coordinate by coordinate."""
-
-        def __init__(self, weight: torch.Tensor) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(weight.detach().clone())
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * self.weight
-
-    return Scale
-
-
-@cache
-def _scaled() -> type[nn.Module]:
-    from torch import nn
-    from torch.nn import functional
-
-    class Scaled(nn.Module):
-        """One of VeRA's factors: a frozen matrix that other layers have too, then a vector of this layer's own."""
-
-        def __init__(self, matrix: nn.Parameter, vector: torch.Tensor) -> None:
-            super().__init__()
-            self.weight, self.scale = matrix, _scale()(vector)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.scale(functional.linear(x, self.weight))
-
-    return Scaled
-
-
-@cache
-def _magnitude() -> type[nn.Module]:
-    import torch
-    from peft.tuners.lora.dora import DoraLinearLayer
-
-    class Magnitude(DoraLinearLayer):
-        """PEFT's layer, with its lengths in a layer of their own and the product of LoRA's factors taken from their weights."""
-
-        def __init__(self, of: DoraLinearLayer) -> None:
-            super().__init__(of.fan_in_fan_out)
-            self.scale = _scale()(of.weight)
-
-        def forward(self, x, *, lora_A, lora_B, scaling, base_layer, base_result=None, adapter_name=ADAPTER):
-            """What is added to `base_result`."""
-            with torch.no_grad():
-                norm = self.get_weight_norm(base_layer.weight, lora_B.weight @ lora_A.weight, scaling)
-            if base_layer.bias is not None:
-                base_result = base_result - base_layer.bias
-            return self.scale((base_result + scaling * lora_B(lora_A(x))) / norm) - base_result
-
-    return Magnitude

@@ -18,7 +18,7 @@ from dpft.harness.bench.workload import Batch, loss_of
 from dpft.harness.engine import NAMES, engine_class
 from dpft.harness.engine.base import Engine, Loss
 from dpft.harness.probes import Clock
-from dpft.methods.base import kind_starts
+from dpft.harness.runs.releases import kind_starts
 from dpft.tasks.classification import logits
 
 Step = Callable[[list[Batch]], None]

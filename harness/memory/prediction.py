@@ -26,9 +26,9 @@ from dpft.harness.query.encoding import IDENTITY
 from dpft.harness.query.preview import first_questions
 from dpft.harness.query.queries import Gradients
 from dpft.harness.runs import registry
+from dpft.harness.runs.releases import kind_starts
 from dpft.harness.runs.resolve import resolve
 from dpft.harness.train.core import encodings_of
-from dpft.methods.base import kind_starts
 
 ENGINES = {"materialised": Materialised, "ghost": TwoPasses}
 INFERENCE = "inference"

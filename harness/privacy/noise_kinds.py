@@ -30,15 +30,9 @@ MECHANISMS = ("gaussian", "laplace", "lmo", "plrv")
 SHAPES = ("spherical", "coordinates")
 FAMILIES = {"lmo": ("gamma", "exponential", "uniform"), "plrv": ("gamma",)}
 LAPLACE_TO_GAUSSIAN = math.sqrt(math.pi)  # std of the Laplace over std of the Gaussian that covers it
-ONE_NUMBER = {"shape": "coordinates", "dimension": 1}  # Laplace noise without an end on a release of one number
 MAX_DIMENSION = 10**13
 LAW_TOLERANCE = 1e-6
 ONE_NUMBER = {"shape": "coordinates", "dimension": 1}  # the parameters of a release with a pure epsilon
-
-
-def of_one_number(mechanism: str, parameters: Mapping[str, Any]) -> bool:
-    """Whether a release is one number with Laplace noise without an end."""
-    return mechanism == "laplace" and dict(parameters) == ONE_NUMBER
 
 
 def check(mechanism: Any, noise_multiplier: float, parameters: Any) -> dict[str, Any]:

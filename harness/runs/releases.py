@@ -38,6 +38,12 @@ def schedule(method: Any, rule: Any, steps: int) -> Schedule:
     return tuple(found)
 
 
+def kind_starts(method: Any) -> tuple[int, ...]:
+    """The steps at which another kind of step begins, from 0."""
+    kinds = [method.kind(step) for step in range(method.steps)]
+    return tuple(step for step, kind in enumerate(kinds) if step == 0 or kind != kinds[step - 1])
+
+
 def _together(name: str, step: int, declared: Any, rule: Any) -> dict[str, float]:
     found = checked(declared, f"Step {step} of {name}")
     beside: Mapping[str, float] = rule.shares() if GRADIENT in found else {}

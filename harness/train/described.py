@@ -13,14 +13,14 @@ from dpft.harness.probes import Clock
 from dpft.harness.query.noisy_sum import NoisySum
 from dpft.harness.query.queries import Gradients, Query, Values
 from dpft.harness.runs import registry
-from dpft.harness.runs.releases import shares
+from dpft.harness.runs.releases import kind_starts, shares
 from dpft.harness.runs.spec import RunSpec
 from dpft.harness.train import public_rows
 from dpft.harness.train.answer import Answers
 from dpft.harness.train.core import Core, Found, Watcher
 from dpft.harness.train.mechanism import GaussianMechanism
 from dpft.harness.train.noise import source, stream
-from dpft.methods.base import Method, kind_starts
+from dpft.methods.base import Method
 from dpft.tasks.base import ModelSpec
 
 

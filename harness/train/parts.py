@@ -15,11 +15,12 @@ from dpft.harness.engine.base import Engine
 from dpft.harness.privacy import Ledger
 from dpft.harness.probes import Clock
 from dpft.harness.runs.plan import PrivacyPlan
+from dpft.harness.runs.releases import kind_starts
 from dpft.harness.runs.spec import RunSpec
 from dpft.harness.train.core import Core
 from dpft.harness.train.mechanism import Mechanism
 from dpft.harness.train.sampling import PoissonSampler
-from dpft.methods.base import Method, kind_starts
+from dpft.methods.base import Method
 from dpft.tasks.base import Prepared, Task
 
 MEMORY_STEPS = 2  # live bytes are counted over the first two steps of a kind: the second has the optimizer's state
