@@ -20,13 +20,7 @@ if TYPE_CHECKING:
     from dpft.harness.query.updates import Updates
     from dpft.harness.runs.spec import RunSpec
 
-__all__ = [
-    "Gradients",
-    "Method",
-    "Nothing",
-    "Values",
-    "freeze_all_but",
-]  # one import for a method's file
+__all__ = ["Gradients", "Method", "Nothing", "Values", "freeze_all_but"]  # one import for a method's file
 
 
 class Method:
@@ -39,9 +33,10 @@ class Method:
     `decoder_options` (other defaults for its decoder's options; they hold as long as the run keeps that decoder), `choices`
     and `ranges` (of its own options, as decoders have them).
     `withholds`: of what requires a gradient, matrices may never move, because releases choose which do. `needs_public`: it
-    learns from public examples of the task, which are in `public` before `prepare`. `preconditions`: its updates are finished directions, so plain SGD with the run's lr applies them. `numbers`: how many each step releases, where no model
-    decides that. Of the run it knows `spec`, `steps` and `noise_multiplier` (sigma of a whole step, 0 without noise), from
-    before `prepare` on; `rule` is the run's clipping rule, which is not its own.
+    learns from public examples of the task, which are in `public` before `prepare`. `preconditions`: its updates are finished
+    directions, so plain SGD with the run's lr applies them. `numbers`: how many each step releases, where no model decides
+    that. Of the run it knows `spec`, `steps` and `noise_multiplier` (sigma of a whole step, 0 without noise), from before
+    `prepare` on; `rule` is the run's clipping rule, which is not its own.
     """
 
     name: ClassVar[str]

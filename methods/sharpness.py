@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class DPSAT(Smoothed):
-    """DP-Adam on the gradient at `w + rho r/|r|` with r the last release (DP-SAT, 2306.05651).
+    """DP-Adam on the gradient at `w + ascent r/|r|` with r the last release (DP-SAT, 2306.05651).
 
     Sharpness-aware training looks for the gradient where the loss is largest near by. It needs a gradient to go there, which DP
     would charge a second release of the same batch for; the last release is free, and what is asked costs what dp-adam costs.
@@ -28,8 +28,8 @@ class DPSAT(Smoothed):
     name = "dp-sat"
     summary = "dp-adam on gradients a small way up along the last release"
     reference = "arXiv:2306.05651"
-    options: ClassVar = {**DPAdam.options, "rho": 0.03}
-    ranges: ClassVar = {"rho": (0.0, float("inf"))}
+    options: ClassVar = {**DPAdam.options, "ascent": 0.03}
+    ranges: ClassVar = {"ascent": (0.0, float("inf"))}
 
     def __init__(self, options=None, decoder=None):
         super().__init__(options, decoder)
@@ -38,7 +38,7 @@ class DPSAT(Smoothed):
     def points(self, step: int) -> Iterator[Weights]:
         length = sum(r.double().square().sum() for r in self._release.values()).sqrt().clamp_min(1e-30)
         yield {
-            name: p + (self._release[name] * (self.settings["rho"] / length)).to(p.dtype)
+            name: p + (self._release[name] * (self.settings["ascent"] / length)).to(p.dtype)
             for name, p in self._parameters.items()
         }
 

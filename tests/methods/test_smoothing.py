@@ -71,7 +71,7 @@ def by_hand(model, batch, points, clip_norm):
 
 
 @pytest.mark.parametrize("engine", ["factored", "reference"])
-@pytest.mark.parametrize("name, options", [("dplis", {"samples": 3, "radius": 30.0}), ("dp-sat", {"rho": 0.5})])
+@pytest.mark.parametrize("name, options", [("dplis", {"samples": 3, "radius": 30.0}), ("dp-sat", {"ascent": 0.5})])
 def test_one_example_is_asked_for_the_mean_over_the_points_and_clipped_once(name, options, engine):
     model, method, batch = made(name, **options)
     answered(method, 0, release(model))
@@ -151,8 +151,8 @@ def test_dplis_takes_the_mean_and_not_the_sum():
     assert torch.allclose(torch.cat([t.flatten() for t in total.values()]), expected, rtol=1e-9)
 
 
-def test_dp_sat_goes_rho_up_along_the_last_release():
-    model, method, _ = made("dp-sat", rho=0.2)
+def test_dp_sat_goes_that_far_up_along_the_last_release():
+    model, method, _ = made("dp-sat", ascent=0.2)
     for step in range(2):
         noisy = release(model, std=1.0 + step)
         kept = {n: t.clone() for n, t in noisy.tensors.items()}
@@ -176,5 +176,5 @@ def test_dp_sat_stays_where_a_release_says_nothing():
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(BadInput, match="samples must be"):
         resolve({"task": "sentences", "method": "dplis", "samples": 0})
-    with pytest.raises(BadInput, match="rho must be"):
-        resolve({"task": "sentences", "method": "dp-sat", "rho": -1.0})
+    with pytest.raises(BadInput, match="ascent must be"):
+        resolve({"task": "sentences", "method": "dp-sat", "ascent": -1.0})

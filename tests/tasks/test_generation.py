@@ -27,7 +27,9 @@ from dpft.tasks import data_to_text, models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-METHODS = sorted(registry.methods())
+WITHOUT_PUBLIC = {"dp-kfc", "dp-selft", "dp-sft"}  # refused: the task has no public data
+METHODS = sorted(registry.methods().keys() - WITHOUT_PUBLIC)
+HEADED = {"dp-sapf", "lp-ft"}  # skipped: language models have no new head to begin with
 NOTHING_TO_TRAIN = {("last-layer", "gpt2"), ("last-layer", "llama"), ("dp-bitfit", "llama")}
 TIED = {
     ("dp-adafest", "gpt2"),
@@ -203,12 +205,22 @@ def test_names_of_models(monkeypatch, tmp_path):
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", sorted(WITHOUT_PUBLIC))
+def test_methods_that_learn_from_public_data_are_refused(method, folders):
+    with pytest.raises(BadInput, match="learns from public data, and the task e2e has none"):
+        settings_of(method, folders("gpt2"))
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_the_engines_agree(method, kind, mirror, folders):
     phases = {"steps": 5, "eval_every": 5} if "selection_fraction" in registry.method(method).options else {}
-    one = settings_of(method, folders(kind), **phases)
+    rank = {"rank": 4} if method == "prism" else {}
+    one = settings_of(method, folders(kind), **phases, **rank)
     record, curve = run.execute(one, Settings(mirror), quiet)
+    if method in HEADED:
+        assert record["status"] == "skipped" and "head and this model has none" in record["error"]
+        return
     if (method, kind) in NOTHING_TO_TRAIN | TIED:
         other = "dp-adam" if (method, kind) in TIED else "dp-lora"
         assert record["status"] == "skipped" and f"use {other}" in record["error"]
