@@ -169,11 +169,3 @@ def test_the_command_prints_one_document():
     found = subprocess.run([*command, "--method", "dp-adam", "--json"], capture_output=True, text=True, check=True)
     (row,) = json.loads(found.stdout)
     assert row["total_bytes"] == sum(row["peak_bytes"].values()) > 4 * 22_000_000
-
-
-def test_the_table_of_claims_says_what_zeroth_order_takes_beyond_inference():
-    case = claims.Case("small-roberta", 4, 24, 4, "much less")
-    answers = claims.ask_all((case,), lambda text: None)
-    text = claims.markdown(answers, "picture.svg")
-    expected = answers[case]["dp-zo"].total / answers[case]["inference"].total
-    assert 1 <= expected < 1.5 and f"here {expected:.3f} times inference" in text and "much less. Of DPZero" in text
