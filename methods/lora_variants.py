@@ -36,6 +36,15 @@ class DoRA(DPLoRA):
     reference = "arXiv:2402.09353"
     variant: ClassVar = {"use_dora": True}
 
+    def skip(self, model: nn.Module) -> str | None:
+        from dpft.harness.engine.fakes import has_values
+
+        reason = super().skip(model)
+        weights = [module.weight for module in self._targeted(model) if hasattr(module, "weight")]
+        if reason is None and any(has_values(w) and bool((w == 0).all(1).any()) for w in weights if w.dim() == 2):
+            return "dora scales rows of a weight to a length, and a row of zeros has none; use dp-lora."
+        return reason
+
     def _finish(self, model: nn.Module) -> None:
         for layer in _adapted(model):
             layer.lora_magnitude_vector[ADAPTER] = magnitude_layer()(layer.lora_magnitude_vector[ADAPTER])
