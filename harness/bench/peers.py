@@ -19,6 +19,7 @@ from dpft.harness.engine import NAMES, engine_class
 from dpft.harness.engine.base import Engine, Loss
 from dpft.harness.probes import Clock
 from dpft.harness.runs.releases import kind_starts
+from dpft.harness.train import public_rows
 from dpft.tasks.classification import logits
 
 Step = Callable[[list[Batch]], None]
@@ -78,7 +79,7 @@ def _prepared(name: str, model: nn.Module, examples: int = 1, decoder: str | Non
     reason = method.skip(model)
     if max(kind_starts(method)) > 1:
         reason = "has kinds of steps that differ; see the times in a run's record"
-    if method.needs_public:
+    if public_rows.needed(method):
         reason = "learns from public data of a task, which a bench has not; see the times in a run's record"
     if reason is not None:
         raise Skipped(reason)

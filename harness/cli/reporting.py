@@ -44,6 +44,8 @@ def report(folder, output, check, figures, latex, csv, theory, only, html, secti
 
     if check and output is None:
         raise BadInput("--check needs a file to compare with; give it with -o.")
+    if theory and only is not None:
+        raise BadInput("--theory, --methods and --predictions are reports of their own; leave out all but one.")
     store, pictures = Store(folder), None
     if html is not None:
         from dpft.harness.report import page

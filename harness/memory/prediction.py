@@ -28,6 +28,7 @@ from dpft.harness.query.queries import Gradients
 from dpft.harness.runs import registry
 from dpft.harness.runs.releases import kind_starts
 from dpft.harness.runs.resolve import resolve
+from dpft.harness.train import public_rows
 from dpft.harness.train.core import encodings_of
 
 ENGINES = {"materialised": Materialised, "ghost": TwoPasses}
@@ -145,9 +146,10 @@ def _step(question: Question, model: nn.Module, mode: FakeTensorMode | None):
         raise CannotRun(
             f"{question.method} has kinds of steps, each with a memory of its own; see peak_bytes in the record of a run."
         )
-    if method.needs_public:
+    if public_rows.needed(method):
+        who = question.method if method.needs_public else f"Clipping {spec.clipping}"
         raise CannotRun(
-            f"{question.method} learns from public data of a task, which a prediction has not; see peak_bytes in the record of a "
+            f"{who} learns from public data of a task, which a prediction has not; see peak_bytes in the record of a "
             "run."
         )
     reason = method.skip(model)

@@ -45,6 +45,7 @@ class Prediction:
         against: the same of those it is compared with; of several, the one with the best mean.
         expect: one of EXPECTATIONS, of row minus the other; of time and memory of the logarithm of their ratio.
         margin: how much is nothing.
+        task: whose runs it is about.
         measure: one of MEASURES; ratio: what is subtracted from a logarithm: 10 expects ten times as much.
     """
 
@@ -54,6 +55,7 @@ class Prediction:
     against: list[dict[str, Any]]
     expect: str
     margin: float
+    task: str = "sentences"
     measure: str = "metric"
     ratio: float = 1.0
 
@@ -108,7 +110,9 @@ def answers(groups: list[Group]) -> list[Part]:
 
 
 def answered(one: Prediction, group: Group) -> Answer | None:
-    """None where a row is missing in the group."""
+    """None where the group is of another task, or a row is missing in it."""
+    if group.spec["task"] != one.task:
+        return None
     row = picked(one.row, group)
     others = [picked(settings, group) for settings in one.against]
     if row is None or not others or None in others:

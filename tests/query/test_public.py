@@ -110,3 +110,12 @@ def test_a_record_says_how_many(learner, tiny_bert, settings):
     record, _ = run.execute(a_spec(learner, tiny_bert), settings, lambda step, row: None)
     assert record["provenance"]["public_examples"] == 2048, record["error"]
     assert public_rows.needed(registry.make(learner, "mean", {}, "abadi"))
+
+
+@pytest.mark.parametrize("options", [{"clipping": "dp-lac"}, {}])
+def test_memory_and_bench_refuse_what_learns_from_public_data_whoever_does(options, dpft):
+    """The method, or its clipping rule."""
+    method = "dp-adam" if options else "dp-selft"
+    extra = [part for key, value in options.items() for part in ("--set", f"{key}={value}")]
+    code, _, err = dpft("memory", "--model", "roberta-base", "--method", method, "--batch", 2, "--length", 16, *extra)
+    assert code == 2 and "learns from public data of a task, which a prediction has not" in err

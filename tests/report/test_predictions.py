@@ -89,6 +89,19 @@ def test_the_file_names_what_there_is():
         assert one.source and one.says[0].isupper() and not one.says.endswith(".")
 
 
+def test_a_prediction_is_about_its_task_alone(tmp_path):
+    finals = {"rmt": [0.70, 0.72, 0.74], "dp-adam": [0.70, 0.719, 0.741]}
+    (group,) = made(tmp_path, with_finals(finals)).groups
+    assert answered(ABOUT, group) is not None and answered(of(task="clicks"), group) is None
+
+
+@pytest.mark.parametrize("both", [("--methods", "--theory"), ("--theory", "--predictions")])
+def test_two_reports_at_once_are_refused(both, dpft, tmp_path):
+    store_of(tmp_path, with_finals({"rmt": [0.7] * 3}))
+    code, _, err = dpft("report", tmp_path, *both)
+    assert code == 2 and "leave out" in err
+
+
 @pytest.mark.parametrize("line", ['expect = "bigger"', "margin = 0.0", 'colour = "red"'])
 def test_a_bad_entry_is_named(tmp_path, monkeypatch, line):
     good = 'says = "A"\nsource = "x"\nrow = { method = "rmt" }\nagainst = [{ method = "dp-adam" }]\n'
