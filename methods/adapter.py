@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
+from dpft.harness.query.layers import is_transposed
 from dpft.methods.base import Method
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _width(module: nn.Module) -> int | None:
 
     if isinstance(module, nn.Linear):
         return module.out_features
-    return module.nf if type(module).__name__ == "Conv1D" else None
+    return module.nf if is_transposed(module) else None
 
 
 @cache

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from dpft.harness.errors import BadInput
 from dpft.harness.query.queries import Gradients
+from dpft.methods.decoders.base import refuse_decoder
 from dpft.methods.full import DPAdam
+from dpft.methods.smoothing import loss_at
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,7 @@ class DiSK(DPAdam):
 
     def validate(self, spec: RunSpec) -> None:
         super().validate(spec)
-        if self.decoder.name != "mean":
-            raise BadInput(f"disk filters releases itself; leave out decoder={self.decoder.name}.")
+        refuse_decoder(self.decoder, "disk filters releases itself")
 
     def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -66,25 +66,12 @@ class DiSK(DPAdam):
 
     def _mixed(self, loss: Loss) -> Loss:
         """The mixture of the task's loss ahead and here."""
-        from torch import nn
-        from torch.func import functional_call
-
         kappa, gamma = self.settings["gain"], self.settings["lookahead"]
         share = (1 - kappa) / (kappa * gamma)
 
-        class Elsewhere(nn.Module):
-            """The whole loss as a module, so that it can be called with other weights."""
-
-            def __init__(self, model: nn.Module):
-                super().__init__()
-                self.model = model
-
-            def forward(self, batch) -> torch.Tensor:
-                return loss(self.model, batch)
-
         def mixed(model: nn.Module, batch) -> torch.Tensor:
-            ahead = {f"model.{n}": p + gamma * (p.detach() - self._before[n]) for n, p in self._parameters.items()}
-            return share * functional_call(Elsewhere(model), ahead, (batch,)) + (1 - share) * loss(model, batch)
+            ahead = {n: p + gamma * (p.detach() - self._before[n]) for n, p in self._parameters.items()}
+            return share * loss_at(ahead, loss, model, batch) + (1 - share) * loss(model, batch)
 
         return mixed
 

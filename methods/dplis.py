@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    Weights = dict[str, torch.Tensor]
+    from dpft.methods.smoothing import Weights
 
 
 class DPlis(Smoothed):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.errors import CannotRun
+from dpft.harness.query.layers import is_linear, is_transposed
 from dpft.harness.query.queries import Gradients
 from dpft.methods import projection, token_noise
 from dpft.methods.full import DPAdam
@@ -55,11 +56,8 @@ class DPKFC(DPAdam):
     ranges: ClassVar = {"examples": (1, 1e6), "damping": (1e-6, 1e6), "refresh": (1, float("inf"))}
 
     def skip(self, model: nn.Module) -> str | None:
-        from torch import nn
 
-        from dpft.harness.query.kronecker import is_transposed
-
-        if not any(isinstance(m, nn.Linear) or is_transposed(m) for m in model.modules()):
+        if not any(map(is_linear, model.modules())):
             return "dp-kfc whitens gradients of Linear layers, and the model has none."
         return None
 
@@ -115,7 +113,7 @@ class DPKFC(DPAdam):
 
     def _whitened(self, factors: Mapping[str, Factors]) -> dict[str, dict[str, torch.Tensor]]:
         """The sides of each parameter of the layers."""
-        from dpft.harness.query.kronecker import inverse_root, is_transposed
+        from dpft.harness.query.kronecker import inverse_root
 
         roots = {
             path: [inverse_root(total / one.rows, self.settings["damping"]) for total in (one.inputs, one.gradients)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.errors import BadInput
 from dpft.harness.query.queries import Gradients
+from dpft.methods.decoders.base import refuse_decoder
 from dpft.methods.full import DPAdam
 
 if TYPE_CHECKING:
@@ -42,11 +43,10 @@ class LPFT(DPAdam):
 
     def validate(self, spec: RunSpec) -> None:
         super().validate(spec)
-        if self.decoder.name != "mean":
-            raise BadInput(
-                f"{self.name} has parameters whose first release comes late, which decoders that count steps do not know; leave "
-                f"out decoder={self.decoder.name}."
-            )
+        refuse_decoder(
+            self.decoder,
+            f"{self.name} has parameters whose first release comes late, which decoders that count steps do not know",
+        )
         if spec.mechanism != "gaussian" and spec.noise_shape == "spherical" and self._border(spec.steps):
             raise BadInput(
                 f"{self.name} releases sums of two sizes, and spherical noise is certified for one; leave out "

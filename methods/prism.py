@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.errors import BadInput
 from dpft.harness.query.queries import Gradients
+from dpft.methods.decoders.base import refuse_decoder
 from dpft.methods.decoders.moments import Adam
 from dpft.methods.lora import DPLoRA
 from dpft.methods.tangent import Tangent, basis
@@ -53,11 +54,7 @@ class Prism(DPLoRA):
 
     def validate(self, spec: RunSpec) -> None:
         super().validate(spec)
-        if self.decoder.name != "mean":
-            raise BadInput(
-                f"The coordinates of prism turn with every step, which the decoder {self.decoder.name} does not know; leave "
-                "decoder out."
-            )
+        refuse_decoder(self.decoder, "The coordinates of prism turn with every step, which decoders do not know")
         if spec.weight_decay:
             raise BadInput(
                 "Weight decay would pull the adapters to zero, which hold a part of the pretrained weights; leave it out."

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from dpft.harness.errors import BadInput
 from dpft.harness.query.queries import Gradients
 from dpft.harness.query.updates import LazyUpdates
 from dpft.methods import projection
 from dpft.methods.base import freeze_all_but
+from dpft.methods.decoders.base import refuse_decoder
 from dpft.methods.decoders.matrices import matrices_of
 from dpft.methods.full import DPAdam
 
@@ -55,11 +55,7 @@ class RGP(DPAdam):
 
     def validate(self, spec: RunSpec) -> None:
         super().validate(spec)
-        if self.decoder.name != "mean":
-            raise BadInput(
-                f"The carriers of rgp change in every step, which the decoder {self.decoder.name} does not know; leave decoder "
-                "out."
-            )
+        refuse_decoder(self.decoder, "The carriers of rgp change in every step, which decoders do not know")
 
     def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
         import torch

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.errors import BadInput
+from dpft.harness.query.layers import is_linear
 from dpft.harness.query.queries import Gradients
+from dpft.methods.decoders.base import refuse_decoder
 from dpft.methods.lora import DPLoRA
 from dpft.methods.phases import Phases
 
@@ -62,11 +64,10 @@ class SAPF(Phases, DPLoRA):
     def validate(self, spec: RunSpec) -> None:
         super().validate(spec)
         self.check_phases(spec)
-        if self.decoder.name != "mean":
-            raise BadInput(
-                f"{self.name} has parameters whose first release comes late, which decoders that count steps do not know; leave "
-                f"out decoder={self.decoder.name}."
-            )
+        refuse_decoder(
+            self.decoder,
+            f"{self.name} has parameters whose first release comes late, which decoders that count steps do not know",
+        )
         if spec.mechanism != "gaussian" and spec.noise_shape == "spherical":
             raise BadInput(
                 f"{self.name} releases sums of several sizes, and spherical noise is certified for one; leave out "
@@ -87,14 +88,10 @@ class SAPF(Phases, DPLoRA):
         return model
 
     def _targets(self, model: nn.Module) -> list[str]:
-        from torch import nn
-        from transformers.pytorch_utils import Conv1D
-
         if self.settings["targets"] != "linear":
             return super()._targets(model)
         head = {name.rpartition(".")[0] for name in model.head_parameters}
-        kinds = (nn.Linear, Conv1D)
-        return [name for name, module in model.named_modules() if isinstance(module, kinds) and name not in head]
+        return [name for name, module in model.named_modules() if is_linear(module) and name not in head]
 
     def step(self, ask: Ask, step: int) -> Updates:
         kind = self.kind(step)

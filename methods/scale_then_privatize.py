@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from dpft.harness.errors import BadInput
 from dpft.harness.query.queries import Gradients
+from dpft.methods.decoders.base import refuse_decoder
 from dpft.methods.decoders.moments import EPSILON, Moment
 from dpft.methods.full import DPAdam
 
@@ -57,11 +57,9 @@ class ScaleThenPrivatize(DPAdam):
 
     def validate(self, spec: RunSpec) -> None:
         super().validate(spec)
-        if self.decoder.name != "mean":
-            raise BadInput(
-                f"scale-then-privatize has noise of another size in every entry, which the decoder {self.decoder.name} does not "
-                "expect; leave out decoder."
-            )
+        refuse_decoder(
+            self.decoder, "scale-then-privatize has noise of another size in every entry, which decoders do not expect"
+        )
 
     def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -95,7 +95,9 @@ class DPSelFT(DPAdam):
                 for name in parts.keys() & set(model.head_parameters):
                     parts[name] *= self.settings["head_lr_factor"]
                 move(parameters, parts, self.spec.lr)
-            loss = _mean_loss(model, unseen, self.settings["trial_batch"])
+            size = self.settings["trial_batch"]
+            batches = [unseen.batch(size, number) for number in range(max(1, len(unseen) // size))]
+            loss = sum(unseen.mean_loss(model, batch) for batch in batches) / len(batches)
         return loss if loss == loss else float("inf")  # nan: it diverged
 
     def noised(self, gradient: dict[str, torch.Tensor], seed: int, step: int) -> dict[str, torch.Tensor]:
@@ -120,13 +122,3 @@ class DPSelFT(DPAdam):
             if block and name not in model.head_parameters:
                 found.setdefault(block.group(1), set()).add(name)
         return found
-
-
-def _mean_loss(model: nn.Module, examples: Public, size: int) -> float:
-    """Over all batches of that many that the examples fill, one at least."""
-    import torch
-
-    numbers = range(max(1, len(examples) // size))
-    with torch.no_grad():
-        losses = [examples.loss(model, examples.batch(size, number)).double().mean() for number in numbers]
-    return float(torch.stack(losses).mean())

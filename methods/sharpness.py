@@ -11,7 +11,7 @@ from dpft.methods.smoothing import Smoothed
 if TYPE_CHECKING:
     import torch
 
-    Weights = dict[str, torch.Tensor]
+    from dpft.methods.smoothing import Weights
 
 
 class DPSAT(Smoothed):

@@ -1,4 +1,4 @@
-"""What methods share that take gradients at other weights than the present ones: dplis and dp-sat."""
+"""What methods share that take gradients at other weights than the present ones: dplis, dp-sat, and disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from dpft.harness.query.queries import Ask, Loss
+    from dpft.harness.query.queries import Ask, Batch, Loss
     from dpft.harness.query.updates import Updates
 
     Weights = dict[str, torch.Tensor]
@@ -51,24 +51,27 @@ class Smoothed(DPAdam):
 
     def _mean(self, loss: Loss) -> Loss:
         """The task's loss averaged over the points: one graph, so that one example's gradient is clipped once."""
-        from torch import nn
-        from torch.func import functional_call
-
-        class Whole(nn.Module):
-            """The whole loss as a module, so that it can be called with other weights."""
-
-            def __init__(self, model: nn.Module):
-                super().__init__()
-                self.model = model
-
-            def forward(self, batch) -> torch.Tensor:
-                return loss(self.model, batch)
 
         def mean(model: nn.Module, batch) -> torch.Tensor:
-            found = [
-                functional_call(Whole(model), {f"model.{name}": w for name, w in weights.items()}, (batch,))
-                for weights in self.points(self._now)
-            ]
+            found = [loss_at(weights, loss, model, batch) for weights in self.points(self._now)]
             return sum(found) / len(found)
 
         return mean
+
+
+def loss_at(weights: Weights, loss: Loss, model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The loss of each example [b] at other weights of `model`, by name; gradients go to what those are made of."""
+    from torch import nn
+    from torch.func import functional_call
+
+    class Whole(nn.Module):
+        """The whole loss as a module, so that it can be called with other weights."""
+
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self) -> torch.Tensor:
+            return loss(self.model, batch)
+
+    return functional_call(Whole(), {f"model.{name}": w for name, w in weights.items()}, ())

@@ -8,6 +8,7 @@ from dpft.harness.errors import BadInput
 from dpft.harness.query.queries import Gradients
 from dpft.harness.query.updates import LazyUpdates
 from dpft.methods.base import freeze_all_but
+from dpft.methods.decoders.base import refuse_decoder
 from dpft.methods.decoders.matrices import matrices_of
 from dpft.methods.decoders.moments import Adam
 from dpft.methods.full import DPAdam
@@ -42,8 +43,7 @@ class SparseRows(DPAdam):
 
     def validate(self, spec: RunSpec) -> None:
         super().validate(spec)
-        if self.decoder.name != "mean":
-            raise BadInput(f"{self.name} trains rows from plain releases; leave out decoder={self.decoder.name}.")
+        refuse_decoder(self.decoder, f"{self.name} trains rows from plain releases")
         if spec.weight_decay:
             raise BadInput(f"{self.name} leaves the rows that it freezes as they are; set weight_decay = 0.")
 

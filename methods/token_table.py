@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.query.queries import Gradients, Values
+from dpft.methods.decoders.base import refuse_decoder
 from dpft.methods.decoders.moments import Adam
 from dpft.methods.decoders.row_moments import RowAdam, Velocity
 from dpft.methods.full import DPAdam
@@ -72,8 +73,7 @@ class TableRows(DPAdam):
 
     def validate(self, spec: RunSpec) -> None:
         super().validate(spec)
-        if self.decoder.name != "mean":
-            raise BadInput(f"{self.name} trains rows from plain releases; leave out decoder={self.decoder.name}.")
+        refuse_decoder(self.decoder, f"{self.name} trains rows from plain releases")
         if spec.weight_decay:
             raise BadInput(f"{self.name} leaves rows as they are in which nothing was seen; set weight_decay = 0.")
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dpft.harness.errors import CannotRun
+from dpft.harness.query.public import evaluating
 from dpft.harness.query.queries import Values
 from dpft.methods.zeroth import differences
 
@@ -54,13 +55,12 @@ def put_back(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterat
     """In evaluation mode; afterwards `parameters` and mode are what they were."""
     import torch
 
-    before, training = {name: p.detach().clone() for name, p in parameters.items()}, model.training
-    model.eval()
-    yield
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    with evaluating(model):
+        yield
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(before[name])
-    model.train(training)
 
 
 def move(parameters: Mapping[str, nn.Parameter], directions: Tensors, rate: float) -> None:

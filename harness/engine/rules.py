@@ -16,6 +16,7 @@ from dpft.harness.engine.pieces import EmbeddingPiece, KeptPiece, LinearPiece, P
 from dpft.harness.engine.taps import Use
 from dpft.harness.errors import CannotRun
 from dpft.harness.query.encoding import Encoding
+from dpft.harness.query.layers import is_transposed
 
 Rule = Callable[[list[Use], str, Encoding], Piece]
 
@@ -38,7 +39,7 @@ def _by_type(module: nn.Module) -> Rule:
         return _by_vmap
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and _plain(module) and ordinary(module):
         return _convolution
-    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
+    if is_transposed(module):
         return _transposed_linear
     if type(module).__name__.endswith("RMSNorm") and [n for n, _ in module.named_parameters()] == ["weight"]:
         return _scale

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from dpft.harness.query.public import Public
+from dpft.harness.query.layers import is_transposed
+from dpft.harness.query.public import Public, evaluating
 
 if TYPE_CHECKING:
     from dpft.harness.query.queries import Batch
@@ -94,23 +95,15 @@ def linear_layers(
             yield path, module
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """GPT-2's Conv1D, whose weight is [d, p]."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-
-
 @contextmanager
 def _at_rest(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, and no parameter wants a gradient; afterwards everything is as it was."""
-    training = {module: module.training for module in model.modules()}
     wanted = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
     for p in wanted:
         p.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for p in wanted:
             p.requires_grad_(True)
-        for module, mode in training.items():
-            module.training = mode

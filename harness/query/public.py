@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,14 +42,8 @@ class Public:
         """Of a public batch, at the present weights, in evaluation mode: no dropout, so no randomness is used up."""
         import torch
 
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            with torch.no_grad():
-                return float(self.loss(model, batch).double().mean())
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(model), torch.no_grad():
+            return float(self.loss(model, batch).double().mean())
 
     def gradient(self, model: nn.Module, parameters: dict[str, nn.Parameter], batch: Batch) -> dict[str, torch.Tensor]:
         """Of the mean loss of a public batch, by name; zero where the loss does not reach a parameter."""
@@ -60,3 +55,15 @@ class Public:
             name: torch.zeros_like(p) if gradient is None else gradient
             for (name, p), gradient in zip(parameters.items(), found, strict=True)
         }
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

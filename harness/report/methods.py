@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 from dpft.harness.report.pairs import verdicts
@@ -34,7 +33,7 @@ def _table(group: Group, baseline: str | None) -> list[Part]:
                 "what trains": known.summary if known else "–",
                 "numbers that train": f"{row.records[0]['cost']['trainable_parameters']:,}",
                 "what it asks": _asked(row),
-                "time": _ratio(_processor(row), _processor(base)),
+                "time": _ratio(row.step_cpu_s, base.step_cpu_s if base else None),
                 "memory": _ratio(row.peak_bytes, base.peak_bytes if base else None),
                 "claimed": (known.claim if known else "") or "–",
                 f"{group.result['metric']} here": spread([r["result"]["final"] for r in row.records]),
@@ -66,12 +65,6 @@ def _asked(row: Row) -> str:
         " + ".join(release["name"] for release in event["releases"]) for event in row.records[0]["privacy"]["ledger"]
     )
     return "; then ".join(kinds)
-
-
-def _processor(row: Row | None) -> float | None:
-    known = [r["cost"].get("step_cpu_s") for r in row.records] if row else []
-    known = [seconds for seconds in known if seconds is not None]
-    return statistics.median(known) if known else None
 
 
 def _ratio(value: float | None, base: float | None) -> str:

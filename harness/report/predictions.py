@@ -11,7 +11,7 @@ import statistics
 import tomllib
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 from scipy import stats
@@ -21,7 +21,7 @@ from dpft.harness.report.rows import Row
 from dpft.harness.report.text import Part, Table
 from dpft.harness.report.views import Group
 
-FILE = Path(__file__).parents[2] / "tasks" / "predictions.toml"
+FILE = files("dpft.tasks") / "predictions.toml"
 LEVEL = 0.95
 MEASURES = ("metric", "alignment", "time", "memory")
 # expectation -> (least, greatest) difference that it allows, in margins

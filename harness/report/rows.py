@@ -93,7 +93,15 @@ class Row:
     @property
     def step_s(self) -> float | None:
         """Median over seeds of the time of a step; None where runs were too short to tell."""
-        known = [r["cost"]["step_s"] for r in self.records if r["cost"]["step_s"] is not None]
+        return self._median_cost("step_s")
+
+    @property
+    def step_cpu_s(self) -> float | None:
+        """The same in processor seconds; None where records are older than these."""
+        return self._median_cost("step_cpu_s")
+
+    def _median_cost(self, key: str) -> float | None:
+        known = [value for r in self.records if (value := r["cost"].get(key)) is not None]
         return statistics.median(known) if known else None
 
 

@@ -82,6 +82,12 @@ class Decoder:
         """Restore what `state_dict` returned."""
 
 
+def refuse_decoder(decoder: Decoder, why: str) -> None:
+    """For a method that takes the mean of its releases alone: raises BadInput for any other decoder, `why` in a clause."""
+    if decoder.name != "mean":
+        raise BadInput(f"{why}; leave out decoder={decoder.name}.")
+
+
 def check_options(
     settings: dict[str, Any], choices: dict[str, tuple[str, ...]], ranges: dict[str, tuple[float, float]]
 ) -> None:

@@ -30,7 +30,7 @@ def findings(record: dict[str, Any], rows: Rows) -> Iterator[str]:
     left = tail.checked(ledger.events, delta, privacy.get("noise_stream", 1))
     try:
         if delta == 0:
-            ((event),) = ledger.events
+            (event,) = ledger.events
             spent = pure.curve(q, event["noise_multiplier"], privacy["steps_planned"])
         else:
             spent = epsilon_curve(sigma, q, privacy["steps_planned"], left, target)
