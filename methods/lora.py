@@ -39,14 +39,7 @@ class DPLoRA(Method):
     def skip(self, model: nn.Module) -> str | None:
         if self.settings["targets"] == "attention" and not self._targets(model):
             return f"{self.name} knows no attention projections of this model; set `targets` to module names."
-        if not self._targeted(model):
-            return f"{self.name} finds no module of this model that `targets` names; set `targets` to others."
         return None
-
-    def _targeted(self, model: nn.Module) -> list[nn.Module]:
-        """The modules that adapters go on, by PEFT's rule: a path is one of the targets, or ends with one."""
-        ends = [f".{target}" for target in self._targets(model)]
-        return [module for path, module in model.named_modules() if any(f".{path}".endswith(end) for end in ends)]
 
     def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
         import torch

@@ -40,7 +40,9 @@ class DoRA(DPLoRA):
         from dpft.harness.engine.fakes import has_values
 
         reason = super().skip(model)
-        weights = [module.weight for module in self._targeted(model) if hasattr(module, "weight")]
+        ends = tuple(f".{target}" for target in self._targets(model))  # PEFT's rule
+        found = [module for path, module in model.named_modules() if f".{path}".endswith(ends)]
+        weights = [module.weight for module in found if hasattr(module, "weight")]
         if reason is None and any(has_values(w) and bool((w == 0).all(1).any()) for w in weights if w.dim() == 2):
             return "dora scales rows of a weight to a length, and a row of zeros has none; use dp-lora."
         return reason

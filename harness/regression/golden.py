@@ -19,8 +19,8 @@ from dpft.harness.runs.spec import completed
 # A task with its own model: nothing to download. The batch is large enough for the signal to stand out of the noise, so that
 # spectral decoders do something; 20 steps reach every branch that depends on the step.
 SETTINGS = {"task": "low-rank", "epsilon": 8.0, "batch_size": 1024, "steps": 20, "eval_every": 5, "eval_examples": 64}
-MODELS = ("linear", "layers")  # the second has biases and a head; it is for methods that need them
-TARGETS = "linear"  # what adapters are put on: this model has no attention
+# Models, and what adapters are put on, as they have no attention. The second is for methods that need biases and a head.
+MODELS = {"linear": "linear", "layers": "features"}
 COLUMNS = ("loss", "metric", "norm")  # compared within TOLERANCE on another platform; there the digest is not
 TOLERANCE = 1e-3  # relative: rounding of fp32 over 20 steps stays below it, noise 20% too large does not
 NOT_FINE = {"differs": 1, "not comparable": 2, "gone": 2}  # verdict -> exit code
@@ -71,7 +71,7 @@ def _trace(method: str, model: str) -> dict[str, Any]:
     from dpft.harness.train.settings import Settings, exact_fp32
 
     exact_fp32()
-    targets = {"targets": TARGETS} if "targets" in registry.method(method).options else {}
+    targets = {"targets": MODELS[model]} if "targets" in registry.method(method).options else {}
     spec = resolve({**SETTINGS, "method": method, "model": model, **targets})
     columns: dict[str, list] = {name: [] for name in (*COLUMNS, "digest")}
     status, reason, setup = "done", None, None
