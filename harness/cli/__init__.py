@@ -52,6 +52,7 @@ for command in (
     checking.check,
     reporting.verify,
     reporting.merge,
+    reporting.pack,
     listing.list_,
     listing.describe,
     measuring.bench,

@@ -118,3 +118,17 @@ def merge(sources, target):
 
     copied, same = merge_folders(list(sources), target)
     click.echo(f"{copied} runs copied to {target}, {same} were there already.", err=True)
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, file_okay=False))
+def pack(folders):
+    """Put all runs of each of FOLDERS into its records.parquet and curves.parquet, a tenth of the size or less.
+
+    All commands read them like the loose files, which are removed; new runs are loose until it is packed again.
+    """
+    from dpft.harness.records.packing import pack as pack_folder
+
+    for folder in folders:
+        runs, before, after = pack_folder(folder)
+        click.echo(f"{folder}: {runs} runs, {before / 1e6:.2f} MB before, {after / 1e6:.2f} MB now.", err=True)

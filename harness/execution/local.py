@@ -47,7 +47,8 @@ def is_pending(store: Store, spec: RunSpec, policy: Policy) -> bool:
 
 def _again(store: Store, record: dict[str, Any], policy: Policy) -> bool:
     again = policy.overwrite or (policy.retry_failed and record["status"] not in ("done", "skipped"))
-    written = store.record_path(record["run_id"]).stat().st_mtime
+    path = store.record_path(record["run_id"])
+    written = path.stat().st_mtime if path.exists() else -math.inf  # packed: before this command
     return again and not policy.began <= written <= time.time()  # no process of this command wrote it in the future
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput
+from dpft.harness.records.packed import RECORDS, Packed
 from dpft.harness.runs.spec import completed
 from dpft.harness.train.journal import path_of
 
@@ -21,10 +22,13 @@ SECTIONS = ("schema", "run_id", "status", "spec", "privacy", "result", "cost", "
 
 
 class Store:
-    """A folder of runs: `<run id>.json` (record), `<run id>.parquet` (curve), `<run id>.ckpt` (run in flight)."""
+    """A folder of runs: `<run id>.json` (record), `<run id>.parquet` (curve), `<run id>.ckpt` (run in flight); finished studies
+    may be packed (harness/records/packed.py). What is written is loose, and a loose record counts before a packed one.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.packed = Packed.of(self.folder)
 
     def open_for_writing(self) -> None:
         """Make the folder. Raises BadInput when it cannot be written to."""
@@ -48,8 +52,29 @@ class Store:
 
     def read(self, run_id: str) -> dict[str, Any] | None:
         """The record of `run_id`, or None when there is none. Raises BadInput when it is damaged."""
+        text = self.text(run_id)
+        return None if text is None else read_record(text, run_id, self.where(run_id))
+
+    def ids(self) -> list[str]:
+        """Run ids of all records, sorted. Raises BadInput for a missing folder."""
+        if not self.folder.is_dir():
+            raise BadInput(f"There is no results folder {self.folder}; make one with `dpft run`.")
+        return sorted({path.stem for path in self.folder.glob("*.json")}.union(self.packed.ids()))
+
+    def text(self, run_id: str) -> bytes | None:
+        """The record's JSON, None when there is none. Raises BadInput when it cannot be read."""
         path = self.record_path(run_id)
-        return read_record(path) if path.exists() else None
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return self.packed.text(run_id)
+        except OSError as error:
+            raise BadInput(f"The record {path} is damaged ({error}); delete it and run again.") from error
+
+    def where(self, run_id: str) -> str:
+        """Where the record of `run_id` is, for messages."""
+        path = self.record_path(run_id)
+        return str(path) if path.exists() else f"{run_id} in {self.folder / RECORDS}"
 
     def records(self) -> list[dict[str, Any]]:
         """All records, by run id. Raises BadInput for a missing folder or a damaged file."""
@@ -57,14 +82,21 @@ class Store:
 
     def each(self) -> Iterator[dict[str, Any]]:
         """The records one by one, by run id, for folders that do not fit in memory. Raises as `records`."""
-        if not self.folder.is_dir():
-            raise BadInput(f"There is no results folder {self.folder}; make one with `dpft run`.")
-        return map(read_record, sorted(self.folder.glob("*.json")))
+        return map(self.read, self.ids())
+
+    def has_curve(self, run_id: str) -> bool:
+        return self.curve_path(run_id).exists() or self._packed_curve(run_id)
+
+    def _packed_curve(self, run_id: str) -> bool:
+        """A loose record's curve is loose, too: that of the packed run that it replaces is not its own."""
+        return not self.record_path(run_id).exists() and self.packed.has_curve(run_id)
 
     def curve(self, run_id: str):
         """The curve as a polars frame, one row per step. Raises BadInput when it is missing or damaged."""
         import polars
 
+        if not self.curve_path(run_id).exists() and self._packed_curve(run_id):
+            return self.packed.curve(run_id)
         try:
             return polars.read_parquet(self.curve_path(run_id))
         except Exception as error:
@@ -75,14 +107,11 @@ class Store:
     def write(self, record: dict[str, Any], curve: list[dict[str, Any]]) -> None:
         """Curve first, then the record, each by rename: a record that exists has its curve."""
         import pyarrow
-        import pyarrow.parquet
 
         check(record, "the record to be written")
         run_id = record["run_id"]
         if curve:
-            table = pyarrow.Table.from_pylist(curve).replace_schema_metadata({"schema": str(SCHEMA)})
-            with atomic(self.curve_path(run_id)) as path:
-                pyarrow.parquet.write_table(table, path)
+            self._write_curve(run_id, pyarrow.Table.from_pylist(curve))
         self._write_record(record)
         # --retry-failed goes on where time or memory was short; after an error the code may change, and the steps with it
         if record["status"] not in ("timeout", "oom"):
@@ -96,11 +125,15 @@ class Store:
 
     def take_from(self, other: Store, record: dict[str, Any]) -> None:
         """Copy a run of another store, curve first."""
-        curve = other.curve_path(record["run_id"])
-        if curve.exists():
-            with atomic(self.curve_path(record["run_id"])) as path:
-                path.write_bytes(curve.read_bytes())
+        if other.has_curve(record["run_id"]):
+            self._write_curve(record["run_id"], other.curve(record["run_id"]).to_arrow())
         self._write_record(record)
+
+    def _write_curve(self, run_id: str, table) -> None:
+        import pyarrow.parquet
+
+        with atomic(self.curve_path(run_id)) as path:
+            pyarrow.parquet.write_table(table.replace_schema_metadata({"schema": str(SCHEMA)}), path)
 
     def _write_record(self, record: dict[str, Any]) -> None:
         with atomic(self.record_path(record["run_id"])) as path:
@@ -120,15 +153,15 @@ class Store:
             yield True
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """One record file. Raises BadInput, naming the file, when it is damaged or of an unknown schema."""
+def read_record(text: bytes, run_id: str, where: str) -> dict[str, Any]:
+    """The record of `run_id`. Raises BadInput, naming its place, when it is damaged, of an unknown schema or of another run."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"The record {path} is damaged ({error}); delete it and run again.") from error
-    check(record, str(path))
-    if record["run_id"] != path.stem:
-        raise BadInput(f"The record {path} is of run {record['run_id']}; rename or delete it.")
+        record = json.loads(text)
+    except ValueError as error:
+        raise BadInput(f"The record {where} is damaged ({error}); delete it and run again.") from error
+    check(record, where)
+    if record["run_id"] != run_id:
+        raise BadInput(f"The record {where} is of run {record['run_id']}; rename or delete it.")
     return record
 
 

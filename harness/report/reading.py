@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -65,22 +64,21 @@ _DECODER = msgspec.json.Decoder(_Slim)
 
 def summaries(store: Store) -> list[dict[str, Any]]:
     """All records, by run id, without the diagnostics per matrix. Raises BadInput like `Store.records`."""
-    if not store.folder.is_dir():
-        raise BadInput(f"There is no results folder {store.folder}; make one with `dpft run`.")
-    return [_summary(path) for path in sorted(store.folder.glob("*.json"))]
+    return [_summary(store, run_id) for run_id in store.ids()]
 
 
-def _summary(path: Path) -> dict[str, Any]:
+def _summary(store: Store, run_id: str) -> dict[str, Any]:
+    where = store.where(run_id)
     try:
-        slim = _DECODER.decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"The record {path} is damaged ({error}); delete it and run again.") from error
+        slim = _DECODER.decode(store.text(run_id))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"The record {where} is damaged ({error}); delete it and run again.") from error
     record = {key: value for key in slim.__struct_fields__ if (value := getattr(slim, key)) is not msgspec.UNSET}
     if isinstance(slim.diagnostics, _Summary):
         record["diagnostics"] = msgspec.structs.asdict(slim.diagnostics)
-    check(record, str(path))
-    if record["run_id"] != path.stem:
-        raise BadInput(f"The record {path} is of run {record['run_id']}; rename or delete it.")
+    check(record, where)
+    if record["run_id"] != run_id:
+        raise BadInput(f"The record {where} is of run {record['run_id']}; rename or delete it.")
     return record
 
 
@@ -88,14 +86,14 @@ def diagnostics(store: Store, record: dict[str, Any]) -> dict[str, Any]:
     """All diagnostics of a run, read again where the record is a summary."""
     if "alignment_by_parameter" in record["diagnostics"]:
         return record["diagnostics"]
-    return msgspec.json.decode(store.record_path(record["run_id"]).read_bytes(), type=_Bulk).diagnostics
+    return msgspec.json.decode(store.text(record["run_id"]), type=_Bulk).diagnostics
 
 
 def spikes(store: Store, record: dict[str, Any]) -> list[int]:
     """How many singular values survived, of every matrix and evaluated step of a run; the other bulk is not even parsed."""
     try:
-        steps = msgspec.json.decode(store.record_path(record["run_id"]).read_bytes(), type=_Spikes).diagnostics
-    except (OSError, msgspec.DecodeError) as error:
+        steps = msgspec.json.decode(store.text(record["run_id"]), type=_Spikes).diagnostics
+    except msgspec.DecodeError as error:
         raise BadInput(f"The diagnostics of run {record['run_id']} are damaged ({error}); run it again.") from error
     seen = [one for step in steps.decoder_by_parameter for one in step.values() if isinstance(one, _Seen)]
     return [one.spikes for one in seen if one.spikes is not None]
@@ -171,17 +169,19 @@ class Curves:
 def _scan(store: Store, run_ids: list[str]) -> dict[str, dict[str, list]]:
     import polars
 
-    paths = [store.curve_path(run_id) for run_id in run_ids]
+    loose = [run_id for run_id in run_ids if store.curve_path(run_id).exists() or store.record_path(run_id).exists()]
     schema = {column: polars.Int64 if column == "step" else polars.Float64 for column in COLUMNS}
+    paths = [store.curve_path(run_id) for run_id in loose]
+    scans = []
+    if paths:
+        lazy = polars.scan_parquet(paths, schema=schema, extra_columns="ignore", include_file_paths="path")
+        stem = polars.col("path").str.extract(r"([^/\\]+)\.parquet$").alias("run_id")
+        scans.append(lazy.filter(polars.col("metric").is_not_null()).select(stem, *COLUMNS))
+    if len(loose) < len(run_ids) and (packed := store.packed.evaluations(COLUMNS)) is not None:
+        scans.append(packed.filter(polars.col("run_id").is_in(list(set(run_ids) - set(loose)))))
     try:
-        frame = (
-            polars.scan_parquet(paths, schema=schema, extra_columns="ignore", include_file_paths="path")
-            .filter(polars.col("metric").is_not_null())
-            .group_by("path", maintain_order=True)
-            .agg(polars.all())
-            .collect()
-        )
-        found = {Path(row.pop("path")).stem: row for row in frame.iter_rows(named=True)}
+        frames = [scan.group_by("run_id", maintain_order=True).agg(polars.all()).collect() for scan in scans]
+        found = {row.pop("run_id"): row for frame in frames for row in frame.iter_rows(named=True)}
     except (polars.exceptions.PolarsError, OSError):  # one of them is bad: the slow way names it
         found = {run_id: store.curve(run_id).drop_nulls("metric").to_dict(as_series=False) for run_id in run_ids}
     nothing: dict[str, list] = {column: [] for column in COLUMNS}

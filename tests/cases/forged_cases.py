@@ -2,14 +2,13 @@
 
 import copy
 import json
-from pathlib import Path
 
 import polars
+from studies import loose
 
 from dpft.harness.privacy import certify, epsilon_curve
 from dpft.harness.runs.spec import RunSpec, completed
 
-RESULTS = Path(__file__).parents[2] / "results"
 SST2 = "official/202fa8da841b6f51"  # dp-lora, evaluated on all of the validation split
 SENTENCES, OTHER = (
     "full/260fb9071b5fa7ba",
@@ -22,14 +21,15 @@ def newer():
     """A record that says where its noise is from."""
     return next(
         f"full/{path.stem}"
-        for path in sorted((RESULTS / "full").glob("*.json"))
+        for path in sorted(loose("full").glob("*.json"))
         if "noise_seed" in json.loads(path.read_text())["privacy"]
     )
 
 
 def load(name):
     """(record, rows of its curve)."""
-    path = RESULTS / f"{name}.json"
+    study, run_id = name.split("/")
+    path = loose(study) / f"{run_id}.json"
     return json.loads(path.read_text()), polars.read_parquet(path.with_suffix(".parquet")).rows(named=True)
 
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from studies import loose
+
 from dpft.harness.records.store import Store
 from dpft.harness.runs.spec import RunSpec, completed
 
@@ -14,11 +16,11 @@ def originals():
     """(record, curve file) of the repository's records, without their long diagnostics."""
     found = []
     for folder in ("official", "full", "theory"):
-        for record in Store(ROOT / "results" / folder).records():
+        for record in Store(loose(folder)).records():
             record["diagnostics"] = {
                 k: v for k, v in record["diagnostics"].items() if k in ("private", "alignment", "clipped_fraction")
             }
-            found.append((record, ROOT / "results" / folder / f"{record['run_id']}.parquet"))
+            found.append((record, loose(folder) / f"{record['run_id']}.parquet"))
     return found
 
 

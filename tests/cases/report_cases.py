@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import polars
+from studies import loose
 
 from dpft.harness import report
 from dpft.harness.records.store import Store
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def records(folder="full", **spec):
     """Fresh records of a folder of results/ whose spec has these values, without their long diagnostics."""
     found = []
-    for path in sorted((ROOT / "results" / folder).glob("*.json")):
+    for path in sorted(loose(folder).glob("*.json")):
         record = json.loads(path.read_text())
         if all(record["spec"][key] == value for key, value in spec.items()):
             record["diagnostics"] = {

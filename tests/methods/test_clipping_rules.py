@@ -3,18 +3,19 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rule_cases import B, resolved, run, sampled, seen, started, step
+from studies import ROOT, STUDIES
 
 from dpft.harness.engine.clipping import FUNCTIONS
 from dpft.harness.errors import BadInput
 from dpft.harness.query.noisy_sum import VALUES, NoisySum
 from dpft.harness.query.queries import Beside, Gradients, Values
+from dpft.harness.records.store import Store
 from dpft.harness.runs import registry, spec
 from dpft.methods.clipping.slaclip import slots, slots_for
 
@@ -233,11 +234,10 @@ def test_ids_hold_the_rule_and_those_of_its_options_that_differ():
 
 
 def test_every_record_still_has_its_id():
-    root, found = Path(__file__).parents[2] / "results", 0
-    for path in root.rglob("*.json"):
-        record = json.loads(path.read_text())
-        if "run_id" in record and "spec" in record:
-            assert spec.RunSpec(**spec.completed(record["spec"])).run_id == record["run_id"] == path.stem
+    found = 0
+    for study in STUDIES:
+        for record in Store(ROOT / "results" / study).each():
+            assert spec.RunSpec(**spec.completed(record["spec"])).run_id == record["run_id"]
             found += 1
     assert found > 500
 

@@ -3,12 +3,12 @@
 import json
 import math
 import random
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from scipy import stats
+from studies import loose
 
 from dpft.harness.privacy import Ledger, Release, certify
 from dpft.harness.privacy.calibration import Noise, Wanted, fit
@@ -16,7 +16,7 @@ from dpft.harness.privacy.tail import LEGACY_REACH, REACH, _worst, checked, miss
 from dpft.harness.train import noise
 from dpft.harness.train.mechanism import GaussianMechanism
 
-OFFICIAL = Path(__file__).resolve().parents[2] / "results" / "official"
+OFFICIAL = loose("official")
 
 
 def events(sigma, q, steps):

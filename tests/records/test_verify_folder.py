@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from studies import loose
 from verify_cases import DELTA, STEPS, edit, edits, findings_of, honest_record, of_another_program, scale
 
 from dpft.harness.privacy import Ledger, Release, certify, verify_record
@@ -142,7 +143,7 @@ def test_the_command_reads_folders_of_others(honest, tmp_path, capsys, monkeypat
 def test_the_command_compares_the_id_and_needs_the_curve(tmp_path, capsys, monkeypatch):
     import shutil
 
-    official = Path(__file__).parents[2] / "results/official"
+    official = loose("official")
     name = next(path.stem for path in official.glob("*.json") if json.loads(path.read_text())["privacy"])
     for end in (".json", ".parquet"):
         shutil.copy(official / f"{name}{end}", tmp_path)

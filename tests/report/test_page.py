@@ -10,6 +10,7 @@ from base64 import b64decode
 import pytest
 import report_cases
 from pages import HOSTILE, ROOT, clones
+from studies import loose
 
 from dpft.harness.records.store import Store
 from dpft.harness.report import page
@@ -210,7 +211,7 @@ def test_public_leaves_out_what_epsilon_does_not_cover(tmp_path):
 
 
 def test_texts_are_shown_beside_each_other_and_are_in_no_public_page(tmp_path, opened):
-    source = next(iter(sorted((ROOT / "results/official").glob("*.json"))))
+    source = next(iter(sorted(loose("official").glob("*.json"))))
     record = json.loads(source.read_text())
     text = {"prompt": "food : <b>Thai</b> ||", "reference": "They serve Thai."}
     samples = {when: [{**text, "output": f"{when} it"}] for when in ("before", "after")}

@@ -11,6 +11,7 @@ from pathlib import Path
 import many_runs
 import pytest
 import report_cases
+from studies import loose
 
 from dpft.harness import report
 from dpft.harness.errors import BadInput
@@ -19,7 +20,7 @@ from dpft.harness.report import reading
 from dpft.harness.report.text import markdown
 
 ROOT = Path(__file__).parents[2]
-FULL = ROOT / "results/full"
+FULL = loose("full")
 KEPT = tempfile.TemporaryDirectory()  # as long as this module
 SPECTRAL = Path(KEPT.name)  # of FULL: four methods at one learning rate, three seeds each
 for path in FULL.glob("*.json"):

@@ -43,8 +43,9 @@ def test_a_crossing_is_reached_censored_or_unknown(values, expected):
 def test_rule_1_still_recomputes_old_records():
     counts = {}
     for folder in FOLDERS:
-        for record in Store(ROOT / "results" / folder).records():
-            curve = polars.read_parquet(ROOT / f"results/{folder}/{record['run_id']}.parquet").drop_nulls("metric")
+        store = Store(ROOT / "results" / folder)
+        for record in store.records():
+            curve = store.curve(record["run_id"]).drop_nulls("metric")
             result = record["result"]
             rule = result.get("threshold_rule", 1)
             better, threshold = result["higher_is_better"], result["threshold"]

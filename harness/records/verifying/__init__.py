@@ -33,23 +33,21 @@ def verify_folder(folder: Path) -> dict[str, Verdict]:
     missing folder, a folder without records, and files that are no JSON, no records at all or of a newer dpft.
     """
     store = Store(folder)
-    paths = sorted(folder.glob("*.json")) if folder.is_dir() else None
-    if not paths:
-        what = "no results folder" if paths is None else "no record (*.json) in"
+    ids = store.ids() if folder.is_dir() else None
+    if not ids:
+        what = "no results folder" if ids is None else "no record (*.json) in"
         raise BadInput(f"There is {what} {folder}; name a folder of records, or make one with `dpft run`.")
     found, twins = {}, _Twins()
-    for path in paths:
-        record = _read(path)
+    for name in ids:
+        record = _read(store, name)
         if is_foreign(record):
-            found[path.stem] = Verdict(verify_record(record), foreign=True)
+            found[name] = Verdict(verify_record(record), foreign=True)
             continue
-        rows, problems = _curve(store, path.stem, record)
-        verdict = found[path.stem] = verify_run(record, rows)
+        rows, problems = _curve(store, name, record)
+        verdict = found[name] = verify_run(record, rows)
         verdict.findings[:0] = problems
-        if record.get("run_id") != path.stem:
-            verdict.findings.append(
-                f"The file is called {path.stem}, but the record is of run {record.get('run_id')!r}."
-            )
+        if record.get("run_id") != name:
+            verdict.findings.append(f"The file is called {name}, but the record is of run {record.get('run_id')!r}.")
         if not verdict.findings:
             verdict.findings += twins.findings(record, rows)
     return found
@@ -91,22 +89,23 @@ def _private(record: dict[str, Any], run: asked.Asked) -> Iterator[str]:
         yield f"The record has {has}, but its spec has epsilon {run.spec.epsilon!r}."
 
 
-def _read(path: Path) -> Any:
+def _read(store: Store, name: str) -> Any:
     """A JSON object: a record of ours, damaged or not, or of another program, with a privacy section."""
+    where = store.where(name)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"The record {path} is damaged ({error}); delete it or get it again.") from error
+        content = json.loads(store.text(name))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"The record {where} is damaged ({error}); delete it or get it again.") from error
     if is_foreign(content) and (not isinstance(content, dict) or "privacy" not in content):
-        check(content if isinstance(content, dict) and "schema" in content else None, str(path))
+        check(content if isinstance(content, dict) and "schema" in content else None, where)
     if isinstance(content, dict) and type(content.get("schema")) is int and content["schema"] > 1:
-        check(content, str(path))  # of a newer dpft
+        check(content, where)  # of a newer dpft
     return content
 
 
 def _curve(store: Store, name: str, record: dict[str, Any]) -> tuple[curves.Rows | None, list[str]]:
     """(rows of a run's curve, None where it has none; what is wrong with the file)."""
-    if record.get("status") != "done" or not store.curve_path(name).exists():
+    if record.get("status") != "done" or not store.has_curve(name):
         return None, []
     try:
         return store.curve(name).rows(named=True), []

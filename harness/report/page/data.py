@@ -54,7 +54,7 @@ class Builder:
         diagnostics = record["diagnostics"] or {}
         shown = {key: diagnostics[key] for key in SUMMARIES if key in diagnostics}
         curve = None
-        if record["status"] == "done" or self.store.curve_path(record["run_id"]).exists():
+        if record["status"] == "done" or self.store.has_curve(record["run_id"]):
             curve = _thinned(self.store.curve(record["run_id"]), self.columns)
         result = _measured(record) if self.public else record["result"]
         return {**record, "result": result, "diagnostics": None if self.public else shown, "curve": curve}

@@ -1,0 +1,137 @@
+"""A finished study in two files: every run of a folder in `records.parquet`, every curve in `curves.parquet`.
+
+`records.parquet` has a row per run: run_id, what one picks runs by, the names of its curve's columns, and `record`, the text
+of `<run id>.json` byte for byte. `curves.parquet` has a row per step: run_id and the columns of all curves. Both are sorted
+by run id. A loose file beside them is newer and counts instead.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpft.harness.errors import BadInput
+
+if TYPE_CHECKING:
+    import polars
+    import pyarrow.parquet
+
+RECORDS, CURVES = "records.parquet", "curves.parquet"
+SCHEMA = 1
+
+
+class Packed:
+    """The packed runs of a folder; none where it has no such files. Files that are replaced meanwhile are read anew."""
+
+    def __init__(self, records: Path, curves: Path) -> None:
+        self._records, self._curves = _Blocks(records), _Blocks(curves)
+
+    @classmethod
+    def of(cls, folder: Path) -> Packed:
+        return cls(folder / RECORDS, folder / CURVES)
+
+    def ids(self) -> list[str]:
+        """Run ids, sorted. Raises BadInput for a damaged file, as all of these."""
+        return self._records.ids()
+
+    def text(self, run_id: str) -> bytes | None:
+        """The record's JSON, None where the run is not among them."""
+        row = self._row(run_id)
+        return None if row is None else row["record"].encode()
+
+    def has_curve(self, run_id: str) -> bool:
+        row = self._row(run_id)
+        return row is not None and row["columns"] is not None
+
+    def curve(self, run_id: str) -> polars.DataFrame | None:
+        """One row per step, with the columns that the run's own file had."""
+        import polars
+
+        row, block = self._row(run_id), self._curves.around(run_id)
+        if row is None or row["columns"] is None or block is None:
+            return None
+        return block.filter(polars.col("run_id") == run_id).select(row["columns"])
+
+    def evaluations(self, columns: Iterable[str]) -> polars.LazyFrame | None:
+        """`run_id` and these columns of all steps that were evaluated; what no curve has is null."""
+        import polars
+
+        if not self._curves.path.is_file():
+            return None
+        lazy = polars.scan_parquet(self._curves.path, glob=False)
+        there = lazy.collect_schema().names()
+        wanted = [polars.col(c) if c in there else polars.lit(None, polars.Float64).alias(c) for c in columns]
+        return lazy.filter(polars.col("metric").is_not_null()).select("run_id", *wanted)
+
+    def _row(self, run_id: str) -> dict[str, Any] | None:
+        import polars
+
+        block = self._records.around(run_id)
+        found = [] if block is None else block.filter(polars.col("run_id") == run_id).rows(named=True)
+        return found[0] if found else None
+
+
+class _Blocks:
+    """A parquet file that is sorted by run id, of which one row group is held at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen: tuple | None = None
+        self._file: pyarrow.parquet.ParquetFile | None = None
+        self._firsts: list[str] = []
+        self._held: tuple[int, polars.DataFrame] | None = None
+
+    def ids(self) -> list[str]:
+        if not self._open():
+            return []
+        return self._guarded(lambda: self._file.read(["run_id"])["run_id"].to_pylist())
+
+    def around(self, run_id: str) -> polars.DataFrame | None:
+        """The row group in which `run_id` is, if it is in the file; None without a file."""
+        import polars
+
+        if not self._open():
+            return None
+        index = max(0, bisect.bisect_right(self._firsts, run_id) - 1)
+        if self._held is None or self._held[0] != index:
+            table = self._guarded(lambda: polars.from_arrow(self._file.read_row_group(index)))
+            self._held = index, table
+        return self._held[1]
+
+    def _open(self) -> bool:
+        """Whether there is a file with runs in it; opened, and read anew where it is not the one that was opened."""
+        import pyarrow.parquet
+
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
+            return False
+        seen = stat.st_ino, stat.st_size, stat.st_mtime_ns
+        if seen != self._seen:
+            self._file = self._guarded(lambda: pyarrow.parquet.ParquetFile(self.path))
+            _check_schema(self.path, self._file.schema_arrow)
+            meta = self._file.metadata
+            groups = [meta.row_group(i) for i in range(meta.num_row_groups if meta.num_rows else 0)]
+            at = self._file.schema_arrow.get_field_index("run_id")
+            self._firsts = self._guarded(lambda: [group.column(at).statistics.min for group in groups])
+            self._seen, self._held = seen, None
+        return bool(self._firsts)
+
+    def _guarded(self, read):
+        try:
+            return read()
+        except Exception as error:  # arrow has many
+            raise BadInput(f"{self.path} is damaged ({_first_line(error)}); get it again.") from error
+
+
+def _check_schema(path: Path, schema) -> None:
+    found = (schema.metadata or {}).get(b"dpft", b"").decode()
+    if found != str(SCHEMA):
+        has = f"has schema {found}, not {SCHEMA}" if found else "is no packed study of dpft"
+        raise BadInput(f"{path} {has}; read it with the dpft that wrote it, or move it away.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
