@@ -27,11 +27,11 @@ class Method:
     """Base class of all methods: DP-SGD on whatever `prepare` leaves trainable.
 
     Class attributes: `name` (registry key), `version` (raise it when results change: it is part of the run id), `summary`,
-    `reference` (arXiv id), `claim` (the result that was published of it, with its setting), `private` (False: no clipping, no
-    noise, never ranked), `control` (shown beside the methods, never ranked), `asks` (the kinds of questions that it may ask),
-    `defaults` (settings of RunSpec; `decoder` may be among them), `options` (the method's own settings with their defaults),
-    `decoder_options` (other defaults for its decoder's options; they hold as long as the run keeps that decoder), `choices`
-    and `ranges` (of its own options, as decoders have them).
+    `reference` (arXiv id), `claim` (one published result, its setting, and where to read it; a subclass has its own or none),
+    `private` (False: no clipping, no noise, never ranked), `control` (shown beside the methods, never ranked), `asks` (the kinds
+    of questions that it may ask), `defaults` (settings of RunSpec; `decoder` may be among them), `options` (the method's own
+    settings with their defaults), `decoder_options` (other defaults for its decoder's options; they hold as long as the run
+    keeps that decoder), `choices` and `ranges` (of its own options, as decoders have them).
     `withholds`: of what requires a gradient, matrices may never move, because releases choose which do. `needs_public`: it
     learns from public examples of the task, which are in `public` before `prepare`. `preconditions`: its updates are finished
     directions, so plain SGD with the run's lr applies them. `numbers`: how many each step releases, where no model decides
@@ -60,6 +60,10 @@ class Method:
     public: Public
     steps: int = 1
     noise_multiplier: float = 0.0
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.claim = cls.__dict__.get("claim", "")  # what was published of a parent says nothing of its child
 
     def __init__(self, options: dict[str, Any] | None = None, decoder: Decoder | None = None):
         self.settings = {**self.options, **(options or {})}

@@ -11,6 +11,7 @@ class DPDoppler(DPAdam):
     name = "dp-doppler"
     summary = "dp-adam on low-pass filtered releases"
     reference = "arXiv:2408.13460"
+    claim = "3 to 10% in test accuracy over no filter (arXiv:2408.13460, abstract)"
     defaults: ClassVar = {**DPAdam.defaults, "decoder": "doppler"}
 
 
@@ -20,6 +21,7 @@ class DPAdamBC(DPAdam):
     name = "dp-adambc"
     summary = "dp-adam, second moment corrected for the noise"
     reference = "arXiv:2312.14334"
+    claim = "up to 3.5% over DP-Adam on images, text and graphs (arXiv:2312.14334, abstract)"
     defaults: ClassVar = {**DPAdam.defaults, "decoder": "adambc"}
 
 

@@ -12,6 +12,7 @@ class DPSGD(Method):
     name = "dp-sgd"
     summary = "full fine-tuning, clipped and noised gradients, SGD"
     reference = "arXiv:1607.00133"
+    claim = "CIFAR-10 73% at eps 8, convolutions from CIFAR-100 (arXiv:1607.00133, figure 6)"
     defaults: ClassVar = {"optimizer": "sgd", "lr": 0.02, "clip_norm": 2.0, "momentum": 0.0}
     options: ClassVar = {"head_lr_factor": 1.0}
 
@@ -22,6 +23,7 @@ class DPAdam(Method):
     name = "dp-adam"
     summary = "full fine-tuning, clipped and noised gradients, Adam"
     reference = "arXiv:2110.05679"
+    claim = "SST-2 93.8 at eps 8, RoBERTa-large; E2E BLEU 63.2, GPT-2 (quoted in arXiv:2206.07136)"
     defaults: ClassVar = {"optimizer": "adam", "lr": 1e-4, "clip_norm": 2.0}
     options: ClassVar = {"head_lr_factor": 100.0}
 

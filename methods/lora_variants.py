@@ -34,6 +34,7 @@ class DoRA(DPLoRA):
     name = "dora"
     summary = "LoRA with the length of each row of a weight trained apart (PEFT)"
     reference = "arXiv:2402.09353"
+    claim = "no privacy: commonsense 78.4, LLaMA-7B; LoRA 76.3 (github.com/NVlabs/DoRA, commonsense_reasoning)"
     variant: ClassVar = {"use_dora": True}
 
     def skip(self, model: nn.Module) -> str | None:
@@ -66,6 +67,7 @@ class VeRA(DPLoRA):
     name = "vera"
     summary = "random frozen factors that all layers share; two vectors a layer train"
     reference = "arXiv:2310.11454"
+    claim = "no privacy: LoRA's results with 10 times fewer weights (arXiv:2310.11454, abstract of version 1)"
     defaults: ClassVar = {**DPLoRA.defaults, "lr": 3e-3}
     options: ClassVar = {"rank": 256, "d_initial": 0.1, "targets": "attention", "head_lr_factor": 3.0}
     ranges: ClassVar = {**DPLoRA.ranges, "d_initial": (1e-6, 1e3)}

@@ -35,6 +35,7 @@ class PromptTuning(Method):
     name = "prompt"
     summary = "vectors beside the input embeddings, and head"
     reference = "arXiv:2104.08691"
+    claim = "no privacy: level with full tuning from billions of weights on, T5 (arXiv:2104.08691, abstract)"
     defaults: ClassVar = {"optimizer": "adam", "lr": 1e-2, "clip_norm": 2.0}
     options: ClassVar = {"tokens": 20, "head_lr_factor": 1.0}
     ranges: ClassVar = {"tokens": (1, 4096)}

@@ -43,6 +43,7 @@ class SAPF(Phases, DPLoRA):
     name = "dp-sapf"
     summary = "low-rank adapters on the matrices that privatised gradients choose, and head"
     reference = "arXiv:2605.30312"
+    claim = "synthetic CIFAR-10 74.6 at eps 10, unselected 41.0 (github.com/2019ChenGong/DP-SAPF, plot/ablation.py)"
     options: ClassVar = {
         **DPLoRA.options,
         "targets": "linear",

@@ -39,6 +39,7 @@ class DPSFT(DPLoRA):
     name = "dp-sft"
     summary = "k numbers per example: its gradient along directions of a public or released trajectory"
     reference = "arXiv:2601.11113"
+    claim = "SST-2 at eps 4, RoBERTa-base: 90.1 by IMDB's subspace, 78.9 by a released one (arXiv:2601.11113)"
     asks = (Values,)
     needs_public = True
     defaults: ClassVar = {"optimizer": "adam", "lr": 0.1, "clip_norm": 1.0}
@@ -54,8 +55,7 @@ class DPSFT(DPLoRA):
         "trajectory_lr_factor": 3e-3,
     }
     choices: ClassVar = {"subspace": ("public", "released"), "trains": ("adapters", "head")}
-    ranges: ClassVar = {
-        **dict.fromkeys(("directions", "trajectory_steps", "trajectory_batch"), (1, float("inf"))),
+    ranges: ClassVar = dict.fromkeys(("directions", "trajectory_steps", "trajectory_batch"), (1, float("inf"))) | {
         "smoothing": (1e-6, 1.0),
         "warmup_fraction": (0.0, 1.0),
     }

@@ -28,6 +28,7 @@ class DPSAT(Smoothed):
     name = "dp-sat"
     summary = "dp-adam on gradients a small way up along the last release"
     reference = "arXiv:2306.05651"
+    claim = "CIFAR-10 69.9 at eps 3, DPNAS network; DP-SGD 68.4 (github.com/JinseongP/DPSAT, examples)"
     options: ClassVar = {**DPAdam.options, "ascent": 0.03}
     ranges: ClassVar = {"ascent": (0.0, float("inf"))}
 

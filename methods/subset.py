@@ -17,6 +17,7 @@ class DPBiTFiT(Method):
     name = "dp-bitfit"
     summary = "biases and head"
     reference = "arXiv:2210.00036"
+    claim = "2 to 30 times faster and 2 to 8 times less memory than full DP tuning (arXiv:2210.00036, abstract)"
     defaults: ClassVar = {"optimizer": "adam", "lr": 1e-3, "clip_norm": 2.0}
     options: ClassVar = {"head_lr_factor": 10.0}
 
@@ -38,6 +39,7 @@ class LastLayer(Method):
     name = "last-layer"
     summary = "head only, on frozen features"
     reference = "arXiv:2205.02973"
+    claim = "ImageNet 81.7 at eps 4 to 10, one step in full batch (arXiv:2205.02973, abstract)"
     defaults: ClassVar = {"optimizer": "adam", "lr": 3e-2, "clip_norm": 2.0}
 
     def skip(self, model: nn.Module) -> str | None:
