@@ -31,7 +31,8 @@ class Method:
     `private` (False: no clipping, no noise, never ranked), `control` (shown beside the methods, never ranked), `asks` (the kinds
     of questions that it may ask), `defaults` (settings of RunSpec; `decoder` may be among them), `options` (the method's own
     settings with their defaults), `decoder_options` (other defaults for its decoder's options; they hold as long as the run
-    keeps that decoder), `choices` and `ranges` (of its own options, as decoders have them).
+    keeps that decoder), `choices` and `ranges` (of its own options, as decoders have them), `space` (setting -> least and
+    greatest value that a leaderboard searches, besides a factor of ten around the learning rate of `defaults`).
     `withholds`: of what requires a gradient, matrices may never move, because releases choose which do. `needs_public`: it
     learns from public examples of the task, which are in `public` before `prepare`. `preconditions`: its updates are finished
     directions, so plain SGD with the run's lr applies them. `numbers`: how many each step releases, where no model decides
@@ -52,6 +53,7 @@ class Method:
     decoder_options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
+    space: ClassVar[dict[str, tuple[float, float]]] = {}
     withholds: ClassVar[bool] = False
     needs_public: ClassVar[bool] = False
     preconditions: bool = False

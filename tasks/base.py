@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # `dpft list tasks` must not pay for torch
 
 HEADS = ("mean", "native", "mlm")
 BATCH_NORMS = ("refuse", "group")
+SPLITS = ("whole", "tune", "test")
 Example = dict[str, Any]  # one raw row: named columns
 
 
@@ -119,6 +120,10 @@ class Task:
     def load(self, data_dir: Path | None) -> Data:
         """Read the raw rows. Raises CannotRun with one sentence when the data are missing or damaged."""
         raise NotImplementedError
+
+    def identity(self, row: Example) -> str:
+        """What makes a validation row the example it is: rows with one identity are judged in the same half (tasks/halves.py)."""
+        return json.dumps(row, sort_keys=True, ensure_ascii=False, default=lambda array: array.tolist())
 
     def public_rows(self, data_dir: Path | None) -> Sequence[Example]:
         """Rows in the form of `train` that are nobody's private data, in an order that has nothing to do with their content.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from dpft.tasks.base import Data, ModelSpec, Prepared, Task
+from dpft.tasks.base import Data, Example, ModelSpec, Prepared, Task
 
 if TYPE_CHECKING:
     import evaluate
@@ -22,6 +22,10 @@ class Classification(Task):
     metric = "accuracy"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     classes: ClassVar[int] = 2
+
+    def identity(self, row: Example) -> str:
+        """What is classified, without its label: one text is never tuned on and tested on."""
+        return super().identity({key: value for key, value in row.items() if key != "label"})
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Cross entropy of each example, shape [batch], in fp32 (fp64 for an fp64 model) whatever autocast does."""

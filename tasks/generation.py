@@ -54,6 +54,10 @@ class TextGeneration(Task):
         "max_new_tokens": 64,
     }
 
+    def identity(self, row: Example) -> str:
+        """The prompt, where there is one: all its references are judged in one half."""
+        return row.get("prompt") or super().identity(row)
+
     def validate(self) -> None:
         """Raises BadInput for packing and for numbers that are too small."""
         if self.settings["packing"]:

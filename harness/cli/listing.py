@@ -8,7 +8,7 @@ import click
 
 
 @click.command("list")
-@click.argument("kind", type=click.Choice(["methods", "decoders", "clippings", "tasks", "suites"]))
+@click.argument("kind", type=click.Choice(["methods", "decoders", "clippings", "tasks", "suites", "boards"]))
 @click.option("--json", "as_json", is_flag=True)
 def list_(kind, as_json):
     """List what there is."""

@@ -34,9 +34,10 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option("--methods", "only", flag_value="overview", help="Only one line a method: what it asks, costs, claims.")
 @click.option("--predictions", "only", flag_value="predictions", help="Only what was predicted of these runs.")
+@click.option("--board", metavar="NAME", help="Only the verdicts of this leaderboard (`dpft list boards`).")
 @click.option("--html", type=FILE, help="Also write one self-contained page of all runs.")
 @click.option("--section", help="Name in the markers, where a file has several: <!-- dpft report NAME: begin -->.")
-def report(folder, output, check, figures, latex, csv, theory, only, html, section, **options):
+def report(folder, output, check, figures, latex, csv, theory, only, board, html, section, **options):
     """Print the tables of the runs in FOLDER, or put them between the markers of a markdown file."""
     from dpft.harness import report as reporting
     from dpft.harness.records.store import Store
@@ -44,8 +45,10 @@ def report(folder, output, check, figures, latex, csv, theory, only, html, secti
 
     if check and output is None:
         raise BadInput("--check needs a file to compare with; give it with -o.")
-    if theory and only is not None:
-        raise BadInput("--theory, --methods and --predictions are reports of their own; leave out all but one.")
+    if theory + (only is not None) + (board is not None) > 1:
+        raise BadInput(
+            "--theory, --methods, --predictions and --board are reports of their own; leave out all but one."
+        )
     store, pictures = Store(folder), None
     if html is not None:
         from dpft.harness.report import page
@@ -57,7 +60,13 @@ def report(folder, output, check, figures, latex, csv, theory, only, html, secti
     if figures is not None:
         link = os.path.relpath(figures, output.parent if output else ".")
         pictures = reporting.Figures(None if check else figures, Path(link).as_posix())
-    if theory:
+    if board is not None:
+        from dpft.harness.leaderboard import board as boards
+        from dpft.harness.leaderboard import driver
+        from dpft.harness.report import leaderboards as verdicts
+
+        parts = verdicts.parts(boards.load(board), driver.looking(store))
+    elif theory:
         if options["public"] or csv is not None:
             raise BadInput(
                 "The theory section is made of diagnostics alone; leave out --public and --csv, or --theory."

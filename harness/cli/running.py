@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dpft.harness.cli import contests
 from dpft.harness.cli.options import spec_options
 from dpft.harness.errors import BadInput
 
@@ -43,11 +44,12 @@ from dpft.harness.errors import BadInput
 @click.option("--secure-noise", is_flag=True, help="Batches and noise from the system's entropy; not repeatable.")
 @click.option("--overwrite", is_flag=True, help="Make runs again that are there already.")
 @click.option("--replay", metavar="ID", help="Make run ID of --results again and compare; exit 1 when it differs.")
+@click.option("--budget", metavar="TIME", help="Of a leaderboard: begin no run after this time, as 3h or 90m.")
 @click.option("--quiet", is_flag=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON document instead of the table.")
 def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, jobs, executor, timeout,
-        checkpoint_every, resume, retry_failed, secure_noise, overwrite, replay, quiet, as_json):  # fmt: skip
-    """Make the missing runs of SUITE (or of --task/--method ...) and print the table."""
+        checkpoint_every, resume, retry_failed, secure_noise, overwrite, replay, budget, quiet, as_json):  # fmt: skip
+    """Make the missing runs of SUITE (a suite, a leaderboard, or --task/--method ...) and print the table."""
     from dpft.harness import engine as engines
     from dpft.harness import report
     from dpft.harness.errors import unknown
@@ -64,7 +66,18 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
         return _replay(replay, Store(results), data_dir, progress.reporter(1, quiet), as_json)
     if engine not in engines.NAMES:
         raise unknown("engine", engine, engines.NAMES)
-    runs, store = _runs(suite, overrides), Store(results)
+    store = Store(results)
+    if contests.is_board(suite):
+        if overwrite or retry_failed or as_json or executor != "local" or shard != "1/1":
+            raise BadInput(
+                "A leaderboard makes here what its records lack; leave out --overwrite, --retry-failed, --json, --executor and "
+                "--shard."
+            )
+        settings = Settings(data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise)
+        return _board(suite, overrides, store, settings, resume, jobs, budget, quiet)
+    if budget is not None:
+        raise BadInput("--budget is an option of leaderboards (`dpft list boards`); leave it out.")
+    runs = _runs(suite, overrides)
     store.open_for_writing()
     single = suite is None and len(runs) == 1
     policy = execution.Policy(retry_failed or single, overwrite, resume, _shard(shard), processes.began())
@@ -89,6 +102,32 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
             f"dpft: {failed[0]['error']}" if single else f"dpft: {len(failed)} of {len(records)} runs failed.", err=True
         )
     return (2 if single else 1) if failed else 0
+
+
+def _board(name, overrides, store, settings, resume, jobs, budget, quiet) -> int:
+    from dpft.harness.execution import jobs as processes
+    from dpft.harness.execution import local, progress
+    from dpft.harness.leaderboard import board
+    from dpft.harness.runs.sources import Sources
+    from dpft.harness.train.settings import pick_device
+
+    made, seconds = board.load(name, overrides), contests.seconds_of(budget)
+    store.open_for_writing()
+    policy, sources = local.Policy(resume=resume), Sources(settings.data_dir)
+    with processes.siblings(jobs or 1, sys.argv[1:], json=False):
+        settings = dataclasses.replace(settings, device=pick_device(settings.device))
+
+        def make(specs, up) -> None:
+            local.run_all(specs, store, settings, policy, progress.reporter(len(specs), quiet), sources, up)
+
+        finished = contests.run(made, store, make, processes.began() + seconds)
+    if not quiet:
+        click.echo(contests.text(made, store))
+    if not finished:
+        click.echo("dpft: the time is up; the same command goes on.", err=True)
+    if failed := contests.failed(made, store):
+        click.echo(f"dpft: {failed} runs failed.", err=True)
+    return 1 if failed else 0
 
 
 def _replay(run_id: str, store, data_dir, reporter, as_json: bool) -> int:
@@ -129,18 +168,22 @@ def _shard(text: str) -> tuple[int, int]:
 @click.option("--json", "as_json", is_flag=True)
 def plan(suite, overrides, data_dir, results, tries, as_json):
     """Show every run of SUITE: what it will spend, whether it is there, and what it should cost. Trains nothing."""
+    from tabulate import tabulate
+
     from dpft.harness.privacy.selection import check_tries
     from dpft.harness.records.store import Store
     from dpft.harness.runs.forecast import overview, table
 
     if tries is not None:
         check_tries(tries)
+    if contests.is_board(suite):
+        rows = contests.plan(suite, overrides, Store(results))
+        click.echo(json.dumps(rows, indent=1) if as_json else tabulate(rows, headers="keys", tablefmt="github"))
+        return
     rows = overview(_runs(suite, overrides), Store(results), data_dir, tries)
     if as_json:
         click.echo(json.dumps(rows, indent=1, allow_nan=False))
         return
-    from tabulate import tabulate
-
     click.echo(tabulate(table(rows), headers="keys", tablefmt="github"))
 
 

@@ -13,7 +13,7 @@ BEGAN, THREADS = "DPFT_JOBS_BEGAN", "OMP_NUM_THREADS"
 
 
 @contextmanager
-def siblings(jobs: int, arguments: list[str]) -> Iterator[None]:
+def siblings(jobs: int, arguments: list[str], json: bool = True) -> Iterator[None]:
     """Start `jobs - 1` more processes of this command, and share the CPU's threads among them all.
 
     arguments: this command's own. A sibling says only what went wrong, ends by itself when nothing is left
@@ -24,7 +24,7 @@ def siblings(jobs: int, arguments: list[str]) -> Iterator[None]:
         return
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     environment = {THREADS: str(threads), **os.environ, BEGAN: repr(time.time())}
-    command = [sys.executable, "-m", "dpft.harness", *arguments, "--jobs", "1", "--quiet", "--json"]
+    command = [sys.executable, "-m", "dpft.harness", *arguments, "--jobs", "1", "--quiet", *["--json"] * json]
     others = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for _ in range(jobs - 1)]
     os.environ.setdefault(THREADS, str(threads))  # torch, when it is imported here, takes its share
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,11 @@ def run_all(
     policy: Policy,
     reporter: Reporter,
     sources: Sources | None = None,
+    up: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """Make what is pending of `runs`; returns the records of all of them, in order.
+
+    up: asked before each run; once it is true no other is begun, and the records are those that are there.
 
     A run that another process is making is left to the end and waited for. A run that fails is a record with a
     status, and the others go on. An interrupt loses at most what the run in flight did since its last checkpoint.
@@ -92,6 +95,8 @@ def run_all(
     todo = pending(runs, store, policy, sources)
     elsewhere, made = [], set()
     for spec in todo:
+        if up():
+            return collect([spec for spec in runs if store.read(spec.run_id) is not None], store, made, sources)
         with store.claim(spec.run_id) as mine:
             if not mine:
                 elsewhere.append(spec)

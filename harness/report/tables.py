@@ -170,14 +170,16 @@ def _budget(privacies: list[dict[str, Any]], steps_free: bool) -> str:
 
 def examples_of(spec: dict[str, Any]) -> str:
     """What the curve of a run is measured on."""
-    examples = spec["eval_examples"]
-    return "the whole validation split" if examples is None else f"{examples} validation examples"
+    examples, split = spec["eval_examples"], spec["split"]
+    if examples is not None:
+        return f"{examples} validation examples" + ("" if split == "whole" else f" of the {split} half")
+    return "the whole validation split" if split == "whole" else f"the {split} half of the validation split"
 
 
 def _notes(group: Group, target: Target | None, public: bool) -> str:
     text = _seeds(group)
     if target is not None:
-        examples = examples_of({"eval_examples": target.examples})
+        examples = examples_of({**group.spec, "eval_examples": target.examples})
         best = "DP baseline" if any(row.baseline for row in measure_of(group.rows)) else "ranked row"
         text += (
             f"Threshold: {target.value:.4f}, {FRACTION:.0%} of the way from {group.result.get('chance_is', 'chance')} "

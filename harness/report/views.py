@@ -84,6 +84,7 @@ class Group:
         text = f"{spec['task']} (v{spec['task_version']}{settings}), {spec['model']}, head `{spec['head']}`"
         if private:
             text += f", ε ≤ {private[0].spec['epsilon']:g}" + (" (pure)" if private[0].spec.get("delta") == 0 else "")
+        text += "" if spec["split"] == "whole" else f", {spec['split']} half"
         return text + ("" if self.stream is None else f", noise stream {self.stream}")
 
     @property
@@ -91,6 +92,7 @@ class Group:
         """The beginning of the names of this group's files."""
         private = self.private
         text = f"{self.spec['task']}-{self.spec['model'].replace('/', '-')}"
+        text += "" if self.spec["split"] == "whole" else f"-{self.spec['split']}"
         return text + ("" if not private else f"-eps{private[0].spec['epsilon']:g}")
 
 

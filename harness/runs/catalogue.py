@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dpft.harness.errors import BadInput, unknown
+from dpft.harness.leaderboard import board, space
 from dpft.harness.runs import registry, suites
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def listing(kind: str) -> list[dict[str, Any]]:
             {"name": name, "kind": t.kind, "metric": t.metric, "data": _data(t), "description": t.description}
             for name, t in registry.tasks().items()
         ]
+    if kind == "boards":
+        return [{"name": n, "description": one.get("description", "")} for n, one in board.boards().items()]
     return [
         {"name": n, "runs": len(suites.load_suite(n).runs), "description": s.get("description", "")}
         for n, s in suites.suites().items()
@@ -56,6 +59,7 @@ def description(name: str) -> dict[str, Any]:
             "defaults": m.defaults,
             "decoder": decoder.name,
             "options": registry.defaults_of(m, decoder),
+            "searched by leaderboards": {k: f"{low:g} to {high:g}" for k, (low, high) in space.space(name).items()},
         }
     if name in registry.decoders():
         d = registry.decoders()[name]

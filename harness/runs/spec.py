@@ -11,7 +11,7 @@ from typing import Any
 from dpft.harness.errors import BadInput, unknown
 from dpft.harness.privacy.noise_kinds import MECHANISMS, family_law
 from dpft.harness.privacy.noise_kinds import SHAPES as NOISE_SHAPES
-from dpft.tasks.base import BATCH_NORMS, HEADS
+from dpft.tasks.base import BATCH_NORMS, HEADS, SPLITS
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "linear")
@@ -38,6 +38,7 @@ class RunSpec:
     a factor that is fitted to epsilon; null: searched.
     views: random views of each training image that its loss is averaged over before clipping (2204.13650); batch_norm of image
     models: `refuse`, or `group` to convert it to GroupNorm.
+    split: what the run is judged on, curve and final value: the whole validation split, or one of its halves (tasks/halves.py).
     noise_stream: how noise is drawn (harness/train/noise.py): 1 in records of older versions, whose tail ends early; no setting.
     options: settings of the method (LoRA rank, ...), its decoder and its clipping rule where they differ from their defaults;
     task_options: those of the task.
@@ -75,6 +76,7 @@ class RunSpec:
     noise_stream: int = 1
     views: int = 1
     batch_norm: str = "refuse"
+    split: str = "whole"
     options: dict[str, Any] = field(default_factory=dict)
     task_options: dict[str, Any] = field(default_factory=dict)
 
@@ -151,6 +153,7 @@ def check_values(spec: RunSpec) -> None:
         ("mechanism", MECHANISMS),
         ("noise_shape", NOISE_SHAPES),
         ("batch_norm", BATCH_NORMS),
+        ("split", SPLITS),
     ):
         if getattr(spec, key) not in allowed:
             raise unknown(key, getattr(spec, key), allowed)

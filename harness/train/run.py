@@ -33,7 +33,7 @@ from dpft.harness.train.noise import secret_source, source, stream
 from dpft.harness.train.parts import OutOfTime, Run, Setup
 from dpft.harness.train.sampling import PoissonSampler
 from dpft.harness.train.settings import MAX_TOKENS, Settings, exact_fp32, keep_freed_memory
-from dpft.tasks import model_files
+from dpft.tasks import halves, model_files
 from dpft.tasks.base import ModelSpec
 
 
@@ -130,7 +130,7 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multip
     task, method = registry.task(spec.task)(spec.task_options), registry.instance(spec)
     method.noise_multiplier = noise_multiplier
     prepared = task.prepare(
-        public_rows.loaded(method, task, settings.data_dir),
+        halves.judged(task, public_rows.loaded(method, task, settings.data_dir), spec.split),
         ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm),
         stream("cpu", "head", spec.task, spec.seed),
     )

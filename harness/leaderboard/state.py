@@ -1,0 +1,175 @@
+"""What records say of a contest: which settings tuning chose, what the tests found, and which runs are wanted next.
+
+Nothing is stored: all of it follows from the records, whoever made them and in whatever order.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpft.harness.leaderboard.board import Arm, Board, Contest, Rules
+from dpft.harness.runs.spec import RunSpec
+from dpft.harness.statistics.sequential import LEVEL, Sequential, verdict
+
+Record = dict[str, Any]
+Look = Callable[[RunSpec], Record | None]  # the record of a run, None where it has not been made
+
+
+@dataclass
+class Tuning:
+    """Of one arm.
+
+    Attributes:
+        chosen: the settings that won, None as long as tuning goes on, and where every trial failed.
+        scores: (settings, metric of each seed on the tune half), as they were tried; NaN: the run failed.
+        todo: runs that are wanted before it can go on.
+        failed: why no trial ended well, None where one did.
+    """
+
+    chosen: dict[str, Any] | None = None
+    scores: list[tuple[dict[str, Any], list[float]]] = field(default_factory=list)
+    todo: list[RunSpec] = field(default_factory=list)
+    failed: str | None = None
+
+
+def tuning(arm: Arm, rules: Rules, look: Look) -> Tuning:
+    """Successive halving over seeds (1502.07943): all trials with one seed, the better half with another, and so on.
+
+    Rounds are whole runs, not shorter ones: noise is calibrated for all steps, and early rank says little under it.
+    """
+    points = arm.points()
+    found = Tuning(scores=[(point, []) for point in points])
+    if len(points) == 1:
+        found.chosen = points[0]
+        return found
+    alive = list(range(len(points)))
+    reason = None
+    for seed in range(rules.tuning_seeds):
+        for i in alive:
+            spec = arm.tried(points[i], seed)
+            record = look(spec)
+            if record is None:
+                found.todo.append(spec)
+            else:
+                found.scores[i][1].append(final(record))
+                reason = record.get("error") or reason
+        if found.todo:
+            return found
+        alive.sort(key=lambda i: (-_mean(found.scores[i][1]), i))
+        if _mean(found.scores[alive[0]][1]) == -math.inf:
+            found.failed = reason
+            return found
+        if seed + 1 < rules.tuning_seeds:
+            alive = alive[: math.ceil(len(alive) / 2)]
+    found.chosen = points[alive[0]]
+    return found
+
+
+@dataclass
+class Standing:
+    """One arm of a contest as far as it has come.
+
+    Attributes:
+        arm: which.
+        tuning: how its settings were chosen.
+        records: of its tests, by seed; those that failed are among them.
+        verdict: against the baseline over the seeds that both have; None for controls, the baseline and before tests.
+    """
+
+    arm: Arm
+    tuning: Tuning
+    records: dict[int, Record] = field(default_factory=dict)
+    verdict: Sequential | None = None
+
+    @property
+    def finals(self) -> dict[int, float]:
+        """Seed -> metric on the test half, larger is better; without seeds that failed."""
+        return {seed: final(r) for seed, r in self.records.items() if r["status"] == "done"}
+
+    @property
+    def mean(self) -> float:
+        return _mean(list(self.finals.values()))
+
+
+def standings(contest: Contest, rules: Rules, look: Look) -> list[Standing]:
+    """Every arm, with its verdict at the level that holds for all of the contest's verdicts together (Bonferroni)."""
+    found = [_standing(arm, rules, look) for arm in contest.arms]
+    base = next((one for one in found if one.arm.name == rules.baseline), None)
+    rivals = [one for one in found if one is not base and not one.arm.control]
+    for one in rivals:
+        if base is not None and (pairs := paired(one, base)):
+            one.verdict = verdict(pairs, rules.margin, LEVEL / len(rivals))
+    return found
+
+
+def paired(one: Standing, other: Standing) -> list[float]:
+    """Differences over the seeds that both have, in the order of seeds."""
+    mine, theirs = one.finals, other.finals
+    return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+
+
+def wanted(board: Board, look: Look) -> list[RunSpec]:
+    """The runs that are wanted next, of every contest at once; none: all verdicts are in, or at their most seeds."""
+    todo = [spec for contest in board.contests for spec in _wanted(contest, board.rules, look)]
+    return list({spec.run_id: spec for spec in todo}.values())
+
+
+def _wanted(contest: Contest, rules: Rules, look: Look) -> Iterator[RunSpec]:
+    found = standings(contest, rules, look)
+    for one in found:
+        yield from one.tuning.todo
+    seeds = {id(one): rules.seeds[0] for one in found}
+    base = next((one for one in found if one.arm.name == rules.baseline), None)
+    for one in found:
+        if base is None or one.verdict is None or one.verdict.verdict != "undecided":
+            continue
+        have = min(_tried(one), _tried(base))
+        if have >= rules.seeds[0]:
+            most = min(have + rules.block, rules.seeds[1])
+            seeds[id(one)] = most
+            seeds[id(base)] = max(seeds[id(base)], most)
+    for one in found:
+        if one.tuning.chosen is not None:
+            for seed in range(seeds[id(one)]):
+                spec = one.arm.tested(one.tuning.chosen, seed)
+                if seed not in one.records and look(spec) is None:
+                    yield spec
+
+
+def _standing(arm: Arm, rules: Rules, look: Look) -> Standing:
+    found = Standing(arm, tuning(arm, rules, look))
+    if found.tuning.chosen is not None:
+        for seed in range(rules.seeds[1]):
+            record = look(arm.tested(found.tuning.chosen, seed))
+            if record is not None:
+                found.records[seed] = record
+    return found
+
+
+def failures(contest: Contest, rules: Rules, look: Look) -> int:
+    """Runs that ended without a result, of tuning and tests."""
+    found = standings(contest, rules, look)
+    tried = [value for one in found for _, scores in one.tuning.scores for value in scores]
+    return sum(map(math.isnan, tried)) + sum(r["status"] != "done" for one in found for r in one.records.values())
+
+
+def _tried(one: Standing) -> int:
+    """Seeds 0, 1, ... without a gap that have been run, failed or not."""
+    return next(seed for seed in range(len(one.records) + 1) if seed not in one.records)
+
+
+def final(record: Record) -> float:
+    """The metric, larger is better; NaN where the run failed."""
+    result = record["result"]
+    if record["status"] != "done" or result is None:
+        return math.nan
+    return result["final"] if result["higher_is_better"] else -result["final"]
+
+
+def _mean(values: list[float]) -> float:
+    """Minus infinity where there is none, or a run failed: settings that fail now and then are not chosen."""
+    return statistics.fmean(values) if values and not any(map(math.isnan, values)) else -math.inf

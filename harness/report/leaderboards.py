@@ -1,0 +1,179 @@
+"""A leaderboard for a reader: per contest the answer in a sentence, then a row for each arm."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from typing import Any
+
+from dpft.harness.leaderboard.board import Board, Contest, Rules
+from dpft.harness.leaderboard.state import Look, Standing, final, paired, standings
+from dpft.harness.report.text import Part, Table
+from dpft.harness.statistics.sequential import LEVEL, verdict
+
+
+def parts(board: Board, look: Look) -> list[Part]:
+    """All contests; those without a finished test say so."""
+    found: list[Part] = []
+    for contest in board.contests:
+        found += [f"### {contest.title}", *_contest(contest, board.rules, look)]
+    return [*found, _reading(board.rules)]
+
+
+def answer(contest: Contest, rules: Rules, found: list[Standing]) -> str:
+    """Which method to use, in a sentence: who leads, who is not shown to be worse, the cheapest of these and its settings."""
+    judged = sorted((one for one in found if not one.arm.control and one.finals), key=lambda one: -one.mean)
+    if len(judged) < 2:
+        return "No two methods have been tested yet."
+    first, *others = judged
+    level = LEVEL / (len(judged) * (len(judged) - 1) / 2)  # the leader is chosen by the same data, so all pairs count
+    behind = [one for one in others if verdict(paired(one, first), 1e-12, level).verdict == "worse"]
+    level_with = [one for one in others if one not in behind]
+    text = f"**{first.arm.name}** leads ({_share(first.mean, first)}"
+    plain = next((one for one in found if one.arm.settings["method"] == "non-private" and one.finals), None)
+    text += f"; non-private {_share(plain.mean, plain)})" if plain is not None else ")"
+    if level_with:
+        text += f"; not shown to be worse: {', '.join(one.arm.name for one in level_with)}"
+        cheapest = min([first, *level_with], key=_time)
+        text += f"; the cheapest of these is **{cheapest.arm.name}**"
+    else:
+        cheapest = first
+        text += "; all others are worse"
+    open_ = [one for one in found if one.verdict is not None and one.verdict.verdict == "undecided"]
+    judged_n = sum(one.verdict is not None for one in found)
+    text += f" ({_settings(cheapest)}). Against {rules.baseline} {judged_n - len(open_)} of {judged_n} verdicts are in."
+    return text
+
+
+def _contest(contest: Contest, rules: Rules, look: Look) -> list[Part]:
+    found = standings(contest, rules, look)
+    failed = [f"- {one.arm.name}: {why}" for one in found if (why := _failure(one))]
+    lost: list[Part] = ["Failed:\n\n" + "\n".join(failed)] if failed else []
+    if not any(one.finals for one in found):
+        tried = sum(len(scores) for one in found for _, scores in one.tuning.scores)
+        return [f"Nothing has been tested yet; {tried} runs of tuning are there.", *lost]
+    base = next((one for one in found if one.arm.name == rules.baseline), None)
+    ranked = sorted((one for one in found if one.finals), key=lambda one: (one.arm.control, -one.mean))
+    cells = [_row(one, base, rules) for one in ranked]
+    missing = [one.arm.name for one in found if not one.finals and not _failure(one)]
+    parts: list[Part] = [answer(contest, rules, found), Table(cells), _caption(contest, ranked[0])]
+    if missing:
+        parts.append(f"Not tested yet: {', '.join(missing)}.")
+    return parts + lost
+
+
+def _failure(one: Standing) -> str | None:
+    """Why an arm, or some of its tests, ended without a result."""
+    reasons = [r["error"] for r in one.records.values() if r["status"] != "done"]
+    if one.tuning.failed is None and reasons:
+        return f"{len(reasons)} of {len(one.records)} tests: {reasons[0]}"
+    return one.tuning.failed
+
+
+def _row(one: Standing, base: Standing | None, rules: Rules) -> dict[str, str]:
+    metric = next(iter(one.records.values()))
+    name = metric["result"]["metric"] if metric["result"] else "metric"
+    return {
+        "method": one.arm.name,
+        f"{name}, test half": _spread(one),
+        "seeds": str(len(one.finals)),
+        "against the baseline": _said(one, base, rules),
+        "settings": _settings(one),
+        "tuning gained": _gain(one),
+        "time": _ratio(one, base, _time),
+        "memory": _ratio(one, base, _memory),
+    }
+
+
+def _said(one: Standing, base: Standing | None, rules: Rules) -> str:
+    if one is base:
+        return "the baseline"
+    if one.verdict is None:
+        return "control" if one.arm.control else "–"
+    said = one.verdict
+    if said.verdict == "undecided":
+        more = "more seeds than anyone will run" if said.more is None else f"about {said.more} more"
+        return f"{said.difference:+.3f}, undecided ({more})"
+    word = f"the same within {rules.margin:g}" if said.verdict == "the same" else f"**{said.verdict}**"
+    return f"{said.difference:+.3f}, {word} ({said.low:+.3f} to {said.high:+.3f})"
+
+
+def _spread(one: Standing) -> str:
+    values = [_shown(value, one) for value in one.finals.values()]
+    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _shown(value: float, one: Standing) -> float:
+    """The metric as it is: inside, larger is always better."""
+    record = next(r for r in one.records.values() if r["result"])
+    return value if record["result"]["higher_is_better"] else -value
+
+
+def _share(value: float, one: Standing) -> str:
+    return f"{_shown(value, one):.3f}"
+
+
+def _settings(one: Standing) -> str:
+    spec = one.arm.tested(one.tuning.chosen, 0)
+    return ", ".join(f"{key} {value:g}" for key, value in {"lr": spec.lr, **one.tuning.chosen}.items())
+
+
+def _gain(one: Standing) -> str:
+    """First seed of tuning: best of all trials over the defaults, and the expected best of two trials (1909.03004)."""
+    firsts = [scores[0] for _, scores in one.tuning.scores if scores]
+    if len(firsts) < 2:
+        return "–"
+    two = statistics.fmean(max(pair) for pair in itertools.combinations(firsts, 2))
+    return f"{max(firsts) - firsts[0]:+.3f} (of two trials {two - statistics.fmean(firsts):+.3f} over one)"
+
+
+def _time(one: Standing) -> float:
+    known = [c for r in one.records.values() if (c := r["cost"].get("step_cpu_s") or r["cost"].get("step_s"))]
+    return statistics.median(known) if known else float("inf")
+
+
+def _memory(one: Standing) -> float:
+    return statistics.median(sum(r["cost"]["peak_bytes"].values()) for r in one.records.values())
+
+
+def _ratio(one: Standing, base: Standing | None, cost) -> str:
+    return f"{cost(one) / cost(base):.2f}" if base is not None and base.finals else "–"
+
+
+def _caption(contest: Contest, one: Standing) -> str:
+    spec = one.arm.tested(one.tuning.chosen, 0)
+    record = next(r for r in one.records.values() if r["status"] == "done")
+    budget = ""
+    if privacy := record["privacy"]:
+        budget = f"ε ≤ {privacy['target']:g}, δ = {privacy['delta']:.3g}; N = {privacy['num_examples']:,}, "
+    return f"{spec.model}; {budget}B = {spec.batch_size:,}, T = {spec.steps:,}. Time and memory of a step over the baseline's."
+
+
+def _reading(rules: Rules) -> str:
+    fewest, most = rules.seeds
+    return (
+        f"How to read it. Settings of each method are the best of {rules.trials} trials (its defaults, and points of one "
+        "low-discrepancy sequence in a space of equal width) on the tune half of the validation data, by halving over "
+        f"{rules.tuning_seeds} seeds. Verdicts are on the test half with other seeds, {fewest} to {most}, added while one is "
+        "open. They hold whenever one stops: the t test as an e-process over paired seeds (2310.03722), "
+        f"{1 - LEVEL:.0%} for all verdicts of a table together (Bonferroni). `the same`: the whole interval lies within "
+        f"{rules.margin:g}. Choices made by tuning are not covered by ε."
+    )
+
+
+def as_json(board: Board, look: Look) -> list[dict[str, Any]]:
+    """The same for programs: one entry for each arm of each contest."""
+    found = []
+    for contest in board.contests:
+        for one in standings(contest, board.rules, look):
+            found.append(
+                {
+                    "contest": contest.title,
+                    "arm": one.arm.name,
+                    "settings": one.tuning.chosen,
+                    "tuning": [{"settings": point, "scores": scores} for point, scores in one.tuning.scores],
+                    "tests": {seed: final(record) for seed, record in one.records.items()},
+                    "verdict": None if one.verdict is None else vars(one.verdict),
+                }
+            )
+    return found

@@ -1,0 +1,221 @@
+"""Leaderboards: what they want next follows from records alone, tuning and tests share nothing, seeds stop where they should."""
+
+import dataclasses
+import math
+from collections import Counter
+
+import pytest
+
+from dpft.harness.errors import BadInput
+from dpft.harness.leaderboard import board as boards
+from dpft.harness.leaderboard import driver, hours, space, state
+from dpft.harness.report import leaderboards as verdicts
+from dpft.harness.report.text import markdown
+from dpft.harness.runs import registry
+
+TINY = boards.load("tiny")
+RULES = TINY.rules
+
+
+class Outcomes(dict):
+    """Records by run id, made up by `metric(spec)`; NaN: the run fails. Remembers what was made."""
+
+    def __init__(self, metric):
+        super().__init__()
+        self.metric, self.made = metric, []
+
+    def look(self, spec):
+        return self.get(spec.run_id)
+
+    def make(self, specs):
+        for spec in specs:
+            value = self.metric(spec)
+            failed = math.isnan(value)
+            result = {"metric": "accuracy", "final": value, "higher_is_better": True}
+            self[spec.run_id] = {
+                "status": "error" if failed else "done",
+                "spec": spec.to_dict(),
+                "result": None if failed else result,
+                "error": "It broke." if failed else None,
+                "cost": {"step_cpu_s": 1.0, "peak_bytes": {"cpu": 100}},
+                "privacy": None,
+            }
+            self.made.append(spec)
+
+
+def wobble(spec, size=0.004):
+    """Noise that is a function of the run, the same for no two."""
+    return (int(spec.run_id[:8], 16) / 2**32 - 0.5) * size
+
+
+def finished(board, metric):
+    made, rounds = Outcomes(metric), 0
+    while specs := state.wanted(board, made.look):
+        made.make(specs)
+        rounds += 1
+        assert rounds < 50
+    return made
+
+
+def quality(spec):
+    """rmt is better by .05; the best learning rate is the largest."""
+    return 0.6 + 0.05 * (spec.method == "rmt") + 0.01 * math.log10(spec.lr) + wobble(spec)
+
+
+@pytest.mark.parametrize("name", sorted(boards.boards()))
+def test_tuning_and_tests_share_no_seed_and_every_arm_has_equal_trials(name):
+    board = boards.load(name)
+    made = finished(board, quality).made
+    tuning, tests = ([s for s in made if s.split == split] for split in ("tune", "test"))
+    assert len(tuning) + len(tests) == len(made) == len({s.run_id for s in made})
+    assert tuning and not {s.seed for s in tuning} & {s.seed for s in tests}
+    trials = Counter((s.method, s.epsilon) for s in tuning)
+    arms = [arm for contest in board.contests for arm in contest.arms]
+    assert {
+        trials[key] for key in trials if not registry.method(key[0]).control and registry.method(key[0]).private
+    } == {hours.tuning_runs(next(arm for arm in arms if not arm.control), board.rules)}
+    fewest, most = board.rules.seeds
+    assert all(0 <= s.seed < most for s in tests)
+    for arm in arms:
+        seeds = {s.seed for s in tests if s.method == arm.settings["method"]}
+        assert set(range(fewest)) <= seeds
+
+
+def test_the_halves_share_no_example_and_are_a_partition():
+    from dpft.tasks.halves import judged
+
+    task = registry.task("sentences")({})
+    data = task.load(None)
+    one, two = (judged(task, data, split) for split in ("tune", "test"))
+    texts = [{row["text"] for row in half.validation} for half in (one, two)]
+    assert not texts[0] & texts[1] and len(one.validation) + len(two.validation) == len(data.validation)
+    assert 0.4 < len(one.validation) / len(data.validation) < 0.6
+    assert one.fingerprint == two.fingerprint == data.fingerprint and one.train is data.train
+    assert judged(task, data, "whole") is data
+
+
+def test_one_example_with_another_label_or_reference_stays_in_its_half():
+    text, pair = registry.task("sentences")({}), registry.task("e2e")({})
+    assert text.identity({"text": "a", "label": 0}) == text.identity({"text": "a", "label": 1})
+    assert text.identity({"text": "a", "label": 0}) != text.identity({"text": "b", "label": 0})
+    assert pair.identity({"prompt": "p", "response": "x"}) == pair.identity({"prompt": "p", "response": "y"})
+
+
+def test_tuning_takes_the_better_half_on_and_chooses_the_best():
+    made = finished(TINY, quality)
+    (contest,) = TINY.contests
+    for one in state.standings(contest, RULES, made.look):
+        points = one.arm.points()
+        seeds = [len(scores) for _, scores in one.tuning.scores]
+        if len(points) > 1:
+            best = max(points, key=lambda p: one.arm.tried(p, 0).lr)
+            assert one.tuning.chosen == best and sorted(seeds) == [1, 2, 2]
+            assert len(one.tuning.scores[0][1]) == 2 or points[0] != best
+
+
+def test_settings_that_fail_are_not_chosen_and_an_arm_that_always_fails_is_given_up():
+    def metric(spec):
+        broken = spec.method == "rmt" or (spec.method == "dp-adam" and spec.lr > 1.5e-4)
+        return math.nan if broken else quality(spec)
+
+    made = finished(TINY, metric)
+    found = {one.arm.name: one for one in state.standings(TINY.contests[0], RULES, made.look)}
+    assert found["dp-adam"].arm.tested(found["dp-adam"].tuning.chosen, 0).lr <= 1.5e-4
+    assert found["rmt"].tuning.chosen is None and found["rmt"].tuning.failed == "It broke." and not found["rmt"].records
+    assert state.failures(TINY.contests[0], RULES, made.look) >= 3
+    text = markdown(verdicts.parts(TINY, made.look))
+    assert "- rmt: It broke." in text
+
+
+def test_seeds_are_added_where_it_is_open_and_to_the_baseline_and_nowhere_else():
+    board = dataclasses.replace(boards.load("leaderboard"), contests=boards.load("leaderboard").contests[:1])
+    fewest, most = board.rules.seeds
+
+    def metric(spec):
+        if spec.method == "dp-lora":
+            return 0.6 + 0.1 * (-1) ** spec.seed + wobble(spec)  # never settled
+        return 0.6 + 0.2 * (spec.method == "rmt") + wobble(spec, 0.002)
+
+    made = finished(board, metric)
+    tests = Counter(s.method for s in made.made if s.split == "test")
+    assert tests["dp-lora"] == tests["dp-adam"] == most and tests["non-private"] == tests["noise-only"] == fewest
+    assert fewest <= tests["rmt"] < most
+    found = {one.arm.name: one.verdict for one in state.standings(board.contests[0], board.rules, made.look)}
+    assert found["rmt"].verdict == "better" and found["dp-lora"].verdict == "undecided"
+    assert found["dp-adam"] is None and found["noise-only"] is None
+    assert state.wanted(board, made.look) == [], "a finished leaderboard adds nothing"
+
+
+def test_what_is_wanted_does_not_depend_on_who_made_the_records_and_when():
+    made, half = finished(TINY, quality), Outcomes(quality)
+    todo = state.wanted(TINY, half.look)
+    half.make(todo[::2])
+    again = state.wanted(TINY, half.look)
+    assert {s.run_id for s in again} == {s.run_id for s in todo} - half.keys()
+    while specs := state.wanted(TINY, half.look):
+        half.make(specs[-1:])
+    assert half.keys() == made.keys()
+
+
+def test_spaces_are_equally_wide_and_points_are_the_same_for_all():
+    places = set()
+    for name in registry.methods():
+        searched = space.space(name)
+        low, high = searched["lr"]
+        assert high / low == pytest.approx(space.WIDTH**2)
+        first, *others = space.points(name, 5)
+        assert first == {} and all(low * 0.95 <= p["lr"] <= high * 1.05 for p in others)
+        places.add(tuple(round(math.log(p["lr"] / low) / math.log(high / low), 2) for p in others))
+    spread = [max(column) - min(column) for column in zip(*places, strict=True)]
+    assert max(spread) < 0.03, "rounded to two digits"
+    assert space.points("dp-adam", 1) == [{}]
+
+
+def test_the_answer_is_a_sentence_that_follows_from_the_records():
+    made = finished(TINY, lambda spec: 0.9 if spec.method == "non-private" else quality(spec))
+    text = markdown(verdicts.parts(TINY, made.look))
+    assert "**rmt** leads" in text and "all others are worse" in text and "non-private 0.900" in text
+    assert "**better**" in text and "1 of 1 verdicts are in" in text
+    level = markdown(verdicts.parts(TINY, finished(TINY, lambda spec: 0.6 + wobble(spec)).look))
+    assert "not shown to be worse" in level and "the same within 0.02" in level
+    assert "Nothing has been tested yet" in markdown(verdicts.parts(TINY, Outcomes(quality).look))
+
+
+def test_lower_is_better_where_the_metric_says_so():
+    made = finished(TINY, quality)
+    for record in made.values():
+        record["result"] = {**record["result"], "higher_is_better": False}
+    found = {one.arm.name: one for one in state.standings(TINY.contests[0], RULES, made.look)}
+    if found["rmt"].verdict is not None:
+        assert found["rmt"].verdict.difference < 0
+    assert state.final(next(iter(made.values()))) < 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: boards.load("tinny"), "did you mean 'tiny'"),
+        (lambda: boards.load("tiny", {"seed": 3}), "its own seeds and halves; leave out seed"),
+        (lambda: boards.load("tiny", {"split": "test"}), "leave out split"),
+        (lambda: state.wanted(boards.load("tiny", {"epsilon": -1.0}), lambda spec: None), "epsilon must be a positive"),
+        (lambda: boards._rules("x", {"trails": 3}), "trails"),
+        (lambda: boards._rules("x", {"seeds": [1, 0]}), "2 or more seeds"),
+        (lambda: boards._rules("x", {"margin": 0.0}), "above zero"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(call, message):
+    with pytest.raises(BadInput, match=message):
+        call()
+
+
+def test_the_time_is_up_between_runs():
+    made, asked = Outcomes(quality), iter([False, True])
+
+    class Folder:
+        def read(self, run_id):
+            record = made.get(run_id)
+            return None if record is None else {"run_id": run_id, **record}
+
+    assert driver.run(TINY, Folder(), lambda specs: made.make(specs[:1]), lambda: next(asked)) is False
+    assert len(made.made) == 1
+    assert driver.run(TINY, Folder(), made.make, lambda: False) is True
