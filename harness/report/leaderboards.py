@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from typing import Any
 
@@ -129,7 +130,7 @@ def _gain(one: Standing) -> str:
 
 def _time(one: Standing) -> float:
     known = [c for r in one.records.values() if (c := r["cost"].get("step_cpu_s") or r["cost"].get("step_s"))]
-    return statistics.median(known) if known else float("inf")
+    return statistics.median(known) if known else math.inf
 
 
 def _memory(one: Standing) -> float:
@@ -137,7 +138,10 @@ def _memory(one: Standing) -> float:
 
 
 def _ratio(one: Standing, base: Standing | None, cost) -> str:
-    return f"{cost(one) / cost(base):.2f}" if base is not None and base.finals else "–"
+    if base is None or not base.finals:
+        return "–"
+    mine, theirs = cost(one), cost(base)
+    return f"{mine / theirs:.2f}" if theirs and math.isfinite(mine) and math.isfinite(theirs) else "–"
 
 
 def _caption(contest: Contest, one: Standing) -> str:
