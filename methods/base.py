@@ -32,12 +32,12 @@ class Method:
     of questions that it may ask), `defaults` (settings of RunSpec; `decoder` may be among them), `options` (the method's own
     settings with their defaults), `decoder_options` (other defaults for its decoder's options; they hold as long as the run
     keeps that decoder), `choices` and `ranges` (of its own options, as decoders have them), `space` (setting -> least and
-    greatest value that a leaderboard searches, besides a factor of ten around the learning rate of `defaults`).
-    `withholds`: of what requires a gradient, matrices may never move, because releases choose which do. `needs_public`: it
-    learns from public examples of the task, which are in `public` before `prepare`. `preconditions`: its updates are finished
-    directions, so plain SGD with the run's lr applies them. `numbers`: how many each step releases, where no model decides
-    that. Of the run it knows `spec`, `steps` and `noise_multiplier` (sigma of a whole step, 0 without noise), from before
-    `prepare` on; `rule` is the run's clipping rule, which is not its own.
+    greatest value that leaderboards search, besides a factor of ten around the default lr). `withholds`: of what requires a
+    gradient, matrices may never move, because releases choose which do. `needs_public`: it learns from public examples of the
+    task, which are in `public` before `prepare`. `preconditions`: its updates are finished directions, so plain SGD with the
+    run's lr applies them. `numbers`: how many each step releases, where no model decides that. Of the run it knows `spec`,
+    `steps` and `noise_multiplier` (sigma of a whole step, 0 without noise), from before `prepare` on; `rule` is the run's
+    clipping rule, which is not its own.
     """
 
     name: ClassVar[str]
