@@ -28,9 +28,9 @@ class Method:
 
     Class attributes: `name` (registry key), `version` (raise it when results change: it is part of the run id), `summary`,
     `reference` (arXiv id), `claim` (one published result, its setting, and where to read it; a subclass has its own or none),
-    `private` (False: no clipping, no noise, never ranked), `control` (shown beside the methods, never ranked), `asks` (the kinds
-    of questions that it may ask), `defaults` (settings of RunSpec; `decoder` may be among them), `options` (the method's own
-    settings with their defaults), `decoder_options` (other defaults for its decoder's options; they hold as long as the run
+    `private` (False: no clipping, no noise, never ranked), `control` (shown beside the methods, never ranked), `asks` (the
+    kinds of questions that it may ask), `defaults` (settings of RunSpec; `decoder` may be among them), `options` (the method's
+    own settings with their defaults), `decoder_options` (other defaults for its decoder's options; they hold as long as the run
     keeps that decoder), `choices` and `ranges` (of its own options, as decoders have them), `space` (setting -> least and
     greatest value that leaderboards search, besides a factor of ten around the default lr). `withholds`: of what requires a
     gradient, matrices may never move, because releases choose which do. `needs_public`: it learns from public examples of the
