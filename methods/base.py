@@ -36,8 +36,7 @@ class Method:
     gradient, matrices may never move, because releases choose which do. `needs_public`: it learns from public examples of the
     task, which are in `public` before `prepare`. `preconditions`: its updates are finished directions, so plain SGD with the
     run's lr applies them. `numbers`: how many each step releases, where no model decides that. Of the run it knows `spec`,
-    `steps` and `noise_multiplier` (sigma of a whole step, 0 without noise), from before `prepare` on; `rule` is the run's
-    clipping rule, which is not its own.
+    `steps` and `noise_multiplier` (sigma of a whole step, 0 without noise), from before `prepare` on; `rule` clips.
     """
 
     name: ClassVar[str]
