@@ -165,8 +165,9 @@ def _shard(text: str) -> tuple[int, int]:
 @click.option(
     "--tries", type=float, metavar="MEAN", help="Also what releasing the best of a random number of tries costs."
 )
+@click.option("--what-if", is_flag=True, help="Instead: what more data, batch, steps or epsilon would buy in noise.")
 @click.option("--json", "as_json", is_flag=True)
-def plan(suite, overrides, data_dir, results, tries, as_json):
+def plan(suite, overrides, data_dir, results, tries, what_if, as_json):
     """Show every run of SUITE: what it will spend, whether it is there, and what it should cost. Trains nothing."""
     from tabulate import tabulate
 
@@ -180,11 +181,44 @@ def plan(suite, overrides, data_dir, results, tries, as_json):
         rows = contests.plan(suite, overrides, Store(results))
         click.echo(json.dumps(rows, indent=1) if as_json else tabulate(rows, headers="keys", tablefmt="github"))
         return
+    if what_if:
+        return _what_if(_runs(suite, overrides), data_dir, as_json)
     rows = overview(_runs(suite, overrides), Store(results), data_dir, tries)
     if as_json:
         click.echo(json.dumps(rows, indent=1, allow_nan=False))
         return
     click.echo(tabulate(table(rows), headers="keys", tablefmt="github"))
+
+
+def _what_if(runs, data_dir, as_json: bool) -> None:
+    from tabulate import tabulate
+
+    from dpft.harness.runs import planner
+    from dpft.harness.runs.sources import Sources
+
+    sources = Sources(data_dir)
+    settings = {(s.task, s.epsilon, s.delta, s.batch_size, s.steps, s.mechanism, s.noise_shape) for s in runs}
+    if len(settings) > 1:
+        raise BadInput(
+            f"--what-if is about one setting, and these runs have {len(settings)}; name task, method and epsilon."
+        )
+    spec, size = runs[0], sources.train_size(runs[0])
+    rows = planner.alternatives(spec, size, lambda: _dimension(spec, data_dir), data_dir)
+    if as_json:
+        click.echo(json.dumps(rows, indent=1, allow_nan=False))
+        return
+    click.echo(tabulate(planner.table(rows), headers="keys", tablefmt="github", disable_numparse=True))
+    for row in rows:
+        if row["problem"]:
+            click.echo(f"{row['change']}: {row['problem']}")
+    click.echo("Noise: of the mean gradient in units of the clip norm, over the plan's. Work: gradients to compute.")
+
+
+def _dimension(spec, data_dir) -> int:
+    from dpft.harness.train.run import release_dimension  # torch, for noise whose epsilon depends on the model
+    from dpft.harness.train.settings import Settings
+
+    return release_dimension(spec, Settings(data_dir))
 
 
 def _runs(suite: str | None, overrides: dict[str, Any]):

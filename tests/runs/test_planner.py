@@ -1,0 +1,52 @@
+"""What other data, batches, steps and budgets would buy: the same figures as planning each of them."""
+
+import dataclasses
+
+import pytest
+
+from dpft.harness.errors import BadInput
+from dpft.harness.runs import planner
+from dpft.harness.runs.plan import plan
+from dpft.harness.runs.planner import CHANGES, alternatives, table
+from dpft.harness.runs.resolve import resolve
+
+N = 4000
+
+
+def a_spec(**more):
+    return resolve({"task": "sst2", "method": "dp-adam", "epsilon": 3.0, "batch_size": 200, "steps": 16, **more})
+
+
+def test_rows_are_what_planning_them_says():
+    spec = a_spec()
+    rows = {row["change"]: row for row in alternatives(spec, N)}
+    assert list(rows) == [said for said, _ in CHANGES]
+    twice = plan(dataclasses.replace(spec, batch_size=400), None, num_examples=N)
+    assert rows["twice the batch"]["sigma"] == twice.noise_multiplier
+    assert rows["twice the batch"]["sigma/B"] == twice.noise_multiplier / 400
+    assert rows["as planned"]["noise"] == rows["as planned"]["work"] == 1.0
+    assert rows["twice the batch"]["work"] == 2.0 and rows["twice the batch, half the steps"]["work"] == 1.0
+    noise = {said: row["noise"] for said, row in rows.items()}
+    assert noise["four times the batch"] < noise["twice the batch"] < 1 < noise["half the batch"]
+    assert noise["twice the examples"] < 1 < noise["half the examples"]
+    assert noise["half the steps"] < 1 < noise["twice the steps"]
+    assert noise["twice the epsilon"] < 1 < noise["half the epsilon"]
+    assert all(line["σ"] != "–" for line in table(list(rows.values())))
+
+
+def test_what_cannot_be_says_why(monkeypatch):
+    monkeypatch.setattr(planner, "CHANGES", (CHANGES[0], CHANGES[3]))
+    rows = {row["change"]: row for row in alternatives(a_spec(batch_size=2500), N)}
+    assert "larger than the 4000" in rows["twice the batch"]["problem"] and rows["twice the batch"]["noise"] is None
+    assert table([rows["twice the batch"]])[0]["σ/B"] == "–"
+    with pytest.raises(BadInput, match="not private"):
+        alternatives(a_spec(method="non-private"), N)
+
+
+def test_the_command_prints_it_for_one_setting(dpft, monkeypatch):
+    monkeypatch.setattr(planner, "CHANGES", CHANGES[:2])
+    setting = ("--task", "sentences", "--method", "dp-adam", "--batch-size", "256", "--steps", "16")
+    code, out, err = dpft("plan", *setting, "--epsilon", "8", "--what-if")
+    assert code == 0 and "twice the examples" in out and "× 1.00" in out
+    code, out, err = dpft("plan", *setting, "--epsilon", "8,3", "--what-if")
+    assert code == 2 and "these runs have 2" in err
