@@ -65,7 +65,7 @@ def _parquet(path: Path) -> Table:
 
     try:
         return of_frame(polars.read_parquet(path, glob=False), str(path))
-    except (polars.exceptions.PolarsError, OSError) as error:
+    except (polars.exceptions.PolarsError, polars.exceptions.PanicException, OSError) as error:
         reason = (str(error).splitlines() or ["unreadable"])[0].rstrip(".")
         raise CannotRun(f"{path} is not a readable parquet file ({reason}); write it again.") from error
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from random import Random
 
 import polars
 import pytest
@@ -91,6 +92,23 @@ def test_what_cannot_be_read_is_a_sentence(name, content, complaint, tmp_path):
     with pytest.raises(CannotRun, match=complaint) as error:
         tabular.read(path)
     assert "\n" not in str(error.value) and str(error.value).startswith(str(path))
+
+
+def test_spoilt_bytes_are_a_table_or_a_sentence(tmp_path):
+    """Whatever single bytes, quotes and breaks get lost or in between."""
+    random, seeds = Random(0), {"rows.csv": CSV.encode(), "rows.jsonl": lines(ROWS).encode()}
+    seeds["rows.csv.gz"] = gzip.compress(seeds["rows.csv"])
+    extra, refused = [b'"', b",", b"\n", b"\r", b"\0", b"{", b"NaN", b"\xf0\x9f"], 0
+    for _ in range(300):
+        name, content = random.choice(list(seeds.items()))
+        place = random.randrange(len(content))
+        spoilt = content[:place] + random.choice(extra) + content[place + random.randrange(4) :]
+        try:
+            tabular.read(write(tmp_path / name, spoilt))
+        except CannotRun as error:
+            refused += 1
+            assert str(error).startswith(str(tmp_path / name)) and "\n" not in str(error)
+    assert 100 < refused < 300
 
 
 def test_files_are_found_beside_the_user_then_in_the_mirror(tmp_path, monkeypatch):
