@@ -1,4 +1,9 @@
-"""The task contract: what is learned, on which examples, with which head, and how it is judged."""
+"""The task contract: what is learned, on which examples, with which head, and how it is judged.
+
+A task of your own is most likely one label for each text: derive it from `classification.TextClassification`, which asks for
+rows and a few facts alone (docs/tasks.md has one in 25 lines). Your own file needs no task at all: `classify`, `instruction`,
+`causal-lm` and `images` read it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpft.harness.errors import CannotRun
+from dpft.tasks.downloads import data_root
 
 if TYPE_CHECKING:  # `dpft list tasks` must not pay for torch
     import evaluate
@@ -26,14 +32,20 @@ Example = dict[str, Any]  # one raw row: named columns
 class Data:
     """Raw rows of a task. `train` is private, `validation` is used for evaluation only.
 
-    fingerprint: sha256 over these rows in order, so that two records can be told to be about the same data.
-    public: rows for the methods that learn from public data, as `Task.public_rows` gives them.
+    Attributes:
+        train, validation: rows, as the task's kind has them.
+        fingerprint: sha256 over these rows in order, so that two records can be told to be about the same data.
+        public: rows for the methods that learn from public data, as `Task.public_rows` gives them.
+        classes: names of the labels 0, 1, ..., where the data say them and not the task.
+        notes: what the owner should know of the data, a sentence each; shown, and in no record.
     """
 
     train: Sequence[Example]
     validation: Sequence[Example]
     fingerprint: str
     public: Sequence[Example] = ()
+    classes: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ class Prepared:
     train_collate: where training examples have random views, (examples, step) -> batch; a function of the two and the seed.
     writing: what a task that generates text needs for it, None for others.
     public: encoded public examples, for a method that needs them.
+    chance, threshold: those of the task, where it leaves them to the data.
     """
 
     model: nn.Module
@@ -76,6 +89,8 @@ class Prepared:
     train_collate: Callable[[Sequence[Example], int], dict[str, torch.Tensor]] | None = None
     writing: Any = None
     public: Sequence[Example] = ()
+    chance: float | None = None
+    threshold: float | None = None
 
 
 class Task:
@@ -83,10 +98,10 @@ class Task:
 
     Class attributes: `name` (registry key), `version` (raise it when the data, split, label or metric changes: it is
     part of the run id), `kind`, `description`, `source` (citation and licence), `metric` (name of the headline metric),
-    `higher_is_better`, `chance` (value of that metric for an uninformed model; None: measured before training), `threshold`
-    (metric value that counts as "learned" when a run stands alone), `images` (examples are images: runs may set `views` and
-    `batch_norm`), `public` (what its public data are, for methods that learn from such; empty: it has none), `options` (its
-    own settings with their defaults; they are part of the run id).
+    `higher_is_better`, `chance` (value of that metric for an uninformed model; None: `Prepared.chance`, else measured before
+    training), `threshold` (metric value that counts as "learned" when a run stands alone; None: `Prepared.threshold`), `images`
+    (examples are images: runs may set `views` and `batch_norm`), `public` (what its public data are, for methods that learn from
+    such; empty: it has none), `options` (its own settings with their defaults; they are part of the run id).
     """
 
     name: ClassVar[str]
@@ -97,12 +112,12 @@ class Task:
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     chance: ClassVar[float | None]
-    threshold: ClassVar[float]
+    threshold: ClassVar[float | None]
     default_model: ClassVar[str] = "minilm-l6"
     default_head: ClassVar[str] = "mean"
     default_max_length: ClassVar[int] = 128
     images: ClassVar[bool] = False
-    public: ClassVar[str] = ""
+    public: str = ""
     hub: ClassVar[str | None] = None  # "id/config" on the hub, None when the data come from a package
 
     options: ClassVar[dict[str, Any]] = {}
@@ -114,8 +129,23 @@ class Task:
         """Refuse settings that cannot work, before anything is loaded. Raises BadInput."""
 
     def train_size(self, data_dir: Path | None) -> int:
-        """Number of training examples N (public), without tokenising or loading a model."""
-        raise NotImplementedError
+        """Number of training examples N (public), without tokenising or loading a model. Raises CannotRun as `load`."""
+        return len(self.load(data_dir).train)
+
+    def pinned(self, data_dir: Path | None) -> dict[str, Any]:
+        """Options that follow from what the others name, such as the digest of a file: they become part of the run id.
+
+        Asked when a run is resolved, so whatever is wrong with such a file should be said here. Raises CannotRun.
+        """
+        return {}
+
+    def about(self, data_dir: Path | None) -> dict[str, Any]:
+        """What `dpft describe` says of the files beside sizes, classes and an example. Raises CannotRun as `load`."""
+        return {}
+
+    def is_here(self, data_dir: Path | None) -> bool:
+        """Whether `load` can do without the network."""
+        return self.hub is None or data_root(data_dir) is not None
 
     def load(self, data_dir: Path | None) -> Data:
         """Read the raw rows. Raises CannotRun with one sentence when the data are missing or damaged."""

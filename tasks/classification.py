@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, ClassVar
 
+from dpft.harness.errors import CannotRun
 from dpft.tasks.base import Data, Example, ModelSpec, Prepared, Task
 
 if TYPE_CHECKING:
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 class Classification(Task):
     """One label per example, judged by accuracy unless `metrics` says otherwise.
 
-    Besides the attributes of `Task`: `classes` (number of labels), `metrics` (all that are computed; `metric` is the headline).
+    Besides the attributes of `Task`: `classes` (number of labels, unless the data name them), `metrics` (all that are computed;
+    `metric` is the headline).
     """
 
     kind = "classification"
@@ -37,6 +40,19 @@ class Classification(Task):
         """(most likely labels, true labels) of one batch."""
         return logits(model, batch).argmax(dim=-1).tolist(), batch["labels"].tolist()
 
+    def count(self, data: Data) -> int:
+        """Number of classes."""
+        return len(data.classes) or self.classes
+
+    def judged(self, data: Data) -> dict[str, float]:
+        """`chance` and `threshold` of accuracy where the data name the classes: the share of the largest one in validation, and
+        halfway from there to 1.
+        """
+        if not data.classes:
+            return {}
+        chance = max(Counter(row["label"] for row in data.validation).values()) / len(data.validation)
+        return {"chance": chance, "threshold": (1 + chance) / 2}
+
     def make_metric(self) -> evaluate.Metric:
         """An `evaluate.Metric` that gives every name in `self.metrics`; nothing is fetched."""
         from dpft.tasks.metrics import make
@@ -48,11 +64,11 @@ class TextClassification(Classification):
     """Rows are `{"text": str, "label": int}`, with `"pair": str` where two texts are compared.
 
     Besides the attributes of `Classification`: `template` and `label_words` of the prompted `mlm` head, in the notation of
-    LM-BFF (see `prompts`).
+    LM-BFF (see `prompts`); without them the task has no such head.
     """
 
-    template: ClassVar[str]
-    label_words: ClassVar[tuple[str, ...]]
+    template: ClassVar[str] = ""
+    label_words: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, data: Data, spec: ModelSpec, generator: torch.Generator) -> Prepared:
         """Load the model with its head and tokenise every row.
@@ -62,11 +78,13 @@ class TextClassification(Classification):
         """
         from dpft.tasks import models, prompts, tokens
 
+        if spec.head == "mlm" and not self.template:
+            raise CannotRun(f"The task {self.name} has no prompt, which head=mlm needs; take head=mean or head=native.")
         source = models.resolve(spec.model)
         tokenizer = models.load_tokenizer(source)
         prompt = prompts.Prompt.of(self.template, self.label_words, tokenizer) if spec.head == "mlm" else None
         words = prompt.words if prompt else None
-        model, weights = models.load_model(source, spec.head, self.classes, generator, words)
+        model, weights = models.load_model(source, spec.head, self.count(data), generator, words)
         fields = tokens.Fields.of(model, tokenizer)
         encode = tokens.Encoder(tokenizer, fields, fields.checked_length(spec.max_length, spec.model), prompt)
         train, validation, public = (encode(rows) for rows in (data.train, data.validation, data.public))
@@ -80,6 +98,7 @@ class TextClassification(Classification):
             data_fingerprint=data.fingerprint,
             model_fingerprint=weights,
             public=public,
+            **self.judged(data),
         )
 
 

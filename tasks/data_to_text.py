@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpft.harness.errors import CannotRun
-from dpft.tasks import frames, mirror
+from dpft.tasks import mirror
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.downloads import data_root
 from dpft.tasks.generation import TextGeneration, split
+from dpft.tasks.own import columns, tabular
 
 if TYPE_CHECKING:
     import polars
@@ -73,10 +74,10 @@ class E2E(DataToText):
     threshold = 1.5
 
     def rows(self, table: polars.DataFrame, where: str) -> list[Example]:
-        columns = {"prompt": "meaning_representation", "response": "human_reference"}
+        names = {"prompt": "meaning_representation", "response": "human_reference"}
         return [
             {"prompt": e2e_prompt(row["prompt"]), "response": f" {' '.join(row['response'].split())}"}
-            for row in frames.texts(table, columns, where)
+            for row in columns.texts(tabular.of_frame(table, where), names)
         ]
 
 

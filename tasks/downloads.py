@@ -42,17 +42,21 @@ def sha256_hex(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def place(filename: str, data_dir: Path | None) -> Path:
+    """Where a source distribution is, in the mirror folder or the cache, or would be put."""
+    root = data_root(data_dir)
+    return root / filename if root is not None and (root / filename).is_file() else cache_dir() / "downloads" / filename
+
+
 def sdist(requirement: str, filename: str, sha256: str, data_dir: Path | None) -> bytes:
     """The bytes of a pinned source distribution, from the mirror folder, the cache, or pip (fetched once).
 
     requirement: `name==version`; sha256: hex, checked on every call over the very bytes that are returned. Raises
     CannotRun, saying where to put the file by hand, when it cannot be fetched or is not the pinned one.
     """
-    downloads = cache_dir() / "downloads"
-    root = data_root(data_dir)
-    path = downloads / filename if root is None or not (root / filename).is_file() else root / filename
+    path = place(filename, data_dir)
     if not path.is_file():
-        _fetch(requirement, filename, sha256, downloads)
+        _fetch(requirement, filename, sha256, path.parent)
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -38,7 +38,7 @@ class ImageClassification(Classification):
         if spec.head != "native":
             raise CannotRun(f"Image models have their native head only, not {spec.head!r}; leave head out.")
         source = pretraining.resolve(spec.model)
-        model, weights = models.load_model(source, "native", self.classes, generator, batch_norm=spec.batch_norm)
+        model, weights = models.load_model(source, "native", self.count(data), generator, batch_norm=spec.batch_norm)
         collate = Collator(Form.of(source, model.config))
         tokens, views = collate.form.tokens, None
         if spec.views > 1:
@@ -55,6 +55,7 @@ class ImageClassification(Classification):
             model_fingerprint=weights,
             train_collate=views,
             public=data.public,
+            **self.judged(data),
         )
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

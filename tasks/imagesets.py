@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,6 +10,7 @@ from dpft.tasks import mirror
 from dpft.tasks.base import Data, Example
 from dpft.tasks.downloads import data_root
 from dpft.tasks.images import ImageClassification, fingerprint, rows
+from dpft.tasks.pixels import decoded
 
 
 class ImageSet(ImageClassification):
@@ -50,22 +50,11 @@ class ImageSet(ImageClassification):
                 raise CannotRun(
                     f"{where} has the label {value} in row {number}; {self.name} knows 0 to {self.classes - 1}."
                 )
-        images = [self._decoded(cell, f"row {number} of {where}") for number, cell in enumerate(table[image])]
+        images = [
+            decoded(cell.get("bytes") if isinstance(cell, dict) else cell, self.channels, f"row {number} of {where}")
+            for number, cell in enumerate(table[image])
+        ]
         return rows(images, labels)
-
-    def _decoded(self, cell, where: str):
-        """The image of one cell, {"bytes": content of an image file, ...} or the bytes, as uint8 [channels, height, width]."""
-        import numpy
-        from PIL import Image, UnidentifiedImageError
-
-        content = cell.get("bytes") if isinstance(cell, dict) else cell
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                pixels = numpy.asarray(image.convert("RGB" if self.channels == 3 else "L"))
-        except (TypeError, UnidentifiedImageError, OSError) as error:
-            reason = (str(error).splitlines() or ["unreadable"])[0].rstrip(".")
-            raise CannotRun(f"The image in {where} cannot be decoded ({reason}); copy the file again.") from error
-        return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
 
 
 class Cifar10(ImageSet):

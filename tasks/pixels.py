@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,24 @@ class Form:
         patch = getattr(config, "patch_size", None)
         patch = patch[0] if isinstance(patch, list | tuple) else patch or STRIDE
         return cls(size, channels, mean, std, max(1, (size[0] // patch) * (size[1] // patch)))
+
+
+def decoded(content: bytes | None, channels: int, where: str, size: int = 0) -> numpy.ndarray:
+    """An image file as uint8 [channels, height, width], upright; size: 0, or the side of the square in its middle that is kept.
+
+    Raises CannotRun, naming `where`, when it cannot be decoded.
+    """
+    import numpy
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+            pixels = numpy.asarray(ImageOps.fit(upright, (size, size)) if size else upright)
+    except (TypeError, ValueError, SyntaxError, OSError, Image.DecompressionBombError) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0].rstrip(".")
+        raise CannotRun(f"The image in {where} cannot be decoded ({reason}); copy the file again.") from error
+    return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
 
 
 def _preprocessor(source: str) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from dpft.harness.errors import CannotRun
 from dpft.tasks import lexicon
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.classification import TextClassification
+from dpft.tasks.downloads import place
 from dpft.tasks.lexicon import SDIST, content_of
+from dpft.tasks.own.holdout import normalised
 
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 FILES = ("movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets", "tweets")
@@ -43,6 +45,10 @@ class Sentences(TextClassification):
     def fingerprint(self, data_dir: Path | None) -> str:
         """That of `load`; a constant, because the file is pinned by its hash, so nothing is fetched for it."""
         return FINGERPRINT
+
+    def is_here(self, data_dir: Path | None) -> bool:
+        """Whether the file has been fetched."""
+        return place(SDIST, data_dir).is_file()
 
     def load(self, data_dir: Path | None) -> Data:
         """Fetch (once), check and read the sentences. Raises CannotRun when they cannot be had."""
@@ -81,11 +87,6 @@ def decode(content: bytes) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError:
         return content.decode("cp1252")
-
-
-def normalised(text: str) -> str:
-    """The form in which two sentences count as the same: no case, single spaces."""
-    return " ".join(text.casefold().split())
 
 
 def distinct(sentences: list[tuple[str, float]]) -> list[Example]:

@@ -6,6 +6,8 @@ import json
 
 import click
 
+from dpft.harness.cli.options import data_dir_option, pairs
+
 
 @click.command("list")
 @click.argument("kind", type=click.Choice(["methods", "decoders", "clippings", "tasks", "suites", "boards"]))
@@ -25,12 +27,17 @@ def list_(kind, as_json):
 
 @click.command()
 @click.argument("name")
+@click.option("--set", "given", multiple=True, callback=pairs, metavar="KEY=VALUE", help="A setting of a task.")
+@data_dir_option
 @click.option("--json", "as_json", is_flag=True)
-def describe(name, as_json):
-    """Say what a method, decoder, clipping rule, task or suite is: reference, what it releases, defaults, runs."""
+def describe(name, given, data_dir, as_json):
+    """Say what a method, decoder, clipping rule, task or suite is: reference, what it releases, defaults, runs.
+
+    Of a task whose data are here also sizes, classes and an example, word for word: it may be private.
+    """
     from dpft.harness.runs.catalogue import description
 
-    found = description(name)
+    found = description(name, given, data_dir)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return

@@ -42,6 +42,11 @@ def pairs(context, parameter, items: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+data_dir_option = click.option(
+    "--data-dir", type=click.Path(path_type=Path), envvar="DPFT_DATA", help="Local mirror of data sets."
+)
+
+
 def spec_options(command):
     """The options that say what to run, collected into one dict `overrides`."""
     options = [
@@ -59,9 +64,7 @@ def spec_options(command):
             "--set", "more", multiple=True, callback=pairs, metavar="KEY=VALUE", help="Any other setting (repeatable)."
         ),
         click.option("--precision", type=click.Choice(["fp32", "bf16"])),
-        click.option(
-            "--data-dir", type=click.Path(path_type=Path), envvar="DPFT_DATA", help="Local mirror of data sets."
-        ),
+        data_dir_option,
         click.option("--results", type=click.Path(path_type=Path), default=Path("results/runs"), show_default=True),
     ]
     keys = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -57,6 +58,7 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     from dpft.harness.execution import jobs as processes
     from dpft.harness.execution import local as execution
     from dpft.harness.records.store import Store
+    from dpft.harness.runs import remarks
     from dpft.harness.runs.sources import Sources
     from dpft.harness.train.settings import Settings, pick_device
 
@@ -77,7 +79,7 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
         return _board(suite, overrides, store, settings, resume, jobs, budget, quiet)
     if budget is not None:
         raise BadInput("--budget is an option of leaderboards (`dpft list boards`); leave it out.")
-    runs = _runs(suite, overrides)
+    runs = _runs(suite, overrides, data_dir)
     store.open_for_writing()
     single = suite is None and len(runs) == 1
     policy = execution.Policy(retry_failed or single, overwrite, resume, _shard(shard), processes.began())
@@ -85,6 +87,10 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     pending = execution.pending(execution.shard(runs, policy.shard), store, policy, sources)
     settings = Settings(data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise)
     reporter = progress.reporter(len(pending), quiet)
+    for text in remarks.of_changes(runs, store):
+        reporter.note(text)
+    for text in remarks.of_data(pending, sources):
+        reporter.note(text, trouble=False)
     if executor == "ray":
         plugins = click.get_current_context().find_root().params.get("plugins", ())
         records = cluster.run_all(runs, store, settings, policy, reporter, jobs, plugins, sources)
@@ -181,9 +187,10 @@ def plan(suite, overrides, data_dir, results, tries, what_if, as_json):
         rows = contests.plan(suite, overrides, Store(results))
         click.echo(json.dumps(rows, indent=1) if as_json else tabulate(rows, headers="keys", tablefmt="github"))
         return
+    runs = _runs(suite, overrides, data_dir)
     if what_if:
-        return _what_if(_runs(suite, overrides), data_dir, as_json)
-    rows = overview(_runs(suite, overrides), Store(results), data_dir, tries)
+        return _what_if(runs, data_dir, as_json)
+    rows = overview(runs, Store(results), data_dir, tries)
     if as_json:
         click.echo(json.dumps(rows, indent=1, allow_nan=False))
         return
@@ -221,11 +228,11 @@ def _dimension(spec, data_dir) -> int:
     return release_dimension(spec, Settings(data_dir))
 
 
-def _runs(suite: str | None, overrides: dict[str, Any]):
+def _runs(suite: str | None, overrides: dict[str, Any], data_dir: Path | None):
     from dpft.harness.runs import suites
 
     if suite is not None:
-        return list(suites.load_suite(suite, overrides).runs)
+        return list(suites.load_suite(suite, overrides, data_dir).runs)
     if "task" not in overrides or "method" not in overrides:
         raise BadInput("Name a suite (`dpft list suites`), or give at least --task and --method.")
-    return suites.expand(overrides)
+    return suites.expand(overrides, data_dir)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpft.harness.errors import BadInput, unknown
+from dpft.harness.errors import BadInput, CannotRun, unknown
 from dpft.harness.leaderboard import board, space
 from dpft.harness.runs import registry, suites
+from dpft.harness.runs.resolve import of_task_option
+from dpft.tasks import example
 
 if TYPE_CHECKING:
     from dpft.methods.clipping.base import ClippingRule
@@ -42,8 +45,14 @@ def listing(kind: str) -> list[dict[str, Any]]:
     ]
 
 
-def description(name: str) -> dict[str, Any]:
-    """All there is to say of what is called `name`, of any kind. Raises BadInput with the nearest match."""
+def description(name: str, given: dict[str, Any] | None = None, data_dir: Path | None = None) -> dict[str, Any]:
+    """All there is to say of what is called `name`, of any kind.
+
+    given: options of a task, whose data in `data_dir` are then looked at, too. Raises BadInput with the nearest match, for
+    options of anything else, and as `tasks.example.found`.
+    """
+    if given and name in _known() and name not in registry.tasks():
+        raise BadInput(f"{name} is no task, and describes itself without settings; leave out --set.")
     if name in registry.methods():
         m = registry.methods()[name]
         decoder = registry.decoder(m.defaults.get("decoder", "mean"))
@@ -76,16 +85,7 @@ def description(name: str) -> dict[str, Any]:
     if name in registry.clippings():
         return _of_rule(registry.clippings()[name])
     if name in registry.tasks():
-        t = registry.tasks()[name]
-        keys = ("version", "kind", "description", "source", "metric", "higher_is_better", "chance", "threshold")
-        options = {"options": t.options} if t.options else {}
-        return {
-            "task": name,
-            **{key: getattr(t, key) for key in keys},
-            "data": _data(t),
-            **options,
-            **({"public": t.public} if t.public else {}),
-        }
+        return _of_task(registry.tasks()[name], given or {}, data_dir)
     if name in suites.suites():
         suite = suites.load_suite(name)
         return {
@@ -93,8 +93,38 @@ def description(name: str) -> dict[str, Any]:
             "description": suite.description,
             "runs": [f"{s.run_id} {s.label()}" for s in suite.runs],
         }
-    known = [*registry.methods(), *registry.decoders(), *registry.clippings(), *registry.tasks(), *suites.suites()]
-    raise unknown("method, decoder, clipping rule, task or suite", name, known)
+    raise unknown("method, decoder, clipping rule, task or suite", name, _known())
+
+
+def _known() -> list[str]:
+    return [*registry.methods(), *registry.decoders(), *registry.clippings(), *registry.tasks(), *suites.suites()]
+
+
+def _of_task(kind: type[Task], given: dict[str, Any], data_dir: Path | None) -> dict[str, Any]:
+    keys = ("version", "kind", "description", "source", "metric", "higher_is_better", "chance", "threshold")
+    facts = {key: getattr(kind, key) for key in keys}
+    if given and not kind.options:
+        raise BadInput(f"The task {kind.name} has no settings; leave out --set.")
+    if lacking := [key for key in given if key not in kind.options]:
+        raise unknown(f"setting of task {kind.name}", lacking[0], kind.options)
+    task = kind({key: of_task_option(key, value, kind.options[key]) for key, value in given.items()})
+    try:
+        if not (given or task.is_here(data_dir)):
+            raise CannotRun("Its data are not here, and are fetched by the first run or found with --data-dir.")
+        task.validate()
+        seen = example.found(task, data_dir)
+    except BadInput as problem:
+        if given:
+            raise
+        seen = {"example": f"not shown: {problem}"}
+    return {
+        "task": kind.name,
+        **{key: value for key, value in facts.items() if value is not None},
+        "data": _data(kind),
+        **({"options": kind.options} if kind.options else {}),
+        **({"public": task.public} if task.public else {}),
+        **seen,
+    }
 
 
 def _of_rule(rule: type[ClippingRule]) -> dict[str, Any]:
@@ -123,5 +153,5 @@ def _asked(method: str) -> list[dict[str, Any]] | str:
 
 
 def _data(task: type[Task]) -> str:
-    """Where the rows come from: a hub id, a package, or a file of the user's own."""
-    return task.hub or ("your own file" if "file" in task.options else "package")
+    """Where the rows come from: a hub id, a package, or files of the user's own."""
+    return task.hub or ("your own files" if "content" in task.options else "package")

@@ -143,7 +143,7 @@ def instance(spec: Any) -> Any:
 
 def _collect(package: str, base: type, group: str | None = None) -> dict[str, type]:
     root = importlib.import_module(package)
-    modules = [importlib.import_module(f"{package}.{m.name}") for m in pkgutil.iter_modules(root.__path__)]
+    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(root.__path__, f"{package}.")]
     found: dict[str, type] = {}
     for module in modules + _PLUGINS:
         for _, cls in inspect.getmembers(module, inspect.isclass):

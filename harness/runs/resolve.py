@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput, unknown
@@ -22,11 +23,11 @@ DEFAULTS: dict[str, Any] = {
 UNSETTABLE = {"options", "task_options", "task_version", "method_version", "decoder_version", "noise_stream"}
 
 
-def resolve(settings: dict[str, Any]) -> RunSpec:
+def resolve(settings: dict[str, Any], data_dir: Path | None = None) -> RunSpec:
     """Complete `settings` to a RunSpec: general defaults < the task's < the method's < what is given.
 
-    Keys that are no field of RunSpec are options of the method, its decoder or its clipping rule. Raises BadInput for unknown
-    names and bad values.
+    Keys that are no field of RunSpec are options of the method, its decoder, its clipping rule or its task. data_dir: where the
+    user's own files may lie, whose digest is part of the run. Raises BadInput for unknown names, bad values and bad files.
     """
     settings = {k: v for k, v in settings.items() if v is not None}
     names = {f.name for f in fields(RunSpec)} - UNSETTABLE
@@ -46,7 +47,7 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
         elif key in options:
             options[key] = _like(key, value, options[key])
         elif key in of_its_own:
-            of_its_own[key] = _like(key, value, of_its_own[key])
+            of_its_own[key] = of_task_option(key, value, of_its_own[key])
         else:
             both = settings["method"] if decoder.name == "mean" else f"{settings['method']} with decoder {decoder.name}"
             all_three = f"{both}, clipping {rule.name}" if rule.options else both
@@ -65,12 +66,15 @@ def resolve(settings: dict[str, Any]) -> RunSpec:
         task_options={key: value for key, value in of_its_own.items() if value != task.options[key]},
     )
     check(spec)
-    task(spec.task_options).validate()
+    chosen = task(spec.task_options)
+    chosen.validate()
+    if pinned := chosen.pinned(data_dir):
+        spec = replace(spec, task_options={**spec.task_options, **pinned})
     made = registry.make(spec.method, spec.decoder, spec.options, spec.clipping)
     made.validate(spec)
     made.rule.validate(spec, made.asks)
     for part, setting in ((made, "method"), (made.rule, "clipping")):
-        if part.needs_public and not task.public:
+        if part.needs_public and not chosen.public:
             raise BadInput(
                 f"{part.name} learns from public data, and the task {task.name} has none; take another {setting}, or a task "
                 f"with such: {', '.join(sorted(name for name, other in registry.tasks().items() if other.public))}."
@@ -86,6 +90,13 @@ def check(spec: RunSpec) -> None:
             raise BadInput(f"{key} must be a positive number, not None: {spec.method} is private; give one.")
     if (spec.views, spec.batch_norm) != (1, "refuse") and not registry.task(spec.task).images:
         raise BadInput(f"views and batch_norm are settings of image tasks, which {spec.task} is not; leave them out.")
+
+
+def of_task_option(key: str, value: Any, default: Any) -> Any:
+    """A task option's value with the type of its default; what is text may look like a number: a column, or a share."""
+    if isinstance(default, str) and isinstance(value, int | float):
+        return json.dumps(value)
+    return _like(key, value, default)
 
 
 def _like(key: str, value: Any, default: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ class Sources:
     def train_size(self, spec: RunSpec) -> int:
         """N of `spec`. Raises CannotRun as `data`."""
         return self._once(spec, "N", lambda task: task.train_size(self.data_dir))
+
+    def notes(self, spec: RunSpec) -> Sequence[str]:
+        """What the owner of the data of `spec` should know. Raises CannotRun as `data`."""
+        return self._once(spec, "notes", lambda task: task.load(self.data_dir).notes)
 
     def local(self, spec: RunSpec) -> bool:
         """Whether the data of `spec` can be looked at without asking the hub for them."""

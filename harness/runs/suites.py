@@ -22,10 +22,10 @@ class Suite:
     runs: tuple[RunSpec, ...]
 
 
-def load_suite(name: str, overrides: dict[str, Any] | None = None) -> Suite:
+def load_suite(name: str, overrides: dict[str, Any] | None = None, data_dir: Path | None = None) -> Suite:
     """The suite called `name` of tasks/suites.toml, or the one suite in the file at path `name`.
 
-    overrides: settings that replace those of every run (a list is a grid axis).
+    overrides: settings that replace those of every run (a list is a grid axis). data_dir: as of `resolve`.
     """
     path = Path(name)
     if path.suffix == ".toml":
@@ -44,7 +44,7 @@ def load_suite(name: str, overrides: dict[str, Any] | None = None) -> Suite:
     if extra or not suite.get("arms"):
         raise BadInput(f"Suite {name!r} needs `arms` and may have `description` and `base`; remove {sorted(extra)}.")
     given = {k: v for k, v in (overrides or {}).items() if v is not None}
-    runs = [run for arm in suite["arms"] for run in expand({**suite.get("base", {}), **arm, **given})]
+    runs = [run for arm in suite["arms"] for run in expand({**suite.get("base", {}), **arm, **given}, data_dir)]
     unique = {run.run_id: run for run in runs}
     return Suite(name, suite.get("description", ""), tuple(unique.values()))
 
@@ -56,7 +56,7 @@ def suites() -> dict[str, dict]:
     return _read_toml(files("dpft.tasks") / "suites.toml")
 
 
-def expand(settings: dict[str, Any]) -> list[RunSpec]:
+def expand(settings: dict[str, Any], data_dir: Path | None = None) -> list[RunSpec]:
     """One RunSpec per point of the grid that the list-valued settings span, in the order they are written.
 
     Raises BadInput where an axis has a value twice: its runs would count twice.
@@ -67,7 +67,7 @@ def expand(settings: dict[str, Any]) -> list[RunSpec]:
             if value in settings[key][:i]:
                 raise BadInput(f"The grid of {key} has {value!r} twice; give each value once.")
     points = itertools.product(*(settings[key] for key in axes))
-    return [resolve({**settings, **dict(zip(axes, point, strict=True))}) for point in points]
+    return [resolve({**settings, **dict(zip(axes, point, strict=True))}, data_dir) for point in points]
 
 
 def _read_toml(path) -> dict:

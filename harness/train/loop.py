@@ -32,7 +32,7 @@ def train(setup: Setup, run: Run, observe: Observer) -> None:
     spec, progress = setup.spec, run.progress
     setup.method.rule.start(spec, setup.mechanism.noise_multiplier, setup.engine.members, setup.prepared.model)
     optimizer = setup.method.optimizer(setup.parameters, setup.head, spec)
-    if setup.task.chance is None:
+    if setup.task.chance is None and setup.prepared.chance is None:
         run.outcome.untrained = evaluate(setup, run, spec.eval_examples)[setup.task.metric]
     progress.chain = chain.start(spec, setup.prepared.data_fingerprint, setup.prepared.model_fingerprint)
     if setup.checkpoint_path is not None:

@@ -105,7 +105,7 @@ class Outcome:
     """The record's `result` in the making.
 
     Attributes:
-        untrained: the metric before training, where the task has no `chance`.
+        untrained: the metric before training, where neither the task nor its data say what chance is.
         final: the metric at the end.
         metrics: all of them, at the end.
         definitions: of metrics that are defined differently elsewhere.

@@ -13,16 +13,17 @@ from dpft.harness.runs.spec import RunSpec
 from dpft.harness.statistics.thresholds import RULE, crossing
 from dpft.harness.train.parts import MEMORY_STEPS, Cost, Progress, Run, Setup
 from dpft.harness.train.settings import Settings
+from dpft.tasks.base import Task
 
 
 def privacy(
-    spec: RunSpec, privacy_plan: PrivacyPlan | None, progress: Progress, settings: Settings
+    spec: RunSpec, privacy_plan: PrivacyPlan | None, progress: Progress, settings: Settings, setup: Setup | None
 ) -> dict[str, Any] | None:
     """Target, ledger and certificate; None for a run without privacy, or one that never had a plan."""
     if privacy_plan is None or spec.epsilon is None:
         return None
     certificate = certify(progress.ledger.events, privacy_plan.delta, spec.epsilon, spec.noise_stream)
-    reached = _crossing(spec, progress)
+    reached = _crossing(spec, progress, setup)
     return {
         "target": spec.epsilon,
         "delta": privacy_plan.delta,
@@ -47,31 +48,37 @@ def privacy(
     }
 
 
-def _crossing(spec: RunSpec, progress: Progress):
-    task = registry.task(spec.task)
+def _crossing(spec: RunSpec, progress: Progress, setup: Setup | None):
     evaluated = [(row["step"], row["metric"]) for row in progress.curve if row["metric"] is not None]
     if not evaluated:
         return None
     steps, values = zip(*evaluated, strict=True)
-    return crossing(steps, values, task.threshold, task.higher_is_better)
+    task = registry.task(spec.task)
+    return crossing(steps, values, _known("threshold", task, setup), task.higher_is_better)
 
 
-def result(spec: RunSpec, run: Run) -> dict[str, Any]:
+def _known(fact: str, task: type[Task], setup: Setup) -> float | None:
+    """`chance` or `threshold`: the task's, or what its data say."""
+    return getattr(task, fact) if getattr(task, fact) is not None else getattr(setup.prepared, fact)
+
+
+def result(spec: RunSpec, run: Run, setup: Setup) -> dict[str, Any]:
     """The metric at the end and on the way, of a run that is done."""
-    task, reached, outcome = registry.task(spec.task), _crossing(spec, run.progress), run.outcome
+    task, reached, outcome = registry.task(spec.task), _crossing(spec, run.progress, setup), run.outcome
+    chance = _known("chance", task, setup)
     rows = [row for row in run.progress.curve if row["metric"] is not None]
     pick = max if task.higher_is_better else min
     return {
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
-        "chance": task.chance if task.chance is not None else outcome.untrained,
-        **({"chance_is": "the model before training"} if task.chance is None else {}),
+        "chance": chance if chance is not None else outcome.untrained,
+        **({"chance_is": "the model before training"} if chance is None else {}),
         "final": outcome.final,
         "all_metrics": outcome.metrics,
         **({"definitions": outcome.definitions} if outcome.definitions else {}),
         **({"samples": outcome.samples} if any(outcome.samples.values()) else {}),
         "best_step": pick(rows, key=lambda row: row["metric"])["step"],
-        "threshold": task.threshold,
+        "threshold": _known("threshold", task, setup),
         "steps_to_threshold": reached.step,
         "censored": reached.censored,
         "threshold_rule": RULE,

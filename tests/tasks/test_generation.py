@@ -116,49 +116,6 @@ def test_real_mirrors():
     assert len(held) == (len(held) + len(kept)) // 10 and not held & kept
 
 
-def test_text_files(tmp_path):
-    rows = [{"q": f"question {i} ", "a": f"answer {i}", "n": i} for i in range(40)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    polars.DataFrame(rows).write_parquet(tmp_path / "rows.parquet")
-    names = {"prompt": "q", "response": "a"}
-    made = [
-        registry.task("instruction")({"file": str(tmp_path / f"rows.{kind}"), **names}) for kind in ("jsonl", "parquet")
-    ]
-    first, second = (task.load(None) for task in made)
-    assert first == second and made[0].train_size(None) == len(first.train) == 36 and len(first.validation) == 4
-    assert {"prompt": "question 3\n", "response": "answer 3"} in [*first.train, *first.validation]
-    language = registry.task("causal-lm")({"file": "rows.parquet", "text": "a"})
-    assert language.load(tmp_path).train[0]["prompt"] == "" and len(language.load(tmp_path).validation) == 4
-    given = registry.task("causal-lm")({"file": "rows.parquet", "validation_file": "rows.jsonl", "text": "q"}).load(
-        tmp_path
-    )
-    assert len(given.train) == len(given.validation) == 40
-
-
-@pytest.mark.parametrize(
-    "options, complaint",
-    [
-        ({"file": "nowhere.parquet"}, "nowhere.parquet does not exist"),
-        ({"file": "rows.csv"}, "is neither a .parquet nor a .jsonl file"),
-        ({"file": "rows.jsonl", "text": "body"}, "has no column body; it has text, n"),
-        ({"file": "rows.jsonl", "text": "n"}, "The column n of .* holds Int64, not text"),
-        ({"file": "broken.jsonl"}, "is not a readable jsonl file"),
-        ({"file": "broken.parquet"}, "is not a readable parquet file"),
-        ({"file": "holes.jsonl"}, "has 2 rows without text"),
-        ({"file": "empty.jsonl"}, "is not a readable jsonl file|has no column|has no rows"),
-    ],
-)
-def test_text_files_that_cannot_be_used(options, complaint, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "a b", "n": 1}\n')
-    (tmp_path / "holes.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": "  "}\n')
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "broken.jsonl").write_text("{not json")
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(CannotRun, match=complaint) as error:
-        registry.task("causal-lm")(options).load(tmp_path)
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize(
     "more, complaint",
     [

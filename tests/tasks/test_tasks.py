@@ -347,3 +347,5 @@ def test_metrics_by_hand(monkeypatch, tmp_path):
 def test_metrics_of_a_constant_answer_are_numbers():
     found = metrics.make(("accuracy", "f1", "matthews_correlation")).compute(predictions=[0, 0], references=[1, 0])
     assert found == {"accuracy": 0.5, "f1": 0.0, "matthews_correlation": 0.0}
+    classes = metrics.make(("macro_f1",)).compute(predictions=[0, 0, 1, 1], references=[0, 0, 1, 2])
+    assert classes["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3), "a class that is never predicted counts as 0"

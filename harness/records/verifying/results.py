@@ -14,6 +14,7 @@ from dpft.harness.records.verifying.curves import Rows
 from dpft.harness.runs import registry
 
 SHARES = ("accuracy",)  # metrics that are a number of examples over all examples
+FROM_DATA = ("threshold", "chance")  # None: the task leaves them to its data
 UNLIKELY = 1e-9  # how improbable the last row may be, as a sample of what the final value is over
 
 
@@ -23,10 +24,10 @@ def findings(record: dict[str, Any], asked: Asked) -> Iterator[str]:
     if result["all_metrics"].get(result["metric"]) != result["final"]:
         yield f"final is {result['final']!r}, but all_metrics holds {result['all_metrics'].get(result['metric'])!r}."
     if asked.task is not None:
-        facts = ("metric", "higher_is_better", "threshold", *(["chance"] if asked.task.chance is not None else []))
-        for key in facts:
-            if result[key] != getattr(asked.task, key):
-                yield f"{key} of the result is {result[key]!r}, but task {spec.task} has {getattr(asked.task, key)!r}."
+        for key in ("metric", "higher_is_better", "threshold", "chance"):
+            expected = getattr(asked.task, key)
+            if result[key] != expected and not (expected is None and key in FROM_DATA):
+                yield f"{key} of the result is {result[key]!r}, but task {spec.task} has {expected!r}."
     if cost["example_gradients"] != spec.batch_size * spec.steps:
         yield f"example_gradients is {cost['example_gradients']}, but the spec asks for {spec.batch_size * spec.steps}."
     if cost["trainable_parameters"] > cost["total_parameters"]:
