@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from dpft.harness.cli import auditing, checking, listing, measuring, memory, noise, reporting, running
+from dpft.harness.cli import advising, auditing, checking, listing, measuring, memory, noise, reporting, running
 from dpft.harness.errors import BadInput
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -48,6 +48,7 @@ def cli(plugins: tuple[str, ...]) -> None:
 for command in (
     running.run,
     running.plan,
+    advising.advise,
     reporting.report,
     checking.check,
     reporting.verify,

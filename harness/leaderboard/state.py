@@ -15,6 +15,7 @@ from dpft.harness.leaderboard.board import Arm, Board, Contest, Rules
 from dpft.harness.runs.spec import RunSpec
 from dpft.harness.statistics.sequential import LEVEL, Sequential, verdict
 
+TINY = 1e-12  # a margin for a question that has none: is it worse at all
 Record = dict[str, Any]
 Look = Callable[[RunSpec], Record | None]  # the record of a run, None where it has not been made
 
@@ -110,6 +111,16 @@ def paired(one: Standing, other: Standing) -> list[float]:
     """Differences over the seeds that both have, in the order of seeds."""
     mine, theirs = one.finals, other.finals
     return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+
+
+def leading(found: list[Standing]) -> tuple[Standing, list[Standing], list[Standing]]:
+    """(the judged arm with the best mean, those not shown to be worse, those that are), of at least one judged arm."""
+    judged = sorted((one for one in found if not one.arm.control and one.finals), key=lambda one: -one.mean)
+    first, *others = judged
+    # the leader was chosen by the same data, so every pair counts
+    level = LEVEL / max(1, len(judged) * (len(judged) - 1) // 2)
+    behind = [one for one in others if verdict(paired(one, first), TINY, level).verdict == "worse"]
+    return first, [one for one in others if one not in behind], behind
 
 
 def wanted(board: Board, look: Look) -> list[RunSpec]:

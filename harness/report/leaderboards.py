@@ -8,9 +8,9 @@ import statistics
 from typing import Any
 
 from dpft.harness.leaderboard.board import Board, Contest, Rules
-from dpft.harness.leaderboard.state import Look, Standing, final, paired, standings
+from dpft.harness.leaderboard.state import Look, Standing, final, leading, standings
 from dpft.harness.report.text import Part, Table
-from dpft.harness.statistics.sequential import LEVEL, verdict
+from dpft.harness.statistics.sequential import LEVEL
 
 
 def parts(board: Board, look: Look) -> list[Part]:
@@ -23,26 +23,22 @@ def parts(board: Board, look: Look) -> list[Part]:
 
 def answer(contest: Contest, rules: Rules, found: list[Standing]) -> str:
     """Which method to use, in a sentence: who leads, who is not shown to be worse, the cheapest of these and its settings."""
-    judged = sorted((one for one in found if not one.arm.control and one.finals), key=lambda one: -one.mean)
-    if len(judged) < 2:
+    if sum(bool(one.finals) and not one.arm.control for one in found) < 2:
         return "No two methods have been tested yet."
-    first, *others = judged
-    level = LEVEL / (len(judged) * (len(judged) - 1) / 2)  # the leader is chosen by the same data, so all pairs count
-    behind = [one for one in others if verdict(paired(one, first), 1e-12, level).verdict == "worse"]
-    level_with = [one for one in others if one not in behind]
+    first, level_with, _ = leading(found)
     text = f"**{first.arm.name}** leads ({_share(first.mean, first)}"
     plain = next((one for one in found if one.arm.settings["method"] == "non-private" and one.finals), None)
     text += f"; non-private {_share(plain.mean, plain)})" if plain is not None else ")"
     if level_with:
         text += f"; not shown to be worse: {', '.join(one.arm.name for one in level_with)}"
-        cheapest = min([first, *level_with], key=_time)
+        cheapest = min([first, *level_with], key=step_time)
         text += f"; the cheapest of these is **{cheapest.arm.name}**"
     else:
         cheapest = first
         text += "; all others are worse"
     open_ = [one for one in found if one.verdict is not None and one.verdict.verdict == "undecided"]
-    judged_n = sum(one.verdict is not None for one in found)
-    text += f" ({_settings(cheapest)}). Against {rules.baseline} {judged_n - len(open_)} of {judged_n} verdicts are in."
+    judged = sum(one.verdict is not None for one in found)
+    text += f" ({_settings(cheapest)}). Against {rules.baseline} {judged - len(open_)} of {judged} verdicts are in."
     return text
 
 
@@ -81,7 +77,7 @@ def _row(one: Standing, base: Standing | None, rules: Rules) -> dict[str, str]:
         "against the baseline": _said(one, base, rules),
         "settings": _settings(one),
         "tuning gained": _gain(one),
-        "time": _ratio(one, base, _time),
+        "time": _ratio(one, base, step_time),
         "memory": _ratio(one, base, _memory),
     }
 
@@ -128,7 +124,7 @@ def _gain(one: Standing) -> str:
     return f"{max(firsts) - firsts[0]:+.3f} (of two trials {two - statistics.fmean(firsts):+.3f} over one)"
 
 
-def _time(one: Standing) -> float:
+def step_time(one: Standing) -> float:
     known = [c for r in one.records.values() if (c := r["cost"].get("step_cpu_s") or r["cost"].get("step_s"))]
     return statistics.median(known) if known else math.inf
 

@@ -219,3 +219,46 @@ def test_the_time_is_up_between_runs():
     assert driver.run(TINY, Folder(), lambda specs: made.make(specs[:1]), lambda: next(asked)) is False
     assert len(made.made) == 1
     assert driver.run(TINY, Folder(), made.make, lambda: False) is True
+
+
+def test_advice_is_of_the_nearest_contest_says_how_it_differs_and_prints_a_command_that_runs():
+    from dpft.harness.leaderboard import advice
+
+    board = boards.load("leaderboard")
+    board = dataclasses.replace(board, contests=board.contests[:2])
+    made = finished(
+        board, lambda spec: 0.7 + 0.1 * (spec.method == "prism") + 0.01 * (spec.epsilon or 9) + wobble(spec)
+    )
+    found = advice.advise(board, made.look, advice.Question("sentences", epsilon=7.0))
+    assert found.contest.title == "sentences epsilon 8" and found.apart == ["its epsilon is 8"]
+    assert [one.arm.name for one in found.level] == ["prism"] and found.plain.arm.name == "non-private"
+    near = advice.advise(board, made.look, advice.Question("sst2", "roberta-base", 67349, 3.0))
+    assert near.contest.title == "sentences epsilon 3"
+    assert near.apart[:2] == ["it is of task sentences", "its model is minilm-l6"]
+    line = advice.command(near.level[0], advice.Question("sst2", "roberta-base", 67349, 3.0))
+    assert (
+        "--task sst2" in line and "--model roberta-base" in line and "--method prism" in line and "--epsilon 3" in line
+    )
+    assert "--set schedule=linear" in line and "eval_every" not in line and "seed" not in line and "split" not in line
+    for question, message in (
+        (advice.Question("digits"), "No records are about"),
+        (advice.Question("sentences", epsilon=100.0), "within a factor of 4 of epsilon 100"),
+        (advice.Question("sentenses"), "did you mean 'sentences'"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            advice.advise(board, made.look, question)
+    with pytest.raises(BadInput, match="make some with `dpft run leaderboard`"):
+        advice.advise(board, Outcomes(quality).look, advice.Question("sentences"))
+
+
+def test_the_command_advises_from_records_and_holds_a_memory_limit(tmp_path, monkeypatch, dpft):
+    board = dataclasses.replace(boards.load("leaderboard"), contests=boards.load("leaderboard").contests[:1])
+    made = finished(board, lambda spec: 0.7 + 0.2 * (spec.method in ("dp-adam", "last-layer")) + wobble(spec))
+    monkeypatch.setattr(driver, "looking", lambda store: made.look)
+    monkeypatch.setattr(boards, "load", lambda name: board)
+    code, out, _ = dpft("advise", "--task", "sentences")
+    assert code == 0 and "just what was asked" in out and "dpft run --task sentences" in out and "leads" in out
+    code, out, err = dpft("advise", "--task", "sentences", "--memory", "200MiB")
+    assert code == 0 and "--method last-layer" in out and "it fits" in out
+    code, _, err = dpft("advise", "--task", "sentences", "--memory", "1MiB")
+    assert code == 2 and "known to fit into 1MiB" in err
