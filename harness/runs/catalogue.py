@@ -42,6 +42,12 @@ def listing(kind: str) -> list[dict[str, Any]]:
     ]
 
 
+def trouble(kind: str) -> list[str]:
+    """What a listing leaves out and why, a sentence each: entry points of installed packages that cannot be used."""
+    kinds = {"methods": "method", "decoders": "decoder", "clippings": "clipping rule", "tasks": "task"}
+    return registry.set_aside(kinds[kind]) if kind in kinds else []
+
+
 def description(name: str) -> dict[str, Any]:
     """All there is to say of what is called `name`, of any kind. Raises BadInput with the nearest match."""
     if name in registry.methods():

@@ -20,6 +20,7 @@ from torch import nn
 from dpft.harness.engine.base import Batch, RunningSums, Sums, zero_sums
 from dpft.harness.engine.fakes import has_values
 from dpft.harness.errors import BadInput, Diverged
+from dpft.harness.query import fitting
 from dpft.harness.query.noisy_sum import VALUES, NoisySum
 from dpft.harness.query.queries import Gradients, Nothing, Query, Seen, Values, named
 from dpft.harness.train.core import Core, Found, Watcher, encodings_of
@@ -45,7 +46,11 @@ class Answers:
         self._core, self._shares, self._batches, self._book = core, shares, batches, book
         self._watcher, self._asked, self.booked = watcher or Watcher(), set(), False
 
-    def __call__(self, **queries: Query) -> tuple[NoisySum, ...]:
+    def __call__(self, *unnamed: Query, **queries: Query) -> tuple[NoisySum, ...]:
+        if unnamed or not queries:
+            raise BadInput(
+                f"{self._core.asker} asks for nothing by name; name each question, for example ask(gradient=Gradients())."
+            )
         with self._core.clock(None):  # not the method's own time
             return self._answer(queries)
 
@@ -88,13 +93,15 @@ class Answers:
             self.booked = True
 
     def _admit(self, queries: Mapping[str, Query]) -> None:
+        asker = self._core.asker
+        fitting.check(queries, self._core.parameters, asker)
         for name in queries:
             if name not in self._shares:
                 raise BadInput(
-                    f"The method asks for {name!r}, which `releases` does not declare for this step; declare it."
+                    f"{asker} asks for {name!r}, which `releases` does not declare for this step; declare it."
                 )
             if name in self._asked:
-                raise BadInput(f"The method asks for {name!r} twice in one step; declare a second name and its share.")
+                raise BadInput(f"{asker} asks for {name!r} twice in one step; declare a second name and its share.")
             self._asked.add(name)
         if len(named(queries, Gradients)) > 1:
             raise BadInput("One call of `ask` takes one question for gradients; ask the second in a call of its own.")
