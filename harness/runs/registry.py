@@ -34,19 +34,21 @@ class Found:
     aside: dict[str, str] = field(default_factory=dict)
 
 
-def load_plugin(path: str | Path) -> None:
+def load_plugin(path: str | Path) -> ModuleType:
     """Import one Python file so that the methods, decoders, clipping rules and tasks it defines are registered.
 
     A file that is loaded already stays as it is. Raises BadInput when the file is missing, does not import, or defines
     something that breaks its contract (harness/plugins/contract.py).
     """
     path = Path(path)
-    if path.resolve() in (Path(module.__file__).resolve() for module in _PLUGINS):
-        return
+    for module in _PLUGINS:
+        if Path(module.__file__).resolve() == path.resolve():
+            return module
     module = loading.imported(path)
     loading.classes(module, _bases())
     _PLUGINS.append(module)
     forget()
+    return module
 
 
 def forget() -> None:

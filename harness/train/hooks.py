@@ -7,6 +7,7 @@ Classes are held to it when they are registered (harness/plugins/contract.py), q
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -35,6 +36,11 @@ def check_prepared(task: Any, made: Any) -> None:
             raise BadInput(
                 f"{who} gave {examples} examples of {split} and {lengths} {split}_lengths; give one for each."
             )
+    for what in ("data_fingerprint", "model_fingerprint"):
+        if not re.fullmatch("[0-9a-f]{64}", str(getattr(made, what))):
+            raise BadInput(
+                f"{who} gave the {what} {getattr(made, what)!r}; give 64 hex digits, as hashlib.sha256 does."
+            )
     head = getattr(made.model, "head_parameters", None)
     if head is None or isinstance(head, str):
         raise BadInput(
@@ -53,7 +59,7 @@ def check_trainable(method: Any, model: Any, head: Collection[str]) -> None:
 
 def _check_head(who: str, model: nn.Module, head: Collection[str]) -> None:
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name in head:
+    for name in sorted(head):
         if name not in names:
             raise BadInput(
                 f"{who} returned a model without the parameter {name}, which `head_parameters` names; keep the head's names."

@@ -182,13 +182,14 @@ ones = torch.ones
         (optimizing(lambda parameters, lr: torch.optim.SGD([parameters[BIAS]], lr)), [f"leaves out {WEIGHT}"]),
         # a model
         (method_of(prepare=lambda self, model, generator: None), ["`prepare` of method mine", "None", "return the model"]),
-        (method_of(prepare=lambda self, model, generator: Renamed(model)), ["without the parameter head.weight"]),
+        (method_of(prepare=lambda self, model, generator: Renamed(model)), ["without the parameter head.bias"]),
         (method_of(skip=lambda self, model: True), ["`skip`", "True", "a sentence"]),
         # a task
         (task_of(prepare=lambda self, data, spec, generator: None), ["`prepare` of task mine (class Mine)", "Prepared"]),
         (task_of(prepare=changed(model=5)), ["`prepare` of task mine", "type int", "torch.nn.Module"]),
         (task_of(prepare=changed(model=nn.Linear(2, 2))), ["`head_parameters`", "() for none"]),
         (task_of(prepare=changed(train_lengths=[1])), ["20000 examples of train and 1 train_lengths"]),
+        (task_of(prepare=changed(model_fingerprint="random")), ["the model_fingerprint 'random'", "64 hex digits"]),
         (task_of(loss=lambda self, model, batch: None), ["loss has type NoneType"]),
         (task_of(loss=lambda self, model, batch: Small.loss(self, model, batch).mean()), ["loss has shape ()"]),
         (task_of(predict=lambda self, model, batch: ([], [])), ["`predict` of task mine", "0 predictions"]),
