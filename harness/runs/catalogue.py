@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dpft.harness.errors import BadInput, unknown
+from dpft.harness.errors import unknown
 from dpft.harness.leaderboard import board, space
 from dpft.harness.runs import registry, suites
 
@@ -121,11 +121,12 @@ def _asked(method: str) -> list[dict[str, Any]] | str:
     """What a method asks in each kind of step, on the audit's model; a reason where it cannot train that."""
     from dpft.harness.runs.resolve import resolve
     from dpft.harness.train.described import questions
+    from dpft.harness.train.run import classify
 
     try:
         return questions(resolve({"task": "canaries", "method": method, "batch_size": 8, "steps": 100}))
-    except BadInput as reason:
-        return f"not shown: {reason}"
+    except Exception as reason:  # a plug-in may do anything
+        return f"not shown: {classify(reason)[1]}"
 
 
 def _data(task: type[Task]) -> str:

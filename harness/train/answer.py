@@ -23,6 +23,7 @@ from dpft.harness.errors import BadInput, Diverged
 from dpft.harness.query import fitting
 from dpft.harness.query.noisy_sum import VALUES, NoisySum
 from dpft.harness.query.queries import Gradients, Nothing, Query, Seen, Values, named
+from dpft.harness.train import hooks
 from dpft.harness.train.core import Core, Found, Watcher, encodings_of
 from dpft.harness.train.mechanism import BESIDE
 from dpft.harness.train.row_sum import Rows
@@ -79,7 +80,9 @@ class Answers:
 
     def _amended(self, gradient: Gradients) -> tuple[Gradients, Mapping[str, Values]]:
         if gradient.bound is None:
-            return self._core.rule.amend(gradient)
+            amended = self._core.rule.amend(gradient)
+            hooks.check_amended(self._core.rule, amended)
+            return amended
         if self._core.rule.adaptive:
             raise BadInput(
                 "The method sets the bound of its gradients itself, so no clipping rule can; leave out clipping."

@@ -17,6 +17,7 @@ from torch import nn
 from dpft.harness.errors import BadInput
 from dpft.harness.plugins.contract import called
 from dpft.harness.query import fitting
+from dpft.harness.query.queries import Gradients
 from dpft.harness.query.updates import LazyUpdates
 from dpft.tasks.base import Prepared
 
@@ -106,6 +107,16 @@ def check_update(method: Any, update: Any, parameters: Mapping[str, nn.Parameter
             raise BadInput(f"{who}: {problem}")
         if not isinstance(update, LazyUpdates) and (problem := fitting.misfit(update[name], parameters[name])):
             raise BadInput(f"{who}: the update of {name} {problem}")
+
+
+def check_amended(rule: Any, made: Any) -> None:
+    """What `ClippingRule.amend` returned. Raises BadInput."""
+    pair = isinstance(made, tuple) and len(made) == 2
+    if not (pair and isinstance(made[0], Gradients) and isinstance(made[1], Mapping)):
+        raise BadInput(
+            f"`amend` of clipping rule {called(rule)} returned {fitting.kind_of(made)}; return the question for gradients and a "
+            "dictionary of further questions."
+        )
 
 
 def check_predictions(task: Any, predictions: Any, references: Any, count: int) -> None:

@@ -15,6 +15,7 @@ from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import run
 from dpft.harness.train.settings import Settings
 from dpft.methods.base import Method
+from dpft.methods.clipping.base import ClippingRule
 from dpft.methods.decoders.base import Decoder
 from dpft.tasks.lowrank import LowRank
 
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 WEIGHT, BIAS = "features.weight", "features.bias"
 SHAPES = {WEIGHT: [64, 256], BIAS: [64], "head.weight": [256, 64], "head.bias": [256]}
+
+BASES = {Method: "method", Decoder: "decoder", ClippingRule: "clipping rule", LowRank: "task"}
 
 
 @pytest.fixture
@@ -31,11 +34,9 @@ def ended(monkeypatch):
     def ending(*parts, **more):
         names = {"method": "dp-sgd", "task": "small", "model": "layers"}
         for cls in (Small, *parts):
-            kind = next(
-                k for k, base in (("method", Method), ("decoder", Decoder), ("task", LowRank)) if issubclass(cls, base)
-            )
+            kind = next(kind for base, kind in BASES.items() if issubclass(cls, base))
             monkeypatch.setitem(registry._found(kind).classes, cls.name, cls)
-            names[kind] = cls.name
+            names[kind.split()[0]] = cls.name
         spec = resolve({"batch_size": 64, "steps": 2, "eval_every": 2, "epsilon": 0.5, **names, **more})
         record, _ = run.execute(spec, Settings(), lambda step, row: None)
         return record["status"], record["error"]
@@ -61,6 +62,10 @@ def method_of(**members):
 
 def decoder_of(decode):
     return type("Mine", (Decoder,), {"name": "mine", "decode": lambda self, noisy, step: decode(noisy.mean())})
+
+
+def rule_of(**members):
+    return type("Mine", (ClippingRule,), {"name": "mine", **members})
 
 
 def task_of(**members):
@@ -145,6 +150,9 @@ ones = torch.ones
         (decoder_of(lambda mean: None), ["`decode` of decoder mine (class Mine)", "returned None"]),
         (decoder_of(lambda mean: {"bias": mean[BIAS]}), ["`decode` of decoder mine", "'bias'"]),
         (decoder_of(lambda mean: {BIAS: mean[BIAS][None]}), ["`decode` of decoder mine", f"{BIAS} has shape [1, 64]"]),
+        # what a clipping rule does
+        (rule_of(amend=lambda self, gradient: gradient), ["`amend` of clipping rule mine (class Mine)", "type Gradients"]),
+        (rule_of(function="abadie"), ["no clipping function called 'abadie'", "did you mean 'abadi'?"]),
         # questions
         (asking(Gradients()), ["Method mine (class Mine) asks for nothing by name", "ask(gradient=Gradients())"]),
         (asking(), ["asks for nothing by name"]),
@@ -239,3 +247,17 @@ def test_what_fits_is_let_through(ended):
             return groups(parameters, spec.lr, lr_factor=0.5)
 
     assert ended(Mine) == ("done", None)
+
+
+@pytest.mark.parametrize(
+    "made, words",
+    [
+        (stepping(lambda mean: 1 / 0), "not shown: ZeroDivisionError at test_running.py"),
+        (method_of(prepare=lambda self, model, generator: None), "not shown: `prepare` of method mine"),
+        (asking(gradient=5), "not shown: Method mine (class Mine) asks for 'gradient'"),
+    ],
+)
+def test_a_method_that_fails_is_described_all_the_same(dpft, monkeypatch, made, words):
+    monkeypatch.setitem(registry._found("method").classes, "mine", made)
+    code, out, err = dpft("describe", "mine")
+    assert code == 0 and err == "" and f"releases: {words}" in out
