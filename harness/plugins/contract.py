@@ -76,9 +76,10 @@ def bad_name(name: Any) -> str | None:
     """What is wrong with a name under which something is registered, and what to do; None: nothing."""
     if isinstance(name, str) and NAME.fullmatch(name):
         return None
+    near = slug(str(name))[:40].rstrip("-")
     return (
         f"the name {name!r} is not up to 40 lower-case letters, digits, hyphens, dots and underscores, a letter first; write "
-        f"for example {slug(str(name)) if slug(str(name))[0].isalpha() else 'mine'!r}."
+        f"for example {near if near[0].isalpha() else 'mine'!r}."
     )
 
 
@@ -224,12 +225,15 @@ def _chosen(value: Any, limits: Any) -> bool:
 
 
 def _within(value: Any, limits: Any) -> bool:
-    numbers = isinstance(limits, (tuple, list)) and len(limits) == 2 and all(_is(n, int, float) for n in limits)
-    return numbers and _is(value, int, float) and limits[0] <= value <= limits[1]
+    return _pair(limits) and _is(value, int, float) and limits[0] <= value <= limits[1]
+
+
+def _pair(limits: Any) -> bool:
+    return isinstance(limits, (tuple, list)) and len(limits) == 2 and all(_is(n, int, float) for n in limits)
 
 
 def _of_a_method(cls: type) -> Iterator[str]:
-    """`asks` and `defaults`, which methods alone have."""
+    """`asks`, `defaults` and `space`, which methods alone have."""
     if not hasattr(cls, "asks"):
         return
     if not (isinstance(cls.asks, tuple) and cls.asks and set(cls.asks) <= {Gradients, Values, Nothing}):
@@ -246,3 +250,8 @@ def _of_a_method(cls: type) -> Iterator[str]:
                 typed(key, value)
             except BadInput as problem:
                 yield f"`defaults` sets {problem}"
+    for key, limits in cls.space.items():
+        if key not in SETTINGS - OF_THE_RUN | cls.options.keys():
+            yield f"`space` speaks of {key}: {unknown('setting', str(key), SETTINGS - OF_THE_RUN | cls.options.keys())}"
+        elif not (_pair(limits) and 0 < limits[0] <= limits[1] < math.inf):
+            yield f"`space` gives {key} {limits!r}; give its least and its greatest value, both above 0."

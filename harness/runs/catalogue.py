@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dpft.harness.errors import unknown
+from dpft.harness.errors import BadInput, unknown
 from dpft.harness.leaderboard import board, space
 from dpft.harness.runs import registry, suites
 
@@ -100,7 +100,8 @@ def description(name: str) -> dict[str, Any]:
             "runs": [f"{s.run_id} {s.label()}" for s in suite.runs],
         }
     known = [*registry.methods(), *registry.decoders(), *registry.clippings(), *registry.tasks(), *suites.suites()]
-    raise unknown("method, decoder, clipping rule, task or suite", name, known)
+    aside = [sentence for kind in registry.KINDS for sentence in registry.set_aside(kind)]
+    raise BadInput(" ".join([str(unknown("method, decoder, clipping rule, task or suite", name, known)), *aside]))
 
 
 def _of_rule(rule: type[ClippingRule]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ DECODE = "def decode(self, noisy, step): return noisy.mean()"
         # defaults and options
         (of("Method", "defaults = {'learning_rate': 1e-3}"), ["`defaults` sets learning_rate"]),
         (of("Method", "defaults = {'clipnorm': 1.0}"), ["`defaults` sets clipnorm", "did you mean 'clip_norm'?"]),
-        (of("Method", "defaults = {'lr': 'fast'}"), ["`defaults` sets lr = 'fast'", "not float"]),
+        (of("Method", "defaults = {'lr': 'fast'}"), ["`defaults` sets lr", "correct it"]),
         (of("Method", "defaults = {'method_version': 2}"), ["`defaults` sets method_version"]),
         (of("Method", "defaults = {'seed': 2}"), ["`defaults` sets seed", "leave it out"]),
         (of("Method", "options = {'rank': 1}", "defaults = {'rank': 2}"), ["`defaults` sets rank", "`options`"]),
@@ -98,6 +98,9 @@ DECODE = "def decode(self, noisy, step): return noisy.mean()"
         (of("Method", "options = {'rank': 1}", "ranges = {'rnk': (1, 2)}"), ["`ranges`", "did you mean 'rank'?"]),
         (of("Method", "options = {'rank': 1}", "ranges = {'rank': (2, 3)}"), ["'rank' is 1", "`ranges`"]),
         (of("Method", "options = {'rank': 1}", "ranges = {'rank': 2}"), ["'rank' is 1", "`ranges`"]),
+        (of("Method", "space = {'rank': (1, 2)}"), ["`space` speaks of rank"]),
+        (of("Method", "space = {'lr': (0.0, 1.0)}"), ["`space` gives lr (0.0, 1.0)", "above 0"]),
+        (of("Method", "space = {'lr': 1.0}"), ["`space` gives lr 1.0"]),
         (of("Method", "options = {'form': 'a'}", "choices = {'form': ('b', 'c')}"), ["'form' is 'a'", "`choices`"]),
     ],
 )  # fmt: skip
@@ -234,6 +237,8 @@ def test_a_broken_entry_point_stops_those_alone_who_ask_for_it(installed, dpft, 
         assert all(word in str(refused.value) for word in ("entry point mine", "mine-pkg", *words))
     code, out, err = dpft("list", "methods")
     assert code == 0 and "dp-sgd" in out and "entry point mine" in err
+    code, out, err = dpft("describe", "mine")
+    assert code == 2 and "no method" in err and "entry point mine" in err
 
 
 def test_an_entry_point_that_is_fine_is_a_method_like_others(installed, dpft):

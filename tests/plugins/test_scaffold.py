@@ -4,7 +4,9 @@ import importlib.util
 import inspect
 import re
 import shlex
-import tomllib
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -106,9 +108,23 @@ def test_conformance_says_what_is_wrong(here):
 def test_the_document_names_the_groups_and_classes_that_there_are():
     rows = re.findall(r"\| `(\w+)` \| `([\w.]+)` \| `([\w.]+)` \|", DOCUMENT)
     assert rows == [(base, f"{package}.base", group) for package, base, group in registry.KINDS.values()]
+
+
+def test_the_package_of_the_document_is_found_where_it_is_installed(here, dpft, monkeypatch):
+    """Built as pip builds it without isolation, so without a network."""
+    pytest.importorskip("setuptools")
+    for kind in ("method", "task"):
+        assert dpft("new", kind, f"my-{kind}")[0] == 0
     (template,) = re.findall(r"```toml\n(.*?)```", DOCUMENT, re.DOTALL)
-    project = tomllib.loads(template)
-    groups = project["project"]["entry-points"]
-    assert groups.keys() <= {group for *_, group in registry.KINDS.values()}
-    modules = {value.partition(":")[0] for points in groups.values() for value in points.values()}
-    assert modules == set(project["tool"]["setuptools"]["py-modules"])
+    (here / "pyproject.toml").write_text(template)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel('made')"
+    subprocess.run([sys.executable, "-c", build], check=True, capture_output=True)
+    (wheel,) = (here / "made").glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(here / "installed")
+    monkeypatch.syspath_prepend(here / "installed")
+    registry.forget()
+    for cls in (registry.method("my-method"), registry.task("my-task")):
+        assert Path(inspect.getfile(cls)).parent == here / "installed"
+    assert [registry.set_aside(kind) for kind in registry.KINDS] == [[], [], [], []]
+    monkeypatch.undo()  # `here` forgets afterwards
