@@ -5,21 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from dpft.methods.base import Method
+from dpft.methods.targets import attention_projections, unknown_projections
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from dpft.harness.runs.spec import RunSpec
-
-# Attention projections by the names the architectures give them; the first group that a model has is used.
-TARGETS = (
-    ("query", "key", "value"),  # BERT, RoBERTa, ELECTRA
-    ("q_lin", "k_lin", "v_lin"),  # DistilBERT
-    ("query_proj", "key_proj", "value_proj"),  # DeBERTa-v2
-    ("q_proj", "k_proj", "v_proj"),  # OPT, Llama, Qwen
-    ("c_attn",),  # GPT-2
-)
 
 
 class DPLoRA(Method):
@@ -39,7 +31,7 @@ class DPLoRA(Method):
 
     def skip(self, model: nn.Module) -> str | None:
         if self.settings["targets"] == "attention" and not self._targets(model):
-            return f"{self.name} knows no attention projections of this model; set `targets` to module names."
+            return unknown_projections(self.name, model)
         return None
 
     def prepare(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -48,6 +40,8 @@ class DPLoRA(Method):
 
         head = set(model.head_parameters)
         model.requires_grad_(False)
+        if not hasattr(model, "base_model_prefix"):
+            model.base_model_prefix = ""  # PEFT asks it of whatever holds a model of transformers
         config = LoraConfig(
             r=self.settings["rank"],
             lora_alpha=self._alpha(),
@@ -75,8 +69,7 @@ class DPLoRA(Method):
     def _targets(self, model: nn.Module) -> list[str]:
         if self.settings["targets"] != "attention":
             return self.settings["targets"].split(",")
-        ends = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-        return next((list(group) for group in TARGETS if ends.issuperset(group)), [])
+        return attention_projections(model)
 
 
 class FFALoRA(DPLoRA):

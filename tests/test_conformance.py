@@ -234,7 +234,7 @@ def test_zero_noise_and_infinite_clip_is_the_non_private_optimizer(method, setup
     engine = PlainEngine(plain.prepared.model, plain.engine.loss, plain.parameters, plain.clock)
     plain = not_private(plain, engine=engine)
     for one in (private, plain):  # plain SGD: Adam would turn rounding of a zero gradient into a full step
-        one.method.optimizer = lambda parameters, head, spec: torch.optim.SGD(parameters.values(), lr=0.5)
+        one.method.optimizer = lambda parameters, head, spec: torch.optim.SGD(parameters.values(), lr=spec.lr)
         trained(one, watched=False)
     for name in private.parameters:
         a, b = private.parameters[name], plain.parameters[name]

@@ -6,7 +6,18 @@ import sys
 
 import click
 
-from dpft.harness.cli import advising, auditing, checking, listing, measuring, memory, noise, reporting, running
+from dpft.harness.cli import (
+    advising,
+    auditing,
+    checking,
+    listing,
+    measuring,
+    memory,
+    noise,
+    reporting,
+    running,
+    writing,
+)
 from dpft.harness.errors import BadInput
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -60,5 +71,6 @@ for command in (
     memory.memory,
     noise.noise,
     auditing.audit,
+    writing.new,
 ):
     cli.add_command(command)

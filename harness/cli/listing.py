@@ -14,9 +14,11 @@ from dpft.harness.cli.options import data_dir_option, pairs
 @click.option("--json", "as_json", is_flag=True)
 def list_(kind, as_json):
     """List what there is."""
-    from dpft.harness.runs.catalogue import listing
+    from dpft.harness.runs.catalogue import listing, trouble
 
     rows = listing(kind)
+    for sentence in trouble(kind):
+        click.echo(f"dpft: left out: {sentence}", err=True)
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return

@@ -89,10 +89,9 @@ class Engine:
         """Per-example losses, shape checked."""
         losses = self.loss(self.model, batch)
         size = len(next(iter(batch.values())))
-        if losses.shape != (size,):
-            raise BadInput(
-                f"The task's loss has shape {tuple(losses.shape)} for {size} examples; return one loss per example."
-            )
+        if not isinstance(losses, torch.Tensor) or losses.shape != (size,):
+            seen = f"shape {tuple(losses.shape)}" if hasattr(losses, "shape") else f"type {type(losses).__name__}"
+            raise BadInput(f"The task's loss has {seen} for {size} examples; return one loss per example.")
         return losses
 
     def clip(self, squares: dict[str, torch.Tensor], bound: Bound) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dpft.harness.errors import unknown
 from dpft.harness.query.queries import Bound
 
 GAMMA = 0.01  # the stabiliser of auto-s and psac, as published
@@ -38,11 +39,16 @@ FUNCTIONS = {"abadi": abadi, "auto-s": auto_s, "psac": psac}
 class Clipping:
     """function: a name in FUNCTIONS. groups: `flat`, one bound for all parameters together; `layer`, one for each module that
     owns parameters; `block`, one for each numbered block and one for the rest. Of one bound C each of K groups gets
-    C/sqrt(K), so one example's whole contribution is at most C and the noise is that of flat clipping (2212.01539).
+    C/sqrt(K), so one example's whole contribution is at most C and the noise is that of flat clipping (2212.01539). Raises
+    BadInput for another function.
     """
 
     function: str = "abadi"
     groups: str = "flat"
+
+    def __post_init__(self) -> None:
+        if self.function not in FUNCTIONS:
+            raise unknown("clipping function", str(self.function), FUNCTIONS)
 
     def group_of(self, name: str) -> str:
         """The group of the parameter called `name`."""

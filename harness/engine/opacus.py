@@ -51,7 +51,7 @@ class OpacusEngine(Engine):
         with self.clock("backward"):
             try:
                 losses.sum().backward()
-            except (RuntimeError, ValueError, AttributeError) as error:
+            except (RuntimeError, ValueError, AttributeError, TypeError) as error:
                 if "memory" in str(error):
                     raise
                 raise CannotRun(f"Opacus fails on this model ({error}); use --engine factored or reference.") from error

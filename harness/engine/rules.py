@@ -24,10 +24,24 @@ Rule = Callable[[list[Use], str, Encoding], Piece]
 def rule_for(path: str, module: nn.Module) -> Rule:
     """The rule of a layer. Raises CannotRun, naming it, for a layer that is known to mix examples or hides what it does."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        raise CannotRun(f"Layer {path} is a BatchNorm, which mixes examples; convert it to GroupNorm.")
+        _refuse_batch_statistics(path, module)
     rule = _by_type(module)
-    refuse_hidden(path, module, by_type=rule not in (_by_vmap, _recomputed))
+    refuse_hidden(path, module, by_type=rule not in (_by_vmap, _recomputed, _batch_norm))
     return rule
+
+
+def _refuse_batch_statistics(path: str, module: nn.Module) -> None:
+    """In evaluation mode, with running statistics, BatchNorm is a scale and a shift, and mixes nothing."""
+    if module.training or module.running_mean is None:
+        raise CannotRun(
+            f"Layer {path} is a BatchNorm that normalises by its batch, which mixes examples; convert it to GroupNorm, or keep "
+            "it in evaluation mode by a `train` of its own."
+        )
+
+
+def _batch_norm(uses: list[Use], local: str, encoding: Encoding) -> Piece:
+    _refuse_batch_statistics(uses[0].path, uses[0].module)  # its mode may be another one by now
+    return _by_vmap(uses, local, encoding)
 
 
 def _by_type(module: nn.Module) -> Rule:
@@ -35,6 +49,8 @@ def _by_type(module: nn.Module) -> Rule:
         return _embedding
     if hasattr(module, "linear_factors"):
         return _recomputed
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return _batch_norm
     if "forward" in vars(module):  # put on the instance: its type says nothing
         return _by_vmap
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and _plain(module) and ordinary(module):

@@ -122,7 +122,10 @@ class Recorder:
 
     def _tapped(self, use: Use, args, kwargs, output) -> torch.Tensor:
         if not isinstance(output, torch.Tensor):
-            raise CannotRun(f"Layer {use.path} returns no single tensor; freeze it or use --engine reference.")
+            raise CannotRun(
+                f"Layer {use.path} ({type(use.module).__name__}) returns no single tensor, so what each example adds to its "
+                "gradient cannot be told; freeze it or use --engine reference."
+            )
         tensors: list[torch.Tensor] = []
         use.arguments = pytree.tree_map_only(torch.Tensor, lambda t: _place(tensors, t), (args, kwargs))
         tensors, output = self._rows_per_example(use, tensors, output)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
+from dpft.harness.errors import BadInput
+
 if TYPE_CHECKING:  # methods are listed and records verified without torch
     import torch
     from torch import nn
@@ -71,9 +73,17 @@ def apply(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter],
     for names in _bundles(parameters, updates.parts) if isinstance(updates, LazyUpdates) else [list(parameters)]:
         for name in names:
             if name in updates:  # others stay where they are
-                parameters[name].grad = updates[name].to(parameters[name].dtype)
+                parameters[name].grad = _fitted(name, updates[name], parameters[name])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def _fitted(name: str, update: torch.Tensor, p: nn.Parameter) -> torch.Tensor:
+    from dpft.harness.query.fitting import misfit
+
+    if problem := misfit(update, p):
+        raise BadInput(f"The update of {name} {problem}")
+    return update.to(p.dtype)
 
 
 def _is_plain(optimizer: torch.optim.Optimizer) -> bool:

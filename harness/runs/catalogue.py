@@ -45,6 +45,12 @@ def listing(kind: str) -> list[dict[str, Any]]:
     ]
 
 
+def trouble(kind: str) -> list[str]:
+    """What a listing leaves out and why, a sentence each: entry points of installed packages that cannot be used."""
+    kinds = {"methods": "method", "decoders": "decoder", "clippings": "clipping rule", "tasks": "task"}
+    return registry.set_aside(kinds[kind]) if kind in kinds else []
+
+
 def description(name: str, given: dict[str, Any] | None = None, data_dir: Path | None = None) -> dict[str, Any]:
     """All there is to say of what is called `name`, of any kind.
 
@@ -93,7 +99,8 @@ def description(name: str, given: dict[str, Any] | None = None, data_dir: Path |
             "description": suite.description,
             "runs": [f"{s.run_id} {s.label()}" for s in suite.runs],
         }
-    raise unknown("method, decoder, clipping rule, task or suite", name, _known())
+    aside = [sentence for kind in registry.KINDS for sentence in registry.set_aside(kind)]
+    raise BadInput(" ".join([str(unknown("method, decoder, clipping rule, task or suite", name, _known())), *aside]))
 
 
 def _known() -> list[str]:
@@ -145,11 +152,12 @@ def _asked(method: str) -> list[dict[str, Any]] | str:
     """What a method asks in each kind of step, on the audit's model; a reason where it cannot train that."""
     from dpft.harness.runs.resolve import resolve
     from dpft.harness.train.described import questions
+    from dpft.harness.train.run import classify
 
     try:
         return questions(resolve({"task": "canaries", "method": method, "batch_size": 8, "steps": 100}))
-    except BadInput as reason:
-        return f"not shown: {reason}"
+    except Exception as reason:  # a plug-in may do anything
+        return f"not shown: {classify(reason)[1]}"
 
 
 def _data(task: type[Task]) -> str:

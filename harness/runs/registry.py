@@ -1,109 +1,113 @@
 """Name -> class for methods, decoders, clipping rules and tasks: modules of their packages, entry points, plug-in files."""
 
+from __future__ import annotations
+
 import importlib
-import importlib.util
 import inspect
 import pkgutil
-import sys
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from itertools import combinations
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from dpft.harness.errors import BadInput, unknown
+from dpft.harness.plugins import loading
+
+# What is registered: what messages call it -> (the package that is searched, the base class, the group of entry points)
+KINDS = {
+    "method": ("dpft.methods", "Method", "dpft.methods"),
+    "decoder": ("dpft.methods.decoders", "Decoder", "dpft.decoders"),
+    "clipping rule": ("dpft.methods.clipping", "ClippingRule", "dpft.clippings"),
+    "task": ("dpft.tasks", "Task", "dpft.tasks"),
+}
+_PLUGINS: list[ModuleType] = []
 
 
-def load_plugin(path: str | Path) -> None:
+@dataclass(frozen=True)
+class Found:
+    """What there is of a kind: classes by name, and what is wrong with entry points that had to be set aside, by theirs."""
+
+    classes: dict[str, type] = field(default_factory=dict)
+    aside: dict[str, str] = field(default_factory=dict)
+
+
+def load_plugin(path: str | Path) -> ModuleType:
     """Import one Python file so that the methods, decoders, clipping rules and tasks it defines are registered.
 
-    Raises BadInput when the file is missing or does not import.
+    A file that is loaded already stays as it is. Raises BadInput when the file is missing, does not import, or defines
+    something that breaks its contract (harness/plugins/contract.py).
     """
     path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"There is no plug-in file {path}; give the path of a Python file.")
-    name = f"dpft_plugin_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise BadInput(
-            f"The plug-in file {path} does not import ({type(error).__name__}: {error}); mend it."
-        ) from error
+    for module in _PLUGINS:
+        if Path(module.__file__).resolve() == path.resolve():
+            return module
+    module = loading.imported(path)
+    loading.classes(module, _bases())
     _PLUGINS.append(module)
     forget()
+    return module
 
 
 def forget() -> None:
     """Collect anew at the next question."""
-    for collection in (methods, decoders, clippings, tasks):
-        collection.cache_clear()
+    _found.cache_clear()
 
 
-_PLUGINS: list = []
-
-
-@cache
 def methods() -> dict[str, type]:
     """All registered methods by name."""
-    from dpft.methods.base import Method
-
-    return _collect("dpft.methods", Method)
+    return _found("method").classes
 
 
-@cache
 def decoders() -> dict[str, type]:
     """All registered decoders by name."""
-    from dpft.methods.decoders.base import Decoder
-
-    return _collect("dpft.methods.decoders", Decoder, "dpft.decoders")
+    return _found("decoder").classes
 
 
-@cache
 def clippings() -> dict[str, type]:
     """All registered clipping rules by name."""
-    from dpft.methods.clipping.base import ClippingRule
-
-    return _collect("dpft.methods.clipping", ClippingRule, "dpft.clippings")
+    return _found("clipping rule").classes
 
 
-@cache
 def tasks() -> dict[str, type]:
     """All registered tasks by name."""
-    from dpft.tasks.base import Task
+    return _found("task").classes
 
-    return _collect("dpft.tasks", Task)
+
+def set_aside(kind: str) -> list[str]:
+    """What is wrong with entry points of a kind, a sentence each. They stop nobody who does not ask for what they name."""
+    return list(_found(kind).aside.values())
 
 
 def method(name: str) -> type:
     """The method class called `name`. Raises BadInput with the nearest match."""
-    if name not in methods():
-        raise unknown("method", name, methods())
-    return methods()[name]
+    return _called("method", name)
 
 
 def decoder(name: str) -> type:
     """The decoder class called `name`. Raises BadInput with the nearest match."""
-    if name not in decoders():
-        raise unknown("decoder", name, decoders())
-    return decoders()[name]
+    return _called("decoder", name)
 
 
 def clipping(name: str) -> type:
     """The clipping rule class called `name`. Raises BadInput with the nearest match."""
-    if name not in clippings():
-        raise unknown("clipping", name, clippings())
-    return clippings()[name]
+    return _called("clipping rule", name)
 
 
 def task(name: str) -> type:
     """The task class called `name`. Raises BadInput with the nearest match."""
-    if name not in tasks():
-        raise unknown("task", name, tasks())
-    return tasks()[name]
+    return _called("task", name)
+
+
+def _called(kind: str, name: str) -> type:
+    found = _found(kind)
+    if name in found.classes:
+        return found.classes[name]
+    if name in found.aside:
+        raise BadInput(found.aside[name])
+    raise BadInput(" ".join([str(unknown(kind, name, found.classes)), *found.aside.values()]))
 
 
 def defaults_of(method: type, decoder: type, rule: type | None = None) -> dict[str, Any]:
@@ -141,20 +145,41 @@ def instance(spec: Any) -> Any:
     return made
 
 
-def _collect(package: str, base: type, group: str | None = None) -> dict[str, type]:
+def _base(kind: str) -> type:
+    package, name, _ = KINDS[kind]
+    return getattr(importlib.import_module(f"{package}.base"), name)
+
+
+def _bases() -> dict[type, str]:
+    return {_base(kind): kind for kind in KINDS}
+
+
+@cache
+def _found(kind: str) -> Found:
+    package, _, group = KINDS[kind]
+    base, found = _base(kind), Found()
     root = importlib.import_module(package)
-    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(root.__path__, f"{package}.")]
-    found: dict[str, type] = {}
-    for module in modules + _PLUGINS:
+    for module in (importlib.import_module(m.name) for m in pkgutil.walk_packages(root.__path__, f"{package}.")):
         for _, cls in inspect.getmembers(module, inspect.isclass):
             if issubclass(cls, base) and "name" in vars(cls) and cls.__module__ == module.__name__:
-                _add(found, cls)
-    for point in entry_points(group=group or package):
-        _add(found, point.load())
-    return dict(sorted(found.items()))
+                _add(found, cls, kind)
+    for module in _PLUGINS:
+        for cls in loading.classes(module, _bases()):
+            if issubclass(cls, base):
+                _add(found, cls, kind)
+    for point in entry_points(group=group):
+        try:
+            _add(found, loading.loaded(point, base, kind), kind, f"{loading.named(point)}: ")
+        except BadInput as problem:
+            found.aside[point.name] = str(problem)
+    return Found(dict(sorted(found.classes.items())), found.aside)
 
 
-def _add(found: dict[str, type], cls: type) -> None:
-    other = found.setdefault(cls.name, cls)
+def _add(found: Found, cls: type, kind: str, where: str = "") -> None:
+    other = found.classes.setdefault(cls.name, cls)
     if other is not cls:
-        raise BadInput(f"Two plug-ins are called {cls.name!r} ({other.__module__} and {cls.__module__}); rename one.")
+        raise BadInput(f"{where}Two {kind}s are called {cls.name!r}, in {_where(other)} and {_where(cls)}; rename one.")
+
+
+def _where(cls: type) -> str:
+    return getattr(importlib.import_module(cls.__module__), "__file__", None) or cls.__module__

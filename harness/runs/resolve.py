@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput, unknown
+from dpft.harness.plugins.contract import SETTINGS
 from dpft.harness.runs import registry
 from dpft.harness.runs.spec import NOISE_STREAM, RunSpec, check_values, typed
 
@@ -19,8 +20,6 @@ DEFAULTS: dict[str, Any] = {
     "optimizer": "adam",
     "eval_every": 10,
 }
-# versions and the noise stream are found out; options are given one by one, by their own names
-UNSETTABLE = {"options", "task_options", "task_version", "method_version", "decoder_version", "noise_stream"}
 
 
 def resolve(settings: dict[str, Any], data_dir: Path | None = None) -> RunSpec:
@@ -30,7 +29,6 @@ def resolve(settings: dict[str, Any], data_dir: Path | None = None) -> RunSpec:
     user's own files may lie, whose digest is part of the run. Raises BadInput for unknown names, bad values and bad files.
     """
     settings = {k: v for k, v in settings.items() if v is not None}
-    names = {f.name for f in fields(RunSpec)} - UNSETTABLE
     for key in ("task", "method"):
         if key not in settings:
             raise BadInput(f"A run needs a {key}; give --{key} or set it in the suite.")
@@ -42,7 +40,7 @@ def resolve(settings: dict[str, Any], data_dir: Path | None = None) -> RunSpec:
     defaults = registry.defaults_of(method, decoder, rule)
     options, of_its_own = dict(defaults), dict(task.options)
     for key, value in settings.items():
-        if key in names:
+        if key in SETTINGS:
             merged[key] = value
         elif key in options:
             options[key] = _like(key, value, options[key])
@@ -51,7 +49,7 @@ def resolve(settings: dict[str, Any], data_dir: Path | None = None) -> RunSpec:
         else:
             both = settings["method"] if decoder.name == "mean" else f"{settings['method']} with decoder {decoder.name}"
             all_three = f"{both}, clipping {rule.name}" if rule.options else both
-            raise unknown(f"setting of {all_three}", key, names | options.keys() | of_its_own.keys())
+            raise unknown(f"setting of {all_three}", key, SETTINGS | options.keys() | of_its_own.keys())
     if not method.private:
         merged["epsilon"] = merged["clip_norm"] = None
         merged |= {"mechanism": "gaussian", "noise_shape": "spherical", "noise_law": None}  # there is no noise

@@ -20,8 +20,10 @@ from torch import nn
 from dpft.harness.engine.base import Batch, RunningSums, Sums, zero_sums
 from dpft.harness.engine.fakes import has_values
 from dpft.harness.errors import BadInput, Diverged
+from dpft.harness.query import fitting
 from dpft.harness.query.noisy_sum import VALUES, NoisySum
 from dpft.harness.query.queries import Gradients, Nothing, Query, Seen, Values, named
+from dpft.harness.train import hooks
 from dpft.harness.train.core import Core, Found, Watcher, encodings_of
 from dpft.harness.train.mechanism import BESIDE
 from dpft.harness.train.row_sum import Rows
@@ -45,7 +47,11 @@ class Answers:
         self._core, self._shares, self._batches, self._book = core, shares, batches, book
         self._watcher, self._asked, self.booked = watcher or Watcher(), set(), False
 
-    def __call__(self, **queries: Query) -> tuple[NoisySum, ...]:
+    def __call__(self, *unnamed: Query, **queries: Query) -> tuple[NoisySum, ...]:
+        if unnamed or not queries:
+            raise BadInput(
+                f"{self._core.asker} asks for nothing by name; name each question, for example ask(gradient=Gradients())."
+            )
         with self._core.clock(None):  # not the method's own time
             return self._answer(queries)
 
@@ -74,7 +80,9 @@ class Answers:
 
     def _amended(self, gradient: Gradients) -> tuple[Gradients, Mapping[str, Values]]:
         if gradient.bound is None:
-            return self._core.rule.amend(gradient)
+            amended = self._core.rule.amend(gradient)
+            hooks.check_amended(self._core.rule, amended)
+            return amended
         if self._core.rule.adaptive:
             raise BadInput(
                 "The method sets the bound of its gradients itself, so no clipping rule can; leave out clipping."
@@ -88,13 +96,15 @@ class Answers:
             self.booked = True
 
     def _admit(self, queries: Mapping[str, Query]) -> None:
+        asker = self._core.asker
+        fitting.check(queries, self._core.parameters, asker)
         for name in queries:
             if name not in self._shares:
                 raise BadInput(
-                    f"The method asks for {name!r}, which `releases` does not declare for this step; declare it."
+                    f"{asker} asks for {name!r}, which `releases` does not declare for this step; declare it."
                 )
             if name in self._asked:
-                raise BadInput(f"The method asks for {name!r} twice in one step; declare a second name and its share.")
+                raise BadInput(f"{asker} asks for {name!r} twice in one step; declare a second name and its share.")
             self._asked.add(name)
         if len(named(queries, Gradients)) > 1:
             raise BadInput("One call of `ask` takes one question for gradients; ask the second in a call of its own.")

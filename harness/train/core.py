@@ -32,6 +32,7 @@ class Core:
         rule: what becomes of the bound.
         clip_norm: the run's C; infinite where nothing is clipped.
         clock: of the phases.
+        asker: who asks, for messages.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class Core:
     rule: ClippingRule
     clip_norm: float
     clock: Any
+    asker: str = "The method"
 
     @property
     def device(self) -> torch.device:

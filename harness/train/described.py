@@ -9,13 +9,14 @@ import torch
 
 from dpft.harness.engine.base import ForwardEngine, Sums
 from dpft.harness.engine.clipping import Clipping
+from dpft.harness.plugins.contract import called
 from dpft.harness.probes import Clock
 from dpft.harness.query.noisy_sum import NoisySum
 from dpft.harness.query.queries import Gradients, Query, Values
 from dpft.harness.runs import registry
 from dpft.harness.runs.releases import kind_starts, shares
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import public_rows
+from dpft.harness.train import hooks, public_rows
 from dpft.harness.train.answer import Answers
 from dpft.harness.train.core import Core, Found, Watcher
 from dpft.harness.train.mechanism import GaussianMechanism
@@ -77,12 +78,14 @@ def _core(spec: RunSpec) -> tuple[Method, Core]:
     prepared = task.prepare(public_rows.loaded(method, task, None), shape, stream("cpu", "head", spec.task, spec.seed))
     public_rows.hand_over(method, prepared, task.loss, torch.device("cpu"))
     model = method.prepare(prepared.model, stream("cpu", "method", spec.task, spec.method, spec.seed))
+    hooks.check_trainable(method, model, prepared.model.head_parameters)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head, clock = frozenset(model.head_parameters), Clock(torch.device("cpu"))
     method.decoder.setup(model, parameters, head, spec)
-    method.optimizer(parameters, head, spec)
+    hooks.check_optimizer(method, method.optimizer(parameters, head, spec), parameters, spec.lr)
     private = spec.epsilon is not None
     mechanism = GaussianMechanism(float(private), spec.clip_norm or 1.0, spec.batch_size, source("cpu", "describe"))
     engine = ForwardEngine(model, task.loss, parameters, clock, Clipping(method.rule.function, spec.clip_groups))
     method.rule.start(spec, 1.0, engine.members, model)
-    return method, Core(model, parameters, engine, mechanism, method.rule, spec.clip_norm or float("inf"), clock)
+    asker = f"Method {called(method)}"
+    return method, Core(model, parameters, engine, mechanism, method.rule, spec.clip_norm or float("inf"), clock, asker)

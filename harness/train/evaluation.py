@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from dpft.harness.train import hooks
 from dpft.harness.train.batches import batch_of
 from dpft.harness.train.parts import Run, Setup
 from dpft.harness.train.sampling import buckets, spread
@@ -24,10 +25,12 @@ def evaluate(setup: Setup, run: Run, examples: int | None) -> dict[str, float]:
     for micro in buckets(indices, prepared.validation_lengths, setup.max_tokens * 2):
         batch = batch_of(setup, prepared.validation, micro)
         predictions, references = setup.task.predict(model, batch)
+        hooks.check_predictions(setup.task, predictions, references, len(micro))
         found += zip(micro, predictions, references, strict=True)
     found.sort(key=lambda item: item[0])
     model.train()
     values = metric.compute(predictions=[p for _, p, _ in found], references=[r for _, _, r in found])
+    hooks.check_metrics(setup.task, values)
     run.cost.eval_seconds += time.perf_counter() - start
     return {key: float(value) for key, value in values.items()}
 

@@ -20,6 +20,7 @@ from dpft.harness.train import buffers
 from dpft.harness.train.batches import batch_of, grouped
 from dpft.harness.train.core import Found, encodings_of
 from dpft.harness.train.parts import Run, Setup
+from dpft.harness.train.row_sum import check_rows
 from dpft.harness.train.sampling import spread
 
 
@@ -65,8 +66,10 @@ def one_by_one(setup: Setup, queries: dict[str, Query], batch: Batch) -> None:
         # of points other losses, so that differences say something; they need not be those that the points would give
         seen = losses[:, None] * (1 + 0.1 * torch.arange(points, device=losses.device)) if points else losses
         whole = query.of(_seen(setup, batch, seen, lengths, clipped, slice(None)))
+        check_rows(whole, len(losses), query.size, name)
         for i in range(len(losses)):
             one = query.of(_seen(setup, batch, seen, lengths, clipped, slice(i, i + 1)))
+            check_rows(one, 1, query.size, name)
             a, b = (t.to_dense() if t.is_sparse else t for t in (one, whole))
             if not torch.allclose(a[0].double(), b[i].double(), rtol=1e-4, atol=1e-6, equal_nan=True):
                 raise CannotRun(

@@ -14,7 +14,7 @@ from dpft.harness.errors import CannotRun, Diverged
 from dpft.harness.query import updates
 from dpft.harness.records import chain
 from dpft.harness.runs.releases import shares
-from dpft.harness.train import buffers, guard, journal, resuming
+from dpft.harness.train import buffers, guard, hooks, journal, resuming
 from dpft.harness.train.answer import Answers
 from dpft.harness.train.batches import microbatches
 from dpft.harness.train.evaluation import evaluate, finish
@@ -32,6 +32,7 @@ def train(setup: Setup, run: Run, observe: Observer) -> None:
     spec, progress = setup.spec, run.progress
     setup.method.rule.start(spec, setup.mechanism.noise_multiplier, setup.engine.members, setup.prepared.model)
     optimizer = setup.method.optimizer(setup.parameters, setup.head, spec)
+    hooks.check_optimizer(setup.method, optimizer, setup.parameters, spec.lr)
     if setup.task.chance is None and setup.prepared.chance is None:
         run.outcome.untrained = evaluate(setup, run, spec.eval_examples)[setup.task.metric]
     progress.chain = chain.start(spec, setup.prepared.data_fingerprint, setup.prepared.model_fingerprint)
@@ -102,6 +103,7 @@ def _step(setup: Setup, run: Run, optimizer, indices: list[int], begun: int) -> 
     with setup.clock("decode"):
         update = setup.method.step(answers, step)
     answers.charge()
+    hooks.check_update(setup.method, update, setup.parameters)
     watcher.decoded(update)
     with setup.clock("optimizer"):
         _apply(setup, optimizer, update, step)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dpft.harness.engine.base import Engine
+from dpft.harness.plugins.contract import called
 from dpft.harness.privacy import Ledger
 from dpft.harness.probes import Clock
 from dpft.harness.runs.plan import PrivacyPlan
@@ -77,7 +78,14 @@ class Setup:
         """What its questions are answered with."""
         clip_norm = self.spec.clip_norm if self.spec.clip_norm is not None else math.inf
         return Core(
-            self.prepared.model, self.parameters, self.engine, self.mechanism, self.method.rule, clip_norm, self.clock
+            self.prepared.model,
+            self.parameters,
+            self.engine,
+            self.mechanism,
+            self.method.rule,
+            clip_norm,
+            self.clock,
+            f"Method {called(self.method)}",
         )
 
 

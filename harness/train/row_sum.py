@@ -25,11 +25,7 @@ class Rows:
 
         Raises BadInput for another shape.
         """
-        if tuple(rows.shape) != (count, self.size):
-            raise BadInput(
-                f"A question for {self.size} numbers of {count} examples was answered in shape {tuple(rows.shape)}; let `of` "
-                f"return [{count}, {self.size}]."
-            )
+        check_rows(rows, count, self.size)
         rows = rows.detach().double()
         limit = torch.full((count,), self.bound, dtype=rows.dtype, device=rows.device)  # rows may be sparse
         limit = limit if bounds is None else bounds.double()
@@ -54,3 +50,13 @@ class Rows:
     def total(self) -> torch.Tensor:
         """[size] float32; zeros where no example was there."""
         return torch.zeros(self.size, device=self._device) if self._total is None else self._total.float()
+
+
+def check_rows(rows: object, count: int, size: int, question: str = "") -> None:
+    """Raises BadInput unless `rows` are [count, size]. question: its name, where it is known."""
+    if not isinstance(rows, torch.Tensor) or tuple(rows.shape) != (count, size):
+        seen = f"shape {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else f"type {type(rows).__name__}"
+        raise BadInput(
+            f"A question{question and f' {question!r}'} for {size} numbers of {count} examples was answered in {seen}; let `of` "
+            f"return [{count}, {size}]."
+        )

@@ -18,7 +18,9 @@ from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import ForwardEngine, PlainEngine, zero_sums
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.errors import BadInput, CannotRun, Diverged
+from dpft.harness.plugins.contract import called
 from dpft.harness.probes import Clock, spectra
+from dpft.harness.query import fitting
 from dpft.harness.query.preview import first_questions
 from dpft.harness.query.queries import Gradients, Values
 from dpft.harness.records import chain, provenance
@@ -26,7 +28,7 @@ from dpft.harness.records.store import SCHEMA
 from dpft.harness.runs import registry
 from dpft.harness.runs.plan import PrivacyPlan, plan
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import loop, public_rows, sections
+from dpft.harness.train import hooks, loop, public_rows, sections
 from dpft.harness.train.core import encodings_of
 from dpft.harness.train.mechanism import Mechanism
 from dpft.harness.train.noise import secret_source, source, stream
@@ -59,7 +61,7 @@ def execute(
             stack.callback(setup.engine.close)
             stack.callback(setup.mechanism.close)
             loop.train(dataclasses.replace(setup, note=functools.cache(note)), made, observe)
-    except Exception as reason:
+    except (Exception, SystemExit) as reason:  # a plug-in that calls sys.exit ends its run, not dpft
         status, error = classify(reason)
     seconds = time.perf_counter() - begin
     record = {
@@ -87,7 +89,7 @@ class Skipped(Exception):
 STATUS_OF = {Skipped: "skipped", Diverged: "diverged", OutOfTime: "timeout", BadInput: "error"}
 
 
-def classify(error: Exception) -> tuple[str, str]:
+def classify(error: BaseException) -> tuple[str, str]:
     """(status, one sentence) of an exception that ended a run."""
     text = " ".join(str(error).split())
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
@@ -115,8 +117,9 @@ def release_dimension(spec: RunSpec, settings: Settings) -> int:
 def _dimension(canonical: str, settings: Settings) -> int:
     spec = RunSpec(**json.loads(canonical))
     method, _, parameters, _ = _model(spec, settings, torch.device("cpu"))
-    found = 0
-    for query in first_questions(method, 0).values():
+    found, asked = 0, first_questions(method, 0)
+    fitting.check(asked, parameters, f"Method {called(method)}")
+    for query in asked.values():
         if isinstance(query, Values):
             found += query.size
         else:
@@ -134,13 +137,16 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multip
         ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm),
         stream("cpu", "head", spec.task, spec.seed),
     )
+    hooks.check_prepared(task, prepared)
     reason = method.skip(prepared.model)
+    hooks.check_reason(method, reason)
     if reason is not None:
         raise Skipped(reason)
     head = frozenset(prepared.model.head_parameters)
     public_rows.hand_over(method, prepared, _loss(spec, task, device), device)
-    model = method.prepare(prepared.model, stream("cpu", "method", spec.task, spec.method, spec.seed)).to(device)
-    prepared = dataclasses.replace(prepared, model=model)
+    model = method.prepare(prepared.model, stream("cpu", "method", spec.task, spec.method, spec.seed))
+    hooks.check_trainable(method, model, head)
+    prepared = dataclasses.replace(prepared, model=model.to(device))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise CannotRun(f"{spec.method} leaves nothing trainable in {spec.model}; mend its `prepare`.")

@@ -3,6 +3,9 @@ cost; a choice of its own beside the method (what trains, how gradients are clip
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpft.harness.errors import BadInput, unknown
@@ -34,6 +37,11 @@ class Decoder:
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
     preconditions: bool = False
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if inspect.isfunction(own := vars(cls).get("decode")):
+            cls.decode = _held(own)
 
     def __init__(self, options: dict[str, Any] | None = None):
         self.settings = {**self.options, **(options or {})}
@@ -80,6 +88,28 @@ class Decoder:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned."""
+
+
+def _held(decode: Callable[..., Any]) -> Callable[..., Any]:
+    """`decode` whose updates are looked at before the method gets them: the error names the decoder, not who used it."""
+
+    @functools.wraps(decode)
+    def held(self: Decoder, noisy: NoisySum, step: int) -> dict[str, torch.Tensor]:
+        from dpft.harness.query import fitting
+
+        update, who = decode(self, noisy, step), f"`decode` of decoder {self.name} (class {type(self).__name__})"
+        if not isinstance(update, Mapping):
+            raise BadInput(
+                f"{who} returned {fitting.kind_of(update)}; return the update of each parameter by its name."
+            )
+        for name, made in update.items():
+            if problem := fitting.stranger(name, noisy.tensors, "an update is of"):
+                raise BadInput(f"{who}: {problem}")
+            if problem := fitting.misfit(made, noisy.tensors[name], "what was released of it"):
+                raise BadInput(f"{who}: the update of {name} {problem}")
+        return update
+
+    return held
 
 
 def refuse_decoder(decoder: Decoder, why: str) -> None:

@@ -245,3 +245,58 @@ def test_unusual_modules_are_right_or_refused(name, size, length):
     assert torch.allclose(found_norms, norms, rtol=1e-10, atol=0)
     for parameter, value in expected.items():
         assert float((found[parameter] - value).norm()) <= 1e-10 * max(float(value.norm()), 1e-3 * clip_norm), parameter
+
+
+class Pair(nn.Module):
+    """A parameter of its own, and two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = raw(WIDTH)
+
+    def forward(self, x):
+        return x * self.weight, x
+
+
+@pytest.mark.parametrize("engine", ["factored", "opacus"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.MultiheadAttention(WIDTH, 2, batch_first=True),
+        nn.LSTM(WIDTH, WIDTH, batch_first=True),
+        nn.GRU(WIDTH, WIDTH, batch_first=True),
+        Pair(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_layer_of_several_outputs_is_a_sentence_and_the_reference_engine_takes_it(layer, engine):
+    inputs = 3 if isinstance(layer, nn.MultiheadAttention) else 1
+    model = net_of(lambda: Function(lambda self, x: self.layer(*[x] * inputs)[0], layer=layer))
+    batch = batch_of(3, 5)
+    with pytest.raises(CannotRun) as refused:
+        clipped(engine, model, batch, 0.1)
+    assert "--engine" in str(refused.value) and "reference" in str(refused.value)
+    if engine == "factored":
+        assert f"Layer middle.layer ({type(layer).__name__})" in str(refused.value)
+    total, norms = clipped("reference", model, batch, 0.1)
+    assert norms.shape == (3, 1) and bool((norms > 0.1).all()) and all(bool(t.any()) for t in total.values())
+
+
+def test_batch_norm_with_frozen_statistics_is_a_scale_and_a_shift_until_it_is_trained():
+    model, batch = net_of(batch_norm), batch_of(3, 5)
+    norm = model.middle.norm.eval()
+    with torch.no_grad():
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2.0)
+    expected, norms = clipped("reference", model, batch, 0.1)
+    found, found_norms = clipped("factored", model, batch, 0.1)
+    assert torch.allclose(found_norms, norms, rtol=1e-10, atol=0)
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-9, atol=1e-13), name
+    engine = engine_class("factored")(
+        model, loss, dict(model.named_parameters()), lambda phase: contextlib.nullcontext()
+    )
+    norm.train()
+    with pytest.raises(CannotRun, match="middle.norm is a BatchNorm that normalises by its batch"):
+        engine.accumulate(batch, zero_sums(engine.parameters, {}), 0.1, {})
+    engine.close()

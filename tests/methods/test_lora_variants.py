@@ -16,8 +16,8 @@ from dpft.harness.engine.base import zero_sums
 from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.runs import registry
 from dpft.harness.runs.resolve import resolve
-from dpft.methods.lora import TARGETS
 from dpft.methods.lora_variants import DoRA
+from dpft.methods.targets import attention_projections
 
 SMALL = dict(vocab_size=23, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20)
 CONFIGS = {
@@ -59,8 +59,7 @@ def injected(config, kind):
 
 def peft_twin(name, kind, model):
     """(the same model by PEFT's own layers, by the names of `model` the parameters there)."""
-    targets = next(group for group in TARGETS if {n.rsplit(".", 1)[-1] for n, _ in model.named_modules()} >= {*group})
-    common = dict(target_modules=list(targets), fan_in_fan_out=kind == "gpt2")
+    common = dict(target_modules=attention_projections(base(kind)), fan_in_fan_out=kind == "gpt2")
     if name == "vera":
         config = VeraConfig(r=7, save_projection=True, **common)
     else:
