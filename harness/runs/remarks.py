@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpft.harness.errors import BadInput
-from dpft.harness.records.store import Store, read_record
+from dpft.harness.records.store import Store
 from dpft.harness.runs.sources import Sources
 from dpft.harness.runs.spec import RunSpec
 
@@ -39,9 +39,9 @@ def of_changes(runs: Sequence[RunSpec], store: Store) -> list[str]:
 def _specs(store: Store) -> list[dict[str, Any]]:
     """Of the records in the store that can be read: the others are other commands' business."""
     found = []
-    for path in sorted(store.folder.glob("*.json")):
+    for run_id in store.ids():
         with contextlib.suppress(BadInput):
-            found.append(read_record(path)["spec"])
+            found.append(store.read(run_id)["spec"])
     return found
 
 
