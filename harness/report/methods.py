@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dpft.harness.report import rows as making
 from dpft.harness.report.pairs import verdicts
 from dpft.harness.report.rows import Row
 from dpft.harness.report.tables import spread
@@ -23,16 +24,20 @@ def overview(groups: list[Group], baseline: str | None) -> list[Part]:
 def _table(group: Group, baseline: str | None) -> list[Part]:
     made = verdicts(group, baseline)
     base = next((row for row in group.rows if row.method == (baseline or "dp-adam") and row.ranked), None)
+    full = {id(row): name for name, row in zip(group.names, group.rows, strict=True)}
+    rows = making.ordered([making.ordered(grid)[0] for grid in making.alike(group.rows)])
+    short = making.names([Row({**row.spec, "lr": None}, row.records) for row in rows])
     cells = []
-    for name, row in zip(group.names, group.rows, strict=True):
+    for name, row in zip(short, rows, strict=True):
         known = registry.methods().get(row.method)
-        found = made.found.get(name) if made else None
+        found = made.found.get(full[id(row)]) if made else None
         cells.append(
             {
                 "method": _linked(name, known),
                 "what trains": known.summary if known else "–",
                 "numbers that train": f"{row.records[0]['cost']['trainable_parameters']:,}",
                 "what it asks": _asked(row),
+                "lr": f"{row.spec['lr']:g}",
                 "time": _ratio(row.step_cpu_s, base.step_cpu_s if base else None),
                 "memory": _ratio(row.peak_bytes, base.peak_bytes if base else None),
                 "claimed": (known.claim if known else "") or "–",
