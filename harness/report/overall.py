@@ -20,7 +20,9 @@ GRID = 241  # points of a profile
 
 def summary(groups: Sequence[Group], pictures: Figures | None) -> list[Part]:
     """A table of the methods that have a rank in every ranked group, and their profiles; nothing with fewer than two of each."""
-    scores = _scores([group for group in groups if group.reason is None and measure_of(group.rows)])
+    ranked = [group for group in groups if group.reason is None and measure_of(group.rows)]
+    scaled = [group for group in ranked if len(set(_ends(group))) == 2]
+    scores = _scores(scaled)
     if len(scores) < 2 or len(next(iter(scores.values()))) < 2:
         return []
     middle = {name: float(st.iqm(np.concatenate([*parts]))) for name, parts in scores.items()}
@@ -44,6 +46,8 @@ def summary(groups: Sequence[Group], pictures: Figures | None) -> list[Part]:
         "method the best learning rate by the final metric, on the seeds that the ranks are over. IQM: mean of the middle "
         "half of all its runs, settings together; methods without a rank in one of the settings are left out."
     )
+    if len(scaled) < len(ranked):
+        text += f" Left out for want of such a scale, as their best DP baseline ended at chance: {len(ranked) - len(scaled)}."
     if any(line["95% interval"] == "–" for line in cells):
         text += " No interval with fewer than 6 seeds a setting."
     parts: list[Part] = [f"### All {len(best)} ranked settings together", Table(cells), text]
@@ -52,11 +56,16 @@ def summary(groups: Sequence[Group], pictures: Figures | None) -> list[Part]:
     return parts
 
 
+def _ends(group: Group) -> tuple[float, float]:
+    """The metric at score 0 and 1 of a setting."""
+    return group.result["chance"], making.ordered(measure_of(group.rows))[0].final
+
+
 def _scores(groups: Sequence[Group]) -> dict[str, list[np.ndarray]]:
     """Method -> per group the scores of its seeds; of methods with one row in each group, baselines with their best one."""
     found: list[dict[str, np.ndarray]] = []
     for group in groups:
-        chance, one = group.result["chance"], making.ordered(measure_of(group.rows))[0].final
+        chance, one = _ends(group)
         ranked = [Row({**row.spec, "lr": 0.0}, row.records) for row in group.rows if row.ranked]
         first: dict[str, Row] = {}
         for row, name in zip(ranked, making.names(ranked), strict=True):  # best first: of a baseline's rates the best

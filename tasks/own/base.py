@@ -50,8 +50,8 @@ class OwnFiles(Task):
         found, asked = paths.content(files), self.settings["content"]
         if asked not in ("", found):
             raise CannotRun(
-                f"{next(iter(files.values()))} is not what was asked for: its content is {found}, not {asked}; give back the old "
-                "one, or leave out content=."
+                f"{next(iter(files.values()))} is not what was asked for: its content is {found}, not {asked}; put the old one "
+                "back, or make new runs of this one."
             )
         plain = {key: value for key, value in self.settings.items() if key != "content"}
         return _read(type(self), json.dumps(plain, sort_keys=True), tuple(files.items()), found)

@@ -82,6 +82,10 @@ class Classify(OwnFiles, TextClassification):
         public = sorted(others.get("public", ()), key=lambda row: hashlib.sha256(row["text"].encode()).hexdigest())
         return Data(train, validation, fingerprint(train, validation), public, names, found)
 
+    def identity(self, row: Example) -> str:
+        """The texts as the split knows them."""
+        return keys([row])[0].decode()
+
     def about(self, data_dir: Path | None) -> dict[str, Any]:
         """The digest, and the columns of `file`."""
         return {**super().about(data_dir), "columns": list(tabular.read(self.files(data_dir)["file"]).columns)}

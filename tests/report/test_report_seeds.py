@@ -108,6 +108,17 @@ def test_the_baseline_is_the_one_with_the_most_seeds(tmp_path):
     assert "Ranks are over seed 0." in text and "to `dp-adam (momentum=0.0)` over shared seeds" in text
 
 
+def test_settings_together_leave_out_those_whose_baseline_ended_at_chance(tmp_path, recwarn):
+    chosen = sentences("dp-adam", "rmt")
+    chance = chosen[0]["result"]["chance"]
+    three = (
+        chosen + [changed(r, task="reviews") for r in chosen] + [changed(r, task="sst2", final=chance) for r in chosen]
+    )
+    text = text_of(tmp_path, three)
+    assert "All 2 ranked settings together" in text and "their best DP baseline ended at chance: 1." in text
+    assert not recwarn.list and "nan" not in text
+
+
 def test_settings_together_leave_out_methods_that_failed_in_one(tmp_path):
     chosen = [*sentences("dp-adam", "rmt", "rmt-momentum")]
     both = chosen + [changed(r, task="reviews") for r in chosen]

@@ -61,6 +61,12 @@ def test_the_order_of_rows_moves_none_to_the_other_side_and_equal_texts_stay_tog
     assert {text.lower().strip() for text in sides(loud)[1]} == validation
 
 
+def test_one_text_is_in_one_half_of_validation_however_it_is_written(file):
+    mine = task(file)
+    assert mine.identity({"text": "A  film ", "label": 0}) == mine.identity({"text": "a film", "label": 1})
+    assert mine.identity({"text": "a film", "pair": "b", "label": 0}) != mine.identity({"text": "a film", "label": 0})
+
+
 def test_pairs_and_whole_numbers(tmp_path):
     rows = [(f"question {i % 50}", f"answer {i}", i % 3 + 1) for i in range(200)]
     file = save(tmp_path / "rows.csv", rows, ("q", "a", "y"))
