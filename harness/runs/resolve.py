@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dpft.harness.border.documents import Misfit, fitted, parsed
+from dpft.harness.border.values import Number, Text, Whole, shown
 from dpft.harness.errors import BadInput, unknown
 from dpft.harness.plugins.contract import SETTINGS
 from dpft.harness.runs import registry
@@ -32,7 +34,7 @@ def resolve(settings: dict[str, Any], data_dir: Path | None = None) -> RunSpec:
     for key in ("task", "method"):
         if key not in settings:
             raise BadInput(f"A run needs a {key}; give --{key} or set it in the suite.")
-    task, method = registry.task(settings["task"]), registry.method(settings["method"])
+    task, method = (getattr(registry, key)(typed(key, settings[key])) for key in ("task", "method"))
     of_task = {"model": task.default_model, "head": task.default_head, "max_length": task.default_max_length}
     merged = {**DEFAULTS, **of_task, **method.defaults}
     decoder = registry.decoder(typed("decoder", settings.get("decoder", method.defaults.get("decoder", "mean"))))
@@ -41,7 +43,7 @@ def resolve(settings: dict[str, Any], data_dir: Path | None = None) -> RunSpec:
     options, of_its_own = dict(defaults), dict(task.options)
     for key, value in settings.items():
         if key in SETTINGS:
-            merged[key] = value
+            merged[key] = typed(key, value)
         elif key in options:
             options[key] = _like(key, value, options[key])
         elif key in of_its_own:
@@ -93,19 +95,32 @@ def check(spec: RunSpec) -> None:
 def of_task_option(key: str, value: Any, default: Any) -> Any:
     """A task option's value with the type of its default; what is text may look like a number: a column, or a share."""
     if isinstance(default, str) and isinstance(value, int | float):
-        return json.dumps(value)
+        value = json.dumps(value)
     return _like(key, value, default)
+
+
+OPTION = {float: Number, int: Whole, str: Text, bool: bool}
 
 
 def _like(key: str, value: Any, default: Any) -> Any:
     """An option's value with the type of its default."""
     if isinstance(value, str) and not isinstance(default, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            raise BadInput(f"{key} = {value!r} must look like its default {default!r}; correct it.") from None
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not type(default):
-        raise BadInput(f"{key} = {value!r} must look like its default {default!r}; correct it.")
-    return value
+            value = parsed(value)
+        except ValueError:
+            raise _unlike(key, value, default) from None
+    kind = OPTION.get(type(default))
+    if kind is None:  # a plug-in's list or table
+        if type(value) is not type(default):
+            raise _unlike(key, value, default)
+        kind = Any
+    try:
+        return fitted(value, kind)
+    except Misfit as problem:
+        if type(value) is type(default):
+            raise BadInput(f"{key} {problem.why}; correct it.") from None
+        raise _unlike(key, value, default) from None
+
+
+def _unlike(key: str, value: Any, default: Any) -> BadInput:
+    return BadInput(f"{key} = {shown(value)} must look like its default {default!r}; correct it.")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any
+from functools import cache
+from typing import Annotated, Any, get_type_hints
 
+from msgspec import Meta
+
+from dpft.harness.border.documents import Misfit, fitted
+from dpft.harness.border.values import Filled, Name, Seed
 from dpft.harness.errors import BadInput, unknown
 from dpft.harness.privacy.noise_kinds import MECHANISMS, family_law
 from dpft.harness.privacy.noise_kinds import SHAPES as NOISE_SHAPES
@@ -18,6 +22,20 @@ SCHEDULES = ("constant", "linear")
 PRECISIONS = ("fp32", "bf16")
 CLIP_GROUPS = ("flat", "block", "layer")
 NOISE_STREAM = 2  # that of new runs
+
+# What a field may hold. The far ends are beyond any run that could end, so that a slip of the keyboard is found before training.
+Epsilon = Annotated[float, Meta(gt=0, le=1e6)]
+Delta = Annotated[float, Meta(ge=0, lt=1)]
+ClipNorm = Annotated[float, Meta(gt=0, le=1e9)]
+Rate = Annotated[float, Meta(gt=0, le=1e6)]
+Decay = Annotated[float, Meta(ge=0, le=1e6)]
+Momentum = Annotated[float, Meta(ge=0, lt=1)]
+Steps = Annotated[int, Meta(ge=1, le=10**7)]
+Warmup = Annotated[int, Meta(ge=0, le=10**7)]
+Examples = Annotated[int, Meta(ge=1, le=10**9)]
+Length = Annotated[int, Meta(ge=1, le=10**6)]
+Views = Annotated[int, Meta(ge=1, le=1000)]
+Version = Annotated[int, Meta(ge=0, le=10**6)]
 
 
 @dataclass(frozen=True)
@@ -44,39 +62,39 @@ class RunSpec:
     task_options: those of the task.
     """
 
-    task: str
-    task_version: int
-    model: str
-    head: str
-    max_length: int
-    method: str
-    method_version: int
-    epsilon: float | None
-    clip_norm: float | None
-    batch_size: int
-    steps: int
-    optimizer: str
-    lr: float
-    eval_every: int
-    seed: int = 0
-    delta: float | None = None
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    eval_examples: int | None = None
-    precision: str = "fp32"
-    clipping: str = "abadi"
-    clip_groups: str = "flat"
-    decoder: str = "mean"
-    decoder_version: int = 1
-    mechanism: str = "gaussian"
-    noise_shape: str = "spherical"
-    noise_law: str | None = None
-    noise_stream: int = 1
-    views: int = 1
-    batch_norm: str = "refuse"
-    split: str = "whole"
+    task: Name
+    task_version: Version
+    model: Filled
+    head: Name
+    max_length: Length
+    method: Name
+    method_version: Version
+    epsilon: Epsilon | None
+    clip_norm: ClipNorm | None
+    batch_size: Examples
+    steps: Steps
+    optimizer: Name
+    lr: Rate
+    eval_every: Steps
+    seed: Seed = 0
+    delta: Delta | None = None
+    weight_decay: Decay = 0.0
+    momentum: Momentum = 0.0
+    schedule: Name = "constant"
+    warmup_steps: Warmup = 0
+    eval_examples: Examples | None = None
+    precision: Name = "fp32"
+    clipping: Name = "abadi"
+    clip_groups: Name = "flat"
+    decoder: Name = "mean"
+    decoder_version: Version = 1
+    mechanism: Name = "gaussian"
+    noise_shape: Name = "spherical"
+    noise_law: Filled | None = None
+    noise_stream: Version = 1
+    views: Views = 1
+    batch_norm: Name = "refuse"
+    split: Name = "whole"
     options: dict[str, Any] = field(default_factory=dict)
     task_options: dict[str, Any] = field(default_factory=dict)
 
@@ -121,29 +139,35 @@ def _default(f) -> Any:
     return f.default
 
 
-TYPES = {f.name: str(f.type) for f in fields(RunSpec)}
+@cache
+def types() -> dict[str, Any]:
+    """Field -> the type and range of what it holds."""
+    return get_type_hints(RunSpec, include_extras=True)
 
 
 def typed(key: str, value: Any) -> Any:
-    """`value` as the type its field declares, so that 8 and 8.0 give the same run id. Raises BadInput for another type."""
-    declared = TYPES[key]
-    if value is None and "None" in declared:
-        return None
-    for kind in (float, int, str):
-        if not declared.startswith(kind.__name__):
-            continue
-        if kind is not str and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            break
-        if kind is str and not isinstance(value, str):
-            break
-        if kind is int and value != int(value):
-            break
-        return kind(value)
-    raise BadInput(f"{key} = {value!r} is not {declared.split(' ')[0]}; correct it.")
+    """`value` as the type its field declares, so that 8 and 8.0 give the same run id. Raises BadInput for anything else."""
+    kind = types()[key]
+    try:
+        if isinstance(value, float) and value.is_integer() and _fits(int(value), kind):
+            value = int(value)  # 8.0 steps are 8
+        return fitted(value, kind)
+    except Misfit as problem:
+        raise BadInput(f"{key}{problem.where} {problem.why}; correct it.") from None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    try:
+        fitted(value, kind)
+    except Misfit:
+        return False
+    return True
 
 
 def check_values(spec: RunSpec) -> None:
     """That every field holds what it may hold, whatever the task and the method are. Raises BadInput."""
+    for key in types():
+        typed(key, getattr(spec, key))
     for key, allowed in (
         ("optimizer", OPTIMIZERS),
         ("schedule", SCHEDULES),
@@ -157,29 +181,9 @@ def check_values(spec: RunSpec) -> None:
     ):
         if getattr(spec, key) not in allowed:
             raise unknown(key, getattr(spec, key), allowed)
-    positive = (
-        "epsilon",
-        "clip_norm",
-        "lr",
-        "batch_size",
-        "steps",
-        "eval_every",
-        "max_length",
-        "eval_examples",
-        "views",
-    )
-    for key in positive:
-        value = getattr(spec, key)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise BadInput(f"{key} must be a positive number, not {value}; correct it.")
-    for key in ("weight_decay", "momentum", "warmup_steps", "seed"):
-        if not (math.isfinite(getattr(spec, key)) and getattr(spec, key) >= 0):
-            raise BadInput(f"{key} must be zero or more, not {getattr(spec, key)}; correct it.")
     if spec.warmup_steps >= spec.steps:
         raise BadInput(f"warmup_steps ({spec.warmup_steps}) must be fewer than steps ({spec.steps}); lower it.")
     _check_noise(spec)
-    if spec.delta is not None and not 0 <= spec.delta < 1:
-        raise BadInput(f"delta must lie between 0 and 1, not {spec.delta}; 1/(2N) is the usual choice.")
     if spec.delta == 0 and (spec.mechanism, spec.noise_shape) != ("laplace", "coordinates"):
         raise BadInput(
             f"Noise of mechanism {spec.mechanism} has no pure epsilon (delta = 0) here; set mechanism=laplace and "

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import tomllib
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from dpft.harness.border.documents import from_toml
+from dpft.harness.border.files import shown_path
+from dpft.harness.border.values import Name, shown
 from dpft.harness.errors import BadInput, unknown
 from dpft.harness.runs.resolve import resolve
 from dpft.harness.runs.spec import RunSpec
+
+MOST = 100_000  # runs of one arm
+
+
+class Table(msgspec.Struct, forbid_unknown_fields=True):
+    """A suite as it is written: `base` are settings of all arms; a setting that is a list is an axis of the arm's grid."""
+
+    arms: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1)]
+    description: str = ""
+    base: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -27,51 +42,54 @@ def load_suite(name: str, overrides: dict[str, Any] | None = None, data_dir: Pat
 
     overrides: settings that replace those of every run (a list is a grid axis). data_dir: as of `resolve`.
     """
-    path = Path(name)
-    if path.suffix == ".toml":
-        if not path.is_file():
-            raise BadInput(f"There is no suite file {name}; give the path of a TOML file.")
-        table = _read_toml(path)
-        if len(table) != 1:
-            raise BadInput(f"{name} must hold exactly one suite (one top-level table), not {len(table)}.")
-        name = next(iter(table))
+    if name.endswith(".toml"):
+        tables = _tables(Path(name))
+        if len(tables) != 1:
+            raise BadInput(f"{name} must hold exactly one suite (one top-level table), not {len(tables)}; mend it.")
+        where, name = f"The suite file {shown_path(name)}", next(iter(tables))
     else:
-        table = suites()
-        if name not in table:
-            raise unknown("suite", name, table)
-    suite = table[name]
-    extra = suite.keys() - {"description", "base", "arms"}
-    if extra or not suite.get("arms"):
-        raise BadInput(f"Suite {name!r} needs `arms` and may have `description` and `base`; remove {sorted(extra)}.")
+        tables = suites()
+        if name not in tables:
+            raise unknown("suite", name, tables)
+        where = f"Suite {name!r}"
+    suite = tables[name]
     given = {k: v for k, v in (overrides or {}).items() if v is not None}
-    runs = [run for arm in suite["arms"] for run in expand({**suite.get("base", {}), **arm, **given}, data_dir)]
-    unique = {run.run_id: run for run in runs}
-    return Suite(name, suite.get("description", ""), tuple(unique.values()))
+    unique: dict[str, RunSpec] = {}
+    for number, arm in enumerate(suite.arms, 1):
+        try:
+            runs = expand({**suite.base, **arm, **given}, data_dir)
+        except BadInput as problem:
+            raise type(problem)(f"{where}, arm {number}: {problem}") from None
+        unique |= {run.run_id: run for run in runs}
+    return Suite(name, suite.description, tuple(unique.values()))
 
 
-def suites() -> dict[str, dict]:
-    """The tables of tasks/suites.toml by suite name."""
+def suites() -> dict[str, Table]:
+    """The suites of tasks/suites.toml by name."""
     from importlib.resources import files
 
-    return _read_toml(files("dpft.tasks") / "suites.toml")
+    return _tables(files("dpft.tasks") / "suites.toml")
 
 
 def expand(settings: dict[str, Any], data_dir: Path | None = None) -> list[RunSpec]:
     """One RunSpec per point of the grid that the list-valued settings span, in the order they are written.
 
-    Raises BadInput where an axis has a value twice: its runs would count twice.
+    Raises BadInput where an axis is empty, or has a value twice: its runs would count twice.
     """
     axes = [key for key, value in settings.items() if isinstance(value, list)]
     for key in axes:
+        if not settings[key]:
+            raise BadInput(f"The grid of {key} is empty; give it a value, or leave it out.")
         for i, value in enumerate(settings[key]):
             if value in settings[key][:i]:
-                raise BadInput(f"The grid of {key} has {value!r} twice; give each value once.")
+                raise BadInput(f"The grid of {key} has {shown(value)} twice; give each value once.")
+    if (count := math.prod(len(settings[key]) for key in axes)) > MOST:
+        raise BadInput(
+            f"The grid of {', '.join(axes)} has {count:,} runs, more than {MOST:,}; make several suites of it."
+        )
     points = itertools.product(*(settings[key] for key in axes))
     return [resolve({**settings, **dict(zip(axes, point, strict=True))}, data_dir) for point in points]
 
 
-def _read_toml(path) -> dict:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadInput(f"The suite file {path} cannot be read ({error}); mend it.") from error
+def _tables(path: Path) -> dict[str, Table]:
+    return from_toml(path, dict[Name, Table], "The suite file", "give a TOML file that holds a suite")

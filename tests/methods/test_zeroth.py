@@ -249,7 +249,7 @@ def test_what_trains_is_moved_and_nothing_else():
         ({"directions": 0}, "directions must be 1 or more"),
         ({"smoothing": 0.0}, "smoothing must be between 1e-06 and 1"),
         ({"trains": "body"}, "no trains called 'body'"),
-        ({"epsilon": 0}, "epsilon must be a positive number"),
+        ({"epsilon": 0}, "epsilon must be more than 0"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_trains(settings, message):

@@ -223,8 +223,8 @@ def test_a_spec_of_several_directions_cannot_have_it(made):
         ({"method": "dp-sgd", "mechanism": "laplace"}, "Noise of mechanism laplace has no pure epsilon"),
         ({"method": "dp-sgd", "mechanism": "lmo"}, "Noise of mechanism lmo has no pure epsilon"),
         ({"method": "dp-sgd", **LAPLACE}, "dp-sgd releases as many as what trains"),
-        ({"method": "dp-zo", **ONE, "delta": -1e-9}, "delta must lie between 0 and 1"),
-        ({"method": "dp-zo", **ONE, "delta": 1.0}, "delta must lie between 0 and 1"),
+        ({"method": "dp-zo", **ONE, "delta": -1e-9}, "delta must be at least 0"),
+        ({"method": "dp-zo", **ONE, "delta": 1.0}, "delta must be less than 1"),
     ],
 )
 def test_everything_else_is_refused_with_a_sentence(more, says):

@@ -58,11 +58,11 @@ def test_a_method_that_is_not_private_has_no_budget():
         ({"method": "dp-adm"}, "did you mean 'dp-adam'"),
         ({"task": "sst3"}, "did you mean 'sst2'"),
         ({"learning_rate": 1}, "no setting of dp-adam called 'learning_rate'"),
-        ({"lr": "fast"}, "lr = 'fast' is not float"),
-        ({"steps": 1.5}, "steps = 1.5 is not int"),
-        ({"steps": 0}, "steps must be a positive number"),
-        ({"epsilon": float("nan")}, "epsilon must be a positive number"),
-        ({"delta": 2.0}, "delta must lie between 0 and 1"),
+        ({"lr": "fast"}, "lr must be a number, not 'fast'"),
+        ({"steps": 1.5}, "steps must be a whole number, not 1.5"),
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"epsilon": float("nan")}, "epsilon must be a finite number, not nan"),
+        ({"delta": 2.0}, "delta must be less than 1, not 2"),
         ({"optimizer": "adamm"}, "did you mean 'adam'"),
         ({"warmup_steps": 100, "steps": 100}, "must be fewer than steps"),
         ({"method": "dp-lora", "rank": "many"}, "must look like its default 8"),
@@ -99,7 +99,11 @@ def test_lists_span_a_grid_and_equal_runs_are_made_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("x = [", "cannot be read"), ("[a]\n[b]\n", "exactly one suite"), ('[a]\nbase={task="sst2"}\n', "needs `arms`")],
+    [
+        ("x = [", "cannot be read"),
+        ("[a]\narms=[{}]\n[b]\narms=[{}]\n", "exactly one suite"),
+        ('[a]\nbase={task="sst2"}\n', "a lacks arms"),
+    ],
 )
 def test_bad_suite_files(tmp_path, text, message):
     path = tmp_path / "s.toml"

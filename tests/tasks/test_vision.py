@@ -227,7 +227,7 @@ def test_settings_of_images_are_refused_for_texts_and_others_for_images():
             resolve({"task": "sst2", "method": "dp-adam", **more})
     with pytest.raises(BadInput, match="batch_norm"):
         a_run(batch_norm="keep")
-    with pytest.raises(BadInput, match="views must be a positive number"):
+    with pytest.raises(BadInput, match="views must be at least 1"):
         a_run(views=0)
     record, _ = run.execute(a_run(head="mean"), Settings(), quiet)
     assert record["status"] == "error" and "native head only" in record["error"]
