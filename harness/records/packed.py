@@ -8,11 +8,14 @@ by run id. A loose file beside them is newer and counts instead.
 from __future__ import annotations
 
 import bisect
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpft.harness.border.files import shown_path, trouble
 from dpft.harness.errors import BadInput
+from dpft.harness.records.curve_files import trouble_in
 
 if TYPE_CHECKING:
     import polars
@@ -26,7 +29,10 @@ class Packed:
     """The packed runs of a folder; none where it has no such files. Files that are replaced meanwhile are read anew."""
 
     def __init__(self, records: Path, curves: Path) -> None:
-        self._records, self._curves = _Blocks(records), _Blocks(curves)
+        self._records, self._curves = (
+            _Blocks(records, ("run_id", "record", "columns")),
+            _Blocks(curves, ("run_id", "step")),
+        )
 
     @classmethod
     def of(cls, folder: Path) -> Packed:
@@ -39,7 +45,7 @@ class Packed:
     def text(self, run_id: str) -> bytes | None:
         """The record's JSON, None where the run is not among them."""
         row = self._row(run_id)
-        return None if row is None else row["record"].encode()
+        return None if row is None else str(row["record"]).encode()
 
     def has_curve(self, run_id: str) -> bool:
         row = self._row(run_id)
@@ -50,9 +56,14 @@ class Packed:
         import polars
 
         row, block = self._row(run_id), self._curves.around(run_id)
-        if row is None or row["columns"] is None or block is None:
+        if row is None or row["columns"] is None:
             return None
-        return block.filter(polars.col("run_id") == run_id).select(row["columns"])
+        if block is None:
+            raise BadInput(f"{shown_path(self._curves.path)} lacks the curve of {run_id}; get it again.")
+        frame = self._curves.guarded(lambda: block.filter(polars.col("run_id") == run_id).select(row["columns"]))
+        if (problem := trouble_in(frame)) is not None:
+            raise BadInput(f"The curve of {run_id} in {shown_path(self._curves.path)} {problem}; get the file again.")
+        return frame
 
     def evaluations(self, columns: Iterable[str]) -> polars.LazyFrame | None:
         """`run_id` and these columns of all steps that were evaluated; what no curve has is null."""
@@ -76,8 +87,8 @@ class Packed:
 class _Blocks:
     """A parquet file that is sorted by run id, of which one row group is held at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
+        self.path, self._columns = path, columns
         self._seen: tuple | None = None
         self._file: pyarrow.parquet.ParquetFile | None = None
         self._firsts: list[str] = []
@@ -86,7 +97,7 @@ class _Blocks:
     def ids(self) -> list[str]:
         if not self._open():
             return []
-        return self._guarded(lambda: self._file.read(["run_id"])["run_id"].to_pylist())
+        return self.guarded(lambda: self._file.read(["run_id"])["run_id"].to_pylist())
 
     def around(self, run_id: str) -> polars.DataFrame | None:
         """The row group in which `run_id` is, if it is in the file; None without a file."""
@@ -96,7 +107,7 @@ class _Blocks:
             return None
         index = max(0, bisect.bisect_right(self._firsts, run_id) - 1)
         if self._held is None or self._held[0] != index:
-            table = self._guarded(lambda: polars.from_arrow(self._file.read_row_group(index)))
+            table = self.guarded(lambda: polars.from_arrow(self._file.read_row_group(index)))
             self._held = index, table
         return self._held[1]
 
@@ -104,33 +115,36 @@ class _Blocks:
         """Whether there is a file with runs in it; opened, and read anew where it is not the one that was opened."""
         import pyarrow.parquet
 
-        try:
-            stat = self.path.stat()
-        except FileNotFoundError:
+        if not os.path.lexists(self.path):
             return False
+        if (problem := trouble(self.path)) is not None:
+            raise BadInput(f"{shown_path(self.path)} {problem}; get it again.")
+        stat = self.path.stat()
         seen = stat.st_ino, stat.st_size, stat.st_mtime_ns
         if seen != self._seen:
-            self._file = self._guarded(lambda: pyarrow.parquet.ParquetFile(self.path))
-            _check_schema(self.path, self._file.schema_arrow)
+            self._file = self.guarded(lambda: pyarrow.parquet.ParquetFile(self.path))
+            _check_schema(self.path, self._file.schema_arrow, self._columns)
             meta = self._file.metadata
             groups = [meta.row_group(i) for i in range(meta.num_row_groups if meta.num_rows else 0)]
             at = self._file.schema_arrow.get_field_index("run_id")
-            self._firsts = self._guarded(lambda: [group.column(at).statistics.min for group in groups])
+            self._firsts = self.guarded(lambda: [group.column(at).statistics.min for group in groups])
             self._seen, self._held = seen, None
         return bool(self._firsts)
 
-    def _guarded(self, read):
+    def guarded(self, read):
         try:
             return read()
         except Exception as error:  # arrow has many
-            raise BadInput(f"{self.path} is damaged ({_first_line(error)}); get it again.") from error
+            raise BadInput(f"{shown_path(self.path)} is damaged ({_first_line(error)}); get it again.") from error
 
 
-def _check_schema(path: Path, schema) -> None:
+def _check_schema(path: Path, schema, columns: tuple[str, ...]) -> None:
     found = (schema.metadata or {}).get(b"dpft", b"").decode()
     if found != str(SCHEMA):
         has = f"has schema {found}, not {SCHEMA}" if found else "is no packed study of dpft"
-        raise BadInput(f"{path} {has}; read it with the dpft that wrote it, or move it away.")
+        raise BadInput(f"{shown_path(path)} {has}; read it with the dpft that wrote it, or move it away.")
+    if lacking := [name for name in columns if name not in schema.names]:
+        raise BadInput(f"{shown_path(path)} is damaged (it lacks the column {lacking[0]}); get it again.")
 
 
 def _first_line(error: Exception) -> str:

@@ -156,12 +156,8 @@ def _spec(record: Mapping[str, Any]) -> RunSpec:
     private = record["privacy"] if isinstance(record["privacy"], dict) else {}
     if record["provenance"]["settings"].get("secure_noise") or private.get("noise_seed") == "os":
         raise BadInput(f"Run {run_id} took its noise from the operating system, so nobody can make it again.")
-    try:
-        spec = RunSpec(**completed(record["spec"]))
-        same = spec.run_id == run_id
-    except (TypeError, ValueError) as problem:
-        raise BadInput(f"The record of run {run_id} has no spec of a run ({problem}); see `dpft verify`.") from None
-    if not same:
+    spec = RunSpec(**completed(record["spec"]))
+    if spec.run_id != run_id:
         raise BadInput(f"The spec in the record of run {run_id} is that of run {spec.run_id}; see `dpft verify`.")
     stream = getattr(spec, "noise_stream", 1)
     if spec.epsilon is not None and stream not in NOISE_STREAMS:

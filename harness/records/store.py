@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dpft.harness.border.documents import parsed
+from dpft.harness.border.files import content, shown_path
+from dpft.harness.border.values import shown
 from dpft.harness.errors import BadInput
+from dpft.harness.records import curve_files
 from dpft.harness.records.packed import RECORDS, Packed
+from dpft.harness.records.schema import SCHEMA, check
 from dpft.harness.runs.spec import completed
 from dpft.harness.train.journal import path_of
-
-SCHEMA = 1
-STATUSES = ("done", "diverged", "oom", "timeout", "error", "skipped")
-SECTIONS = ("schema", "run_id", "status", "spec", "privacy", "result", "cost", "diagnostics", "provenance", "error")
 
 
 class Store:
@@ -64,17 +65,14 @@ class Store:
     def text(self, run_id: str) -> bytes | None:
         """The record's JSON, None when there is none. Raises BadInput when it cannot be read."""
         path = self.record_path(run_id)
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return self.packed.text(run_id)
-        except OSError as error:
-            raise BadInput(f"The record {path} is damaged ({error}); delete it and run again.") from error
+        return content(path, "The record", "delete it and run again")
 
     def where(self, run_id: str) -> str:
         """Where the record of `run_id` is, for messages."""
         path = self.record_path(run_id)
-        return str(path) if path.exists() else f"{run_id} in {self.folder / RECORDS}"
+        return shown_path(path if path.exists() else f"{run_id} in {self.folder / RECORDS}")
 
     def records(self) -> list[dict[str, Any]]:
         """All records, by run id. Raises BadInput for a missing folder or a damaged file."""
@@ -93,16 +91,9 @@ class Store:
 
     def curve(self, run_id: str):
         """The curve as a polars frame, one row per step. Raises BadInput when it is missing or damaged."""
-        import polars
-
         if not self.curve_path(run_id).exists() and self._packed_curve(run_id):
             return self.packed.curve(run_id)
-        try:
-            return polars.read_parquet(self.curve_path(run_id))
-        except Exception as error:
-            raise BadInput(
-                f"The curve {self.curve_path(run_id)} cannot be read; delete {run_id}.json and run again."
-            ) from error
+        return curve_files.read(self.curve_path(run_id))
 
     def write(self, record: dict[str, Any], curve: list[dict[str, Any]]) -> None:
         """Curve first, then the record, each by rename: a record that exists has its curve."""
@@ -154,28 +145,21 @@ class Store:
 
 
 def read_record(text: bytes, run_id: str, where: str) -> dict[str, Any]:
-    """The record of `run_id`. Raises BadInput, naming its place, when it is damaged, of an unknown schema or of another run."""
+    """The record of `run_id`. Raises BadInput, naming its place and what is wrong in it, when it is damaged, of an unknown schema
+    or of another run."""
     try:
-        record = json.loads(text)
+        record = parsed(text)
     except ValueError as error:
-        raise BadInput(f"The record {where} is damaged ({error}); delete it and run again.") from error
-    check(record, where)
-    if record["run_id"] != run_id:
-        raise BadInput(f"The record {where} is of run {record['run_id']}; rename or delete it.")
+        raise BadInput(f"The record {where} is damaged ({error}); delete it and run again.") from None
+    check_place(record, run_id, where)
     return record
 
 
-def check(record: Any, where: str) -> None:
-    """Raises BadInput unless `record` has this schema's sections and a known status."""
-    if not isinstance(record, dict) or "schema" not in record:
-        raise BadInput(f"The file {where} is no dpft record; take it out of the results folder.")
-    if record["schema"] != SCHEMA:
-        raise BadInput(
-            f"The record {where} has schema {record['schema']}, not {SCHEMA}; read it with the dpft that wrote it."
-        )
-    missing = [section for section in SECTIONS if section not in record]
-    if missing or record["status"] not in STATUSES:
-        raise BadInput(f"The record {where} lacks {missing or 'a known status'}; delete it and run again.")
+def check_place(record: Any, run_id: str, where: str) -> None:
+    """Raises BadInput unless `record`, found at `where`, is one, and of the run that it is kept as."""
+    check(record, where)
+    if record["run_id"] != run_id:
+        raise BadInput(f"The record {where} is of run {shown(record['run_id'])}; rename or delete it.")
 
 
 def merge(sources: list[Path], target: Path) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dpft.harness.border.values import one_line
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import ForwardEngine, PlainEngine, zero_sums
 from dpft.harness.engine.clipping import Clipping
@@ -24,7 +25,7 @@ from dpft.harness.query import fitting
 from dpft.harness.query.preview import first_questions
 from dpft.harness.query.queries import Gradients, Values
 from dpft.harness.records import chain, provenance
-from dpft.harness.records.store import SCHEMA
+from dpft.harness.records.schema import SCHEMA
 from dpft.harness.runs import registry
 from dpft.harness.runs.plan import PrivacyPlan, plan
 from dpft.harness.runs.spec import RunSpec
@@ -91,7 +92,7 @@ STATUS_OF = {Skipped: "skipped", Diverged: "diverged", OutOfTime: "timeout", Bad
 
 def classify(error: BaseException) -> tuple[str, str]:
     """(status, one sentence) of an exception that ended a run."""
-    text = " ".join(str(error).split())
+    text = one_line(" ".join(str(error).split()))
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return "oom", "Out of memory; lower --max-tokens or the trainable parameters."
     for kind, status in STATUS_OF.items():

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from dpft.harness.records.store import SECTIONS
+from dpft.harness.records.schema import SECTIONS
 from dpft.harness.runs.spec import RunSpec, completed
 
 METHODS = (

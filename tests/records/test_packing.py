@@ -98,8 +98,9 @@ def test_nothing_is_removed_where_packing_fails(tmp_path, monkeypatch):
     shutil.copytree(loose("official"), tmp_path, dirs_exist_ok=True)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     store = Store(tmp_path)
-    run_id = store.ids()[1]
-    store.curve(run_id).with_columns(polars.col("step") + 0.0).write_parquet(store.curve_path(run_id))
+    first, run_id = store.ids()[:2]
+    for one, extra in ((first, "x"), (run_id, 7)):
+        store.curve(one).with_columns(extra=polars.lit(extra)).write_parquet(store.curve_path(one))
     with pytest.raises(BadInput, match="cannot be packed"):
         pack(tmp_path)
     store.record_path(run_id).write_text("{")

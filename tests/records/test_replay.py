@@ -133,15 +133,15 @@ def changed(section, key, value):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda content: content.update(status="timeout"), "only a run that is done"),
+        (lambda content: content.update(status="timeout", result=None, error="Late."), "only a run that is done"),
         (changed("privacy", "noise_seed", "os"), "nobody can make it again"),
         (changed("spec", "lr", 0.5), "is that of run"),
-        (changed("spec", "lr", "x"), "is that of run"),
-        (changed("spec", "colour", "red"), "no spec of a run"),
+        (changed("spec", "lr", "x"), "spec.lr must be a number, not 'x'"),
+        (changed("spec", "colour", "red"), "has 'colour', which this dpft does not know"),
         (changed("provenance", "data_fingerprint", "0" * 64), "The data here are not what run"),
-        (lambda content: content.update(spec=None), "spec must be an object"),
-        (lambda content: content.update(provenance=None), "The provenance section must be"),
-        (lambda content: content["result"].update(final="high"), "final in the result section"),
+        (lambda content: content.update(spec=None), "spec must be a table, not None"),
+        (lambda content: content.update(provenance=None), "provenance must be a table, not None"),
+        (lambda content: content["result"].update(final="high"), "result.final must be a number, not 'high'"),
         (lambda content: content["provenance"].update(settings={"engine": "steam"}), "engine"),
     ],
 )
@@ -176,4 +176,4 @@ def test_questions_that_mean_nothing(made, capsys, tmp_path):
     store.curve_path(run_id).unlink()
     code, said = replay(capsys, store, run_id, mirror)
     (tmp_path / "away").rename(store.curve_path(run_id))
-    assert code == 2 and "cannot be read" in said
+    assert code == 2 and "does not exist" in said

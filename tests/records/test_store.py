@@ -5,24 +5,18 @@ import subprocess
 import sys
 
 import pytest
+from studies import loose
 
 from dpft.harness.errors import BadInput
 from dpft.harness.records.store import Store, atomic, merge
 
 
 def record(run_id="abc", final=0.5, seconds=1.0):
-    return {
-        "schema": 1,
-        "run_id": run_id,
-        "status": "done",
-        "spec": {"seed": 0},
-        "privacy": None,
-        "result": {"final": final},
-        "cost": {"train_s": seconds},
-        "diagnostics": {"private": False},
-        "provenance": {},
-        "error": None,
-    }
+    """A committed record, with what is asked for put in."""
+    path = min(loose("zeroth").glob("*.json"))
+    one = json.loads(path.read_text())
+    one["result"]["final"], one["cost"]["train_s"] = final, seconds
+    return {**one, "run_id": run_id}
 
 
 CURVE = [{"step": 1, "metric": None}, {"step": 2, "metric": 0.5}]
@@ -49,9 +43,9 @@ def test_round_trip(store):
         ("", "damaged"),
         ("[]", "no dpft record"),
         (json.dumps({**record(), "schema": 2}), "has schema 2"),
-        (json.dumps({**record(), "status": "fine"}), "lacks"),
-        (json.dumps({k: v for k, v in record().items() if k != "privacy"}), "privacy"),
-        (json.dumps(record("other")), "is of run other"),
+        (json.dumps({**record(), "status": "fine"}), "status must be one of those there are, not 'fine'"),
+        (json.dumps({k: v for k, v in record().items() if k != "privacy"}), "lacks privacy"),
+        (json.dumps(record("other")), "is of run 'other'"),
     ],
 )
 def test_damaged_records_are_named(store, text, message):
@@ -61,8 +55,8 @@ def test_damaged_records_are_named(store, text, message):
 
 
 def test_nothing_is_left_of_a_failed_write(store):
-    with pytest.raises(ValueError):
-        store.write({**record(), "result": {"final": float("nan")}}, [])
+    with pytest.raises(BadInput, match="result.final must be a finite number, not nan"):
+        store.write(record(final=float("nan")), CURVE)
     with pytest.raises(OSError), atomic(store.folder / "x.json") as path:
         path.write_text("half")
         raise OSError(28, "No space left on device")

@@ -12,7 +12,8 @@ from typing import Any
 from dpft.harness.errors import BadInput
 from dpft.harness.privacy import verify_record
 from dpft.harness.privacy.recompute import is_foreign
-from dpft.harness.records.store import Store, check
+from dpft.harness.records.schema import SCHEMA, check
+from dpft.harness.records.store import Store
 from dpft.harness.records.verifying import asked, chains, curves, declared, known, layout, results, tails
 
 
@@ -94,11 +95,11 @@ def _read(store: Store, name: str) -> Any:
     where = store.where(name)
     try:
         content = json.loads(store.text(name))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # NaN is no JSON, but a finding
         raise BadInput(f"The record {where} is damaged ({error}); delete it or get it again.") from error
     if is_foreign(content) and (not isinstance(content, dict) or "privacy" not in content):
         check(content if isinstance(content, dict) and "schema" in content else None, where)
-    if isinstance(content, dict) and type(content.get("schema")) is int and content["schema"] > 1:
+    if isinstance(content, dict) and type(content.get("schema")) is int and content["schema"] > SCHEMA:
         check(content, where)  # of a newer dpft
     return content
 
@@ -109,8 +110,8 @@ def _curve(store: Store, name: str, record: dict[str, Any]) -> tuple[curves.Rows
         return None, []
     try:
         return store.curve(name).rows(named=True), []
-    except BadInput:
-        return None, ["The curve beside the record cannot be read."]
+    except BadInput as problem:
+        return None, [str(problem)]
 
 
 class _Twins:

@@ -9,7 +9,7 @@ from typing import Any
 from dpft.harness.errors import BadInput
 from dpft.harness.runs import registry
 from dpft.harness.runs.resolve import check
-from dpft.harness.runs.spec import TYPES, RunSpec, completed, typed
+from dpft.harness.runs.spec import RunSpec, completed, typed, types
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def read(record: dict[str, Any]) -> Asked:
 
 
 def _types(spec: RunSpec) -> Iterator[str]:
-    for key in TYPES:
+    for key in types():
         value = getattr(spec, key)
         if key in ("options", "task_options"):
             if not isinstance(value, dict):
@@ -63,7 +63,7 @@ def _types(spec: RunSpec) -> Iterator[str]:
             continue
         try:
             kept = typed(key, value)
-        except (BadInput, ValueError, OverflowError):
+        except BadInput:
             yield f"{key} in the spec cannot be {value!r}."
             continue
         if type(kept) is not type(value) or kept != value:

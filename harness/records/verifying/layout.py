@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from dpft.harness.privacy.shape import is_number
-from dpft.harness.records.store import SCHEMA, SECTIONS, STATUSES
+from dpft.harness.records.schema import SCHEMA, SECTIONS, STATUSES
 
 Check = Callable[[Any], bool]
 
