@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from dpft.harness.border.documents import Misfit, fitted, parsed, sentence
+from dpft.harness.border.files import content, shown_path
+from dpft.harness.border.values import Amount, Count, Digits, Number, Plain, Step, shown
 from dpft.harness.errors import BadInput
+from dpft.harness.records.schema import fitted_spec
 from dpft.harness.records.store import atomic
-from dpft.harness.runs.spec import RunSpec, completed
+from dpft.harness.runs.spec import completed
 
 SCHEMA = 1
 PACKAGES = ("torch", "transformers", "peft", "numpy", "evaluate")  # those that can change what a run comes to
@@ -37,6 +42,36 @@ class Run:
     made_with: dict[str, Any]
     hardware: dict[str, Any]
     censored: bool | None = None
+
+
+class BlessedRun(msgspec.Struct, forbid_unknown_fields=True):
+    """A run as a baseline file has it; environment: its place in the file's list."""
+
+    final: Number
+    steps_to_threshold: Step | None
+    step_s: Amount | None
+    peak_bytes: Count
+    environment: int
+    censored: bool | None = None
+
+
+class Environment(msgspec.Struct, forbid_unknown_fields=True):
+    made_with: dict[str, str | None]
+    hardware: dict[str, Any]
+
+
+class Entry(msgspec.Struct, forbid_unknown_fields=True):
+    spec: dict[str, Any]
+    metric: Plain
+    higher_is_better: bool
+    runs: Annotated[dict[Digits, BlessedRun], msgspec.Meta(min_length=1)]
+
+
+class Blessed(msgspec.Struct):
+    """A whole baseline file of the quality of runs."""
+
+    environments: list[Environment]
+    configurations: Annotated[list[Entry], msgspec.Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -129,34 +164,27 @@ def load(path: Path) -> dict[str, Configuration]:
     """The configurations that were blessed into `path`. Raises BadInput when it is missing, damaged or of another kind."""
     document = read(path, "quality")
     try:
-        found = [_configuration(entry, document["environments"]) for entry in document["configurations"]]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise damaged(path, f"{type(error).__name__}: {error}") from error
-    if not found:
-        raise damaged(path, "it holds no configuration")
+        blessed = fitted(document, Blessed)
+        found = [
+            _configuration(entry, blessed.environments, f"configurations[{i}]")
+            for i, entry in enumerate(blessed.configurations)
+        ]
+    except Misfit as problem:
+        raise damaged(path, sentence(problem)) from None
     return {one.key: one for one in found}
 
 
-def _configuration(entry: dict[str, Any], environments: list[dict[str, Any]]) -> Configuration:
+def _configuration(entry: Entry, environments: list[Environment], where: str) -> Configuration:
     runs = {}
-    for seed, numbers in entry["runs"].items():
-        kept = {key: value for key, value in numbers.items() if key != "environment"}
-        run = Run(**kept, **environments[numbers["environment"]])
-        for number in (run.final, run.peak_bytes, run.step_s, run.steps_to_threshold):
-            if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
-                raise ValueError(f"{number!r} is no number")
-        if run.censored not in (True, False, None):
-            raise ValueError(f"{run.censored!r} is not whether a run is censored")
-        if run.final is None or not math.isfinite(run.final):
-            raise ValueError(f"seed {seed} has no final value")
-        if not (isinstance(run.made_with, dict) and isinstance(run.hardware, dict)):
-            raise ValueError(f"seed {seed} has no environment")
-        runs[int(seed)] = run
-    if not runs or not isinstance(entry["higher_is_better"], bool):
-        raise ValueError("a configuration without runs or direction")
-    spec = RunSpec(**{**entry["spec"], "seed": 0}).to_dict()
+    for seed, run in entry.runs.items():
+        if not 0 <= run.environment < len(environments):
+            raise Misfit(f"{where}.runs.{seed}.environment", f"is {run.environment}, and there are {len(environments)}")
+        numbers = {key: getattr(run, key) for key in run.__struct_fields__ if key != "environment"}
+        runs[int(seed)] = Run(**numbers, **msgspec.structs.asdict(environments[run.environment]))
+    spec = completed({**entry.spec, "seed": 0})
+    fitted_spec(spec, f"{where}.spec")
     del spec["seed"]
-    return Configuration(spec, entry["metric"], entry["higher_is_better"], runs)
+    return Configuration(spec, entry.metric, entry.higher_is_better, runs)
 
 
 def write(path: Path, kind: str, content: dict[str, Any]) -> None:
@@ -169,20 +197,20 @@ def write(path: Path, kind: str, content: dict[str, Any]) -> None:
 def read(path: Path, kind: str) -> dict[str, Any]:
     """The baseline file at `path`. Raises BadInput unless it is one of `kind` and of this schema."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"There is no baseline {path}; make it with --bless.") from None
-    except (OSError, ValueError) as error:
-        raise damaged(path, str(error)) from error
-    if not isinstance(document, dict) or document.get("kind") not in HINT:
-        raise BadInput(f"The file {path} is no baseline of dpft check; make one with --bless.")
+        document = parsed(content(path, "The baseline", "make it with --bless"))
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
+    if not isinstance(document, dict) or document.get("kind") not in tuple(HINT):
+        raise BadInput(f"The file {shown_path(path)} is no baseline of dpft check; make one with --bless.")
     if document.get("schema") != SCHEMA:
-        raise BadInput(f"The baseline {path} has schema {document.get('schema')}, not {SCHEMA}; bless it anew.")
+        raise BadInput(
+            f"The baseline {shown_path(path)} has schema {shown(document.get('schema'))}, not {SCHEMA}; bless it anew."
+        )
     if document["kind"] != kind:
-        raise BadInput(f"The baseline {path} is a {document['kind']} one; {HINT[document['kind']]}.")
+        raise BadInput(f"The baseline {shown_path(path)} is a {document['kind']} one; {HINT[document['kind']]}.")
     return document
 
 
 def damaged(path: Path, why: str) -> BadInput:
     """The error for a baseline that cannot be understood."""
-    return BadInput(f"The baseline {path} is damaged ({why}); restore it or bless it anew.")
+    return BadInput(f"The baseline {shown_path(path)} is damaged ({why}); restore it or bless it anew.")

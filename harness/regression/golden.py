@@ -8,9 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from dpft.harness.border.documents import Misfit, fitted, sentence
+from dpft.harness.border.values import Name, Number
 from dpft.harness.errors import BadInput
+from dpft.harness.records.schema import fitted_spec
 from dpft.harness.regression import baseline
 from dpft.harness.runs import registry
 from dpft.harness.runs.resolve import resolve
@@ -24,6 +29,25 @@ MODELS = {"linear": "linear", "layers": "features"}
 COLUMNS = ("loss", "metric", "norm")  # compared within TOLERANCE on another platform; there the digest is not
 TOLERANCE = 1e-3  # relative: rounding of fp32 over 20 steps stays below it, noise 20% too large does not
 NOT_FINE = {"differs": 1, "not comparable": 2, "gone": 2}  # verdict -> exit code
+
+
+class Trace(msgspec.Struct, forbid_unknown_fields=True):
+    """What was seen of a method, a value for each step; null where there is none."""
+
+    spec: dict[str, Any]
+    status: Name
+    reason: str | None
+    loss: list[Number | None]
+    metric: list[Number | None]
+    norm: list[Number | None]
+    digest: list[str]
+
+
+class Golden(msgspec.Struct):
+    """A whole baseline file of traces."""
+
+    platform: dict[str, Any]
+    traces: Annotated[dict[Name, Trace], msgspec.Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -129,25 +153,23 @@ def bless(path: Path, found: dict[str, Any]) -> None:
 def check(path: Path, observe: Callable[[str], None] = lambda method: None) -> list[Verdict]:
     """Trace every method again and compare with the baseline at `path`. Raises BadInput when that cannot be read."""
     document = baseline.read(path, "golden")
-    old, was = document.get("traces"), document.get("platform")
-    if not (isinstance(was, dict) and isinstance(old, dict) and old):
-        raise baseline.damaged(path, "it holds no traces")
-    for name, one in old.items():
-        if not _whole(one):
-            raise baseline.damaged(path, f"the trace of {name} is not whole")
-    return compare(old, traces(None, observe), changes(was, platform()))
+    try:
+        fitted(document, Golden)
+        for name, one in document["traces"].items():
+            _check(name, one)
+    except Misfit as problem:
+        raise baseline.damaged(path, sentence(problem)) from None
+    return compare(document["traces"], traces(None, observe), changes(document["platform"], platform()))
 
 
-def _whole(one: Any) -> bool:
-    """Whether `one` is a trace: a spec, a status, and columns of one length with a number or null at each step."""
-    columns = (*COLUMNS, "digest")
-    if not (
-        isinstance(one, dict) and isinstance(one.get("spec"), dict) and {"status", "reason", *columns} <= one.keys()
-    ):
-        return False
-    if not all(isinstance(one[name], list) and len(one[name]) == len(one["digest"]) for name in columns):
-        return False
-    return all(value is None or isinstance(value, (int, float)) for name in COLUMNS for value in one[name])
+def _check(name: str, one: dict[str, Any]) -> None:
+    """Raises Misfit unless the spec of a trace is that of a run, and its columns are of one length."""
+    fitted_spec(one["spec"], f"traces.{name}.spec")
+    for column in COLUMNS:
+        if len(one[column]) != len(one["digest"]):
+            raise Misfit(
+                f"traces.{name}.{column}", f"has {len(one[column])} steps, and digest has {len(one['digest'])}"
+            )
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], differing: list[str]) -> list[Verdict]:

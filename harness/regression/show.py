@@ -8,6 +8,7 @@ from typing import Any
 
 from dpft.harness.regression.gate import MAIN, Outcome, Rule
 from dpft.harness.report.rows import Row, name_of
+from dpft.harness.report.text import told
 
 HEADERS = ("method", "task", "model", "ε", "seeds", "baseline", "now", "difference", "p", "steps", "verdict")
 
@@ -42,10 +43,10 @@ def _row(name: str, one: Outcome) -> tuple[str, ...]:
         for key, m in one.measures.items()
         if key != MAIN
     ]
-    why = "; ".join([one.reason] * bool(one.reason) + extra).replace("|", "/")
+    why = told("; ".join([one.reason] * bool(one.reason) + extra))
     verdict = f"{one.verdict}: {why}" if why else one.verdict
     epsilon = "-" if one.spec["epsilon"] is None else f"{one.spec['epsilon']:g}"
-    return name, one.spec["task"], one.spec["model"], epsilon, str(len(one.seeds)), *figures, verdict
+    return name, one.spec["task"], told(one.spec["model"]), epsilon, str(len(one.seeds)), *figures, verdict
 
 
 def _steps(step: float | None) -> str:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import statistics
-import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 from scipy import stats
 
-from dpft.harness.errors import BadInput
+from dpft.harness.border.documents import from_toml
+from dpft.harness.border.values import Filled, Name, Positive
 from dpft.harness.report.rows import Row
 from dpft.harness.report.text import Part, Table
 from dpft.harness.report.views import Group
@@ -35,8 +36,7 @@ EXPECTATIONS = {
 DEFAULTS = {"clipping": "abadi", "mechanism": "gaussian"}
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One entry of tasks/predictions.toml.
 
     Attributes:
@@ -49,15 +49,19 @@ class Prediction:
         measure: one of MEASURES; ratio: what is subtracted from a logarithm: 10 expects ten times as much.
     """
 
-    says: str
-    source: str
+    says: Filled
+    source: Filled
     row: dict[str, Any]
-    against: list[dict[str, Any]]
-    expect: str
-    margin: float
-    task: str = "sentences"
-    measure: str = "metric"
-    ratio: float = 1.0
+    against: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1)]
+    expect: Literal[tuple(EXPECTATIONS)]
+    margin: Positive
+    task: Name = "sentences"
+    measure: Literal[MEASURES] = "metric"
+    ratio: Positive = 1.0
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    prediction: list[Prediction]
 
 
 @dataclass(frozen=True)
@@ -75,18 +79,7 @@ class Answer:
 @cache
 def predictions() -> tuple[Prediction, ...]:
     """All of the file, in its order. Raises BadInput, naming the entry, for one that cannot be understood."""
-    found = []
-    for number, entry in enumerate(tomllib.loads(FILE.read_text(encoding="utf-8"))["prediction"], 1):
-        try:
-            one = Prediction(**entry)
-        except TypeError as error:
-            raise BadInput(f"Prediction {number} of {FILE.name} is not complete ({error}); mend it.") from None
-        if one.expect not in EXPECTATIONS or one.measure not in MEASURES or not one.margin > 0:
-            raise BadInput(
-                f"Prediction {number} of {FILE.name} has an unknown expectation, measure or margin; mend it."
-            )
-        found.append(one)
-    return tuple(found)
+    return tuple(from_toml(FILE, _File, "The file of predictions", "mend it").prediction)
 
 
 def answers(groups: list[Group]) -> list[Part]:

@@ -251,7 +251,7 @@ def test_a_run_that_fails_now_is_a_no_and_slower_steps_are_seen(blessed, dpft, t
         ('{"schema": 1, "kind": "quality", "environments": [], "configurations": []}', "is damaged"),
         ('{"schema": 1, "kind": "quality", "environments": [], "configurations": [3]}', "is damaged"),
         ('{"schema": 1, "kind": "golden"}', "give it with --golden"),
-        (None, "There is no baseline"),
+        (None, "does not exist; make it with --bless"),
     ],
 )
 def test_a_bad_baseline_is_one_sentence(blessed, dpft, text, message):
@@ -309,7 +309,7 @@ def test_bad_questions_are_one_sentence(blessed, dpft, tmp_path):
         ([], "either a results FOLDER or --golden"),
         ([other, "--golden"], "either a results FOLDER or --golden"),
         (["--golden"], "give it without --golden"),
-        ([other, "--margin", "nan"], "finite numbers"),
+        ([other, "--margin", "nan"], "is not a finite number"),
         ([other, "--bless", "--baseline", tmp_path / "no" / "where.json"], "There is no folder"),
     ]:
         code, out, err = dpft("check", "--baseline", blessed, *arguments)
@@ -384,4 +384,4 @@ def test_golden_is_blessed_and_checked_by_command(dpft, tmp_path, monkeypatch):
     assert code == 1 == json.loads(out)["exit_code"]
     spoil(path, lambda d: d["traces"]["dp-sgd"]["loss"].pop())
     code, _, err = dpft("check", "--golden", "--baseline", path, "--quiet")
-    assert code == 2 and "is not whole" in err
+    assert code == 2 and "has 19 steps" in err

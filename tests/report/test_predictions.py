@@ -1,5 +1,6 @@
 """Predictions: what interval holds, fails or decides nothing; and the one table of all methods."""
 
+import msgspec
 import pytest
 from report_cases import changed, records, store_of
 
@@ -14,7 +15,7 @@ ABOUT = Prediction("rmt is no worse", "x", {"method": "rmt"}, [{"method": "dp-ad
 
 
 def of(**more):
-    return Prediction(**{**vars(ABOUT), **more})
+    return msgspec.structs.replace(ABOUT, **more)
 
 
 def made(folder, chosen):
@@ -102,14 +103,23 @@ def test_two_reports_at_once_are_refused(both, dpft, tmp_path):
     assert code == 2 and "leave out" in err
 
 
-@pytest.mark.parametrize("line", ['expect = "bigger"', "margin = 0.0", 'colour = "red"'])
-def test_a_bad_entry_is_named(tmp_path, monkeypatch, line):
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('expect = "bigger"', r"prediction\[0\].expect must be one of those there are, not 'bigger'"),
+        ("margin = 0.0", r"prediction\[0\].margin must be more than 0, not 0.0"),
+        ("margin = nan", r"prediction\[0\].margin must be a finite number, not nan"),
+        ('colour = "red"', r"prediction\[0\] has 'colour', which nobody knows"),
+        ("ratio = true", r"prediction\[0\].ratio must be a number, not True"),
+    ],
+)
+def test_a_bad_entry_is_named(tmp_path, monkeypatch, line, words):
     good = 'says = "A"\nsource = "x"\nrow = { method = "rmt" }\nagainst = [{ method = "dp-adam" }]\n'
     other = "" if line.startswith("expect") else 'expect = "same"\n'
     other += "" if line.startswith("margin") else "margin = 0.01\n"
     (tmp_path / "predictions.toml").write_text(f"[[prediction]]\n{good}{other}{line}\n")
     monkeypatch.setattr(predictions, "FILE", tmp_path / "predictions.toml")
-    with pytest.raises(BadInput, match="Prediction 1 of predictions.toml .* mend it"):
+    with pytest.raises(BadInput, match=f"predictions.toml cannot be used: {words}; mend it"):
         predictions.predictions.__wrapped__()
 
 
