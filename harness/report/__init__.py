@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpft.harness.border.files import text as read_text
 from dpft.harness.errors import BadInput, unknown
+from dpft.harness.records.schema import bulk
 from dpft.harness.records.store import Store, atomic
 from dpft.harness.report import (
     decoders,
@@ -94,7 +96,7 @@ class Report:
         if compared:
             yield pairs.READING
         lines = [
-            f"- `{r['run_id']}` {r['spec']['task']}/{r['spec']['method']}: **{r['status']}**: {r['error']}"
+            f"- `{r['run_id']}` {r['spec']['task']}/{r['spec']['method']}: **{r['status']}**: {text.told(r['error'])}"
             for r in self.records
             if r["status"] != "done"
         ]
@@ -139,7 +141,7 @@ def theory(records: list[dict[str, Any]], figures: Figures | None = None) -> lis
 
     Takes whole records, not summaries.
     """
-    done = [{**r, "spec": completed(r["spec"])} for r in records if r["status"] == "done"]
+    done = [{**r, "spec": completed(r["spec"]), "diagnostics": bulk(r)} for r in records if r["status"] == "done"]
     parts = decoders.theory(done)
     if not parts:
         return ["There are no runs to compare with theory; make some with `dpft run spectral-theory`."]
@@ -162,12 +164,7 @@ def write(text: str, path: Path, check: bool, markers: tuple[str, str]) -> bool:
     Raises BadInput when the file has no markers or cannot be read or written.
     """
     opening, closing = markers
-    try:
-        old = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadInput(
-            f"{path} cannot be read ({error.strerror}); make it with the lines {opening} and {closing}."
-        ) from error
+    old = read_text(path, "The file", f"make it with the lines {opening} and {closing}")
     before, begin, rest = old.partition(opening)
     _, end, after = rest.partition(closing)
     if not begin or not end:

@@ -120,9 +120,10 @@ def _predictions(record: dict[str, Any]) -> list[dict[str, Any]]:
         step = taken["step"]
         for name, matrix in taken["matrices"].items():
             (m, n), s, said = matrix["shape"], matrix["noise_std"], matrix["predicted"]
-            if said["first"] is None:
+            cosine = cosines.get(step, {}).get(name)
+            if said["first"] is None or cosine is None:
                 continue
-            edge, cosine = bulk_edge(m, n, s), cosines[step][name]
+            edge = bulk_edge(m, n, s)
             kept = seen.get(step, {}).get(name, {}).get("spikes")
             cells.append(
                 {

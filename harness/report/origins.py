@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from dpft.harness.report.text import told
+
 FINGERPRINTS = {"data_fingerprint": "data", "model_fingerprint": "pretrained weights"}
 Records = Sequence[dict[str, Any]]
 
@@ -53,7 +55,7 @@ def notes(records: Records, names: Sequence[str], private: Sequence[bool]) -> li
     by_torch = defaultdict(list)
     for record, name in zip(records, names, strict=True):
         version = ((record["provenance"] or {}).get("versions") or {}).get("torch") or "unknown"
-        by_torch[version].append(name)
+        by_torch[told(version)].append(name)
     if len(by_torch) > 1:
         versions = "; ".join(f"{version}: {_some(_unique(rows))}" for version, rows in sorted(by_torch.items()))
         found.append(f"Made with different versions of torch, which may differ by rounding: {versions}.")

@@ -11,8 +11,10 @@ from typing import Any
 
 import msgspec
 
+from dpft.harness.border.files import trouble
 from dpft.harness.errors import BadInput
-from dpft.harness.records.store import Store, check
+from dpft.harness.records.schema import bulk
+from dpft.harness.records.store import Store, check_place
 from dpft.harness.report.rows import Row
 from dpft.harness.statistics import Reached, median_reached, to_threshold
 from dpft.harness.statistics.thresholds import FEWEST
@@ -43,10 +45,6 @@ class _Slim(msgspec.Struct, omit_defaults=True):
     error: Any = msgspec.UNSET
 
 
-class _Bulk(msgspec.Struct):
-    diagnostics: Any
-
-
 class _Seen(msgspec.Struct):
     spikes: int | None = None
 
@@ -68,17 +66,14 @@ def summaries(store: Store) -> list[dict[str, Any]]:
 
 
 def _summary(store: Store, run_id: str) -> dict[str, Any]:
-    where = store.where(run_id)
     try:
         slim = _DECODER.decode(store.text(run_id))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"The record {where} is damaged ({error}); delete it and run again.") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return store.read(run_id)  # which says what is wrong
     record = {key: value for key in slim.__struct_fields__ if (value := getattr(slim, key)) is not msgspec.UNSET}
     if isinstance(slim.diagnostics, _Summary):
         record["diagnostics"] = msgspec.structs.asdict(slim.diagnostics)
-    check(record, where)
-    if record["run_id"] != run_id:
-        raise BadInput(f"The record {where} is of run {record['run_id']}; rename or delete it.")
+    check_place(record, run_id, store.where(run_id))
     return record
 
 
@@ -86,7 +81,7 @@ def diagnostics(store: Store, record: dict[str, Any]) -> dict[str, Any]:
     """All diagnostics of a run, read again where the record is a summary."""
     if "alignment_by_parameter" in record["diagnostics"]:
         return record["diagnostics"]
-    return msgspec.json.decode(store.text(record["run_id"]), type=_Bulk).diagnostics
+    return bulk(store.read(record["run_id"]))
 
 
 def spikes(store: Store, record: dict[str, Any]) -> list[int]:
@@ -170,19 +165,35 @@ def _scan(store: Store, run_ids: list[str]) -> dict[str, dict[str, list]]:
     import polars
 
     loose = [run_id for run_id in run_ids if store.curve_path(run_id).exists() or store.record_path(run_id).exists()]
+    try:
+        frames = [
+            scan.group_by("run_id", maintain_order=True).agg(polars.all()).collect()
+            for scan in _scans(store, run_ids, loose)
+        ]
+        found = {row.pop("run_id"): row for frame in frames for row in frame.iter_rows(named=True)}
+    except (polars.exceptions.PolarsError, OSError):  # one of them is bad: the slow way names it
+        found = {run_id: _evaluated(store.curve(run_id)) for run_id in run_ids}
+    nothing: dict[str, list] = {column: [] for column in COLUMNS}
+    return {run_id: found.get(run_id, nothing) for run_id in run_ids}
+
+
+def _evaluated(curve) -> dict[str, list]:
+    """The evaluations of one curve; what it has no column for is null."""
+    rows = curve.drop_nulls("metric")
+    return {name: rows[name].to_list() if name in rows.columns else [None] * rows.height for name in COLUMNS}
+
+
+def _scans(store: Store, run_ids: list[str], loose: list[str]):
+    """The evaluations of loose curves and of packed ones, not read yet."""
+    import polars
+
     schema = {column: polars.Int64 if column == "step" else polars.Float64 for column in COLUMNS}
     paths = [store.curve_path(run_id) for run_id in loose]
-    scans = []
+    if bad := next((path for path in paths if trouble(path)), None):
+        raise OSError(f"{bad} is no file")
     if paths:
         lazy = polars.scan_parquet(paths, schema=schema, extra_columns="ignore", include_file_paths="path")
         stem = polars.col("path").str.extract(r"([^/\\]+)\.parquet$").alias("run_id")
-        scans.append(lazy.filter(polars.col("metric").is_not_null()).select(stem, *COLUMNS))
+        yield lazy.filter(polars.col("metric").is_not_null()).select(stem, *COLUMNS)
     if len(loose) < len(run_ids) and (packed := store.packed.evaluations(COLUMNS)) is not None:
-        scans.append(packed.filter(polars.col("run_id").is_in(list(set(run_ids) - set(loose)))))
-    try:
-        frames = [scan.group_by("run_id", maintain_order=True).agg(polars.all()).collect() for scan in scans]
-        found = {row.pop("run_id"): row for frame in frames for row in frame.iter_rows(named=True)}
-    except (polars.exceptions.PolarsError, OSError):  # one of them is bad: the slow way names it
-        found = {run_id: store.curve(run_id).drop_nulls("metric").to_dict(as_series=False) for run_id in run_ids}
-    nothing: dict[str, list] = {column: [] for column in COLUMNS}
-    return {run_id: found.get(run_id, nothing) for run_id in run_ids}
+        yield packed.filter(polars.col("run_id").is_in(list(set(run_ids) - set(loose))))

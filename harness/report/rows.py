@@ -12,6 +12,7 @@ from typing import Any
 
 from dpft.harness.privacy import matched
 from dpft.harness.report import origins
+from dpft.harness.report.text import told
 from dpft.harness.runs import registry
 
 BASELINES = ("dp-sgd", "dp-adam")  # the target of steps-to-threshold is the best of these, as SPECTRAL.md's rule says
@@ -149,7 +150,9 @@ def _row(records: list[dict[str, Any]]) -> Row:
     rejected = [r for r in done if r.get("rejected")]
     if rejected:
         more = f" (and {len(rejected) - 1} more)" if len(rejected) > 1 else ""
-        flaws.append(f"run {rejected[0]['run_id']}{more} does not verify: {rejected[0]['rejected'][0].rstrip('.')}")
+        flaws.append(
+            f"run {rejected[0]['run_id']}{more} does not verify: {told(rejected[0]['rejected'][0].rstrip('.'))}"
+        )
     return Row(records[0]["spec"], done, failed=failed, flaws=tuple(flaws))
 
 
@@ -287,7 +290,7 @@ def _name(row: Row, values: dict[tuple[str, str], set[str]]) -> str:
     varying += [key for key in row.chosen if key not in varying]
     if not varying:
         return row.method
-    return f"{row.method} ({', '.join(f'{key}={own.get(key, row.spec.get(key))}' for key in varying)})"
+    return f"{row.method} ({', '.join(f'{told(key)}={told(own.get(key, row.spec.get(key)))}' for key in varying)})"
 
 
 def name_of(row: Row, rows: Sequence[Row]) -> str:

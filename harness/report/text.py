@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dpft.harness.border.values import one_line
+
 LATEX = {
     "ε": r"$\varepsilon$",
     "σ": r"$\sigma$",
@@ -31,6 +33,11 @@ LATEX = {
 }
 
 
+def told(value: object) -> str:
+    """A name, a setting or an error of a record on one line of markdown, where it can make neither a cell nor a link nor HTML."""
+    return re.sub(r"[\\|`\[\]<>]", r"\\\g<0>", one_line(str(value)))
+
+
 @dataclass(frozen=True)
 class Table:
     """One dict per line, column -> text; all lines have the same columns."""
@@ -53,7 +60,9 @@ Part = str | Table
 
 
 def markdown(parts: Sequence[Part]) -> str:
-    return "\n\n".join(part if isinstance(part, str) else part.markdown() for part in parts)
+    """The report; no part of it is HTML, whatever a record holds."""
+    text = "\n\n".join(part if isinstance(part, str) else part.markdown() for part in parts)
+    return re.sub(r"(?<!\\)<(?=[A-Za-z/!?])", r"\\<", text)
 
 
 def latex(parts: Sequence[Part]) -> str:

@@ -17,6 +17,7 @@ from dpft.harness.report import origins
 from dpft.harness.report import rows as making
 from dpft.harness.report.reading import Curves
 from dpft.harness.report.rows import Row
+from dpft.harness.report.text import told
 
 NAMES = ("budget-steps", "budget", "compute", "time", "memory")
 FREE_SETTINGS = ("lr", "steps", "batch_size", "eval_every", "warmup_steps")
@@ -80,8 +81,8 @@ class Group:
     @property
     def title(self) -> str:
         spec, private = self.spec, self.private
-        settings = "".join(f", {key}={value}" for key, value in spec["task_options"].items())
-        text = f"{spec['task']} (v{spec['task_version']}{settings}), {spec['model']}, head `{spec['head']}`"
+        settings = "".join(f", {told(key)}={told(value)}" for key, value in spec["task_options"].items())
+        text = f"{spec['task']} (v{spec['task_version']}{settings}), {told(spec['model'])}, head `{spec['head']}`"
         if private:
             text += f", ε ≤ {private[0].spec['epsilon']:g}" + (" (pure)" if private[0].spec.get("delta") == 0 else "")
         text += "" if spec["split"] == "whole" else f", {spec['split']} half"
@@ -217,7 +218,7 @@ def _by_hardware(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, 
 def hardware(record: dict[str, Any]) -> str:
     """The hardware id: times of two runs may be compared where this is the same."""
     it = record["provenance"]["hardware"]
-    name = it.get("gpu") or it["cpu"]
+    name = told(it.get("gpu") or it["cpu"])
     threads = f", {it['threads']} thread{'s' if it['threads'] != 1 else ''}" if it["device"] == "cpu" else ""
     return f"{name} ({it['device'].partition(':')[0]}{threads})"
 
