@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpft.harness.border.files import ABSENT, shown_path, trouble
 from dpft.harness.errors import CannotRun
 
 if TYPE_CHECKING:
@@ -40,12 +41,15 @@ def count_of(hub: str, split: str, root: Path) -> int:
 def _mirrored(hub: str, path: Path, read: Callable[[], Any], hint: str = "") -> Any:
     import polars
 
-    if not path.is_file():
+    problem = trouble(path)
+    if problem == ABSENT:
         there = ", ".join(sorted(file.stem for file in path.parent.glob("*.parquet")))
         has = f" but the splits {there}" if there else ""
         raise CannotRun(
             f"The data mirror has no file {path}{has}; put that split of {_parts(hub)[0]} there as parquet{hint}."
         )
+    if problem is not None:
+        raise CannotRun(f"{shown_path(path)} {problem}; put that split of {_parts(hub)[0]} there as parquet{hint}.")
     try:
         return read()
     except (polars.exceptions.PolarsError, OSError) as error:

@@ -245,7 +245,9 @@ BAD_TABLES = {
     "the label -1": {"sentence": ["a", "b"], "label": [0, -1]},
     "the label 2": {"sentence": ["a", "b"], "label": [2, 1]},
     "1 rows without sentence": {"sentence": ["a", None], "label": [0, 1]},
-    "wrong type": {"sentence": ["a"], "label": ["positive"]},
+    "String in column label, where whole numbers belong": {"sentence": ["a"], "label": ["1"]},
+    "Float64 in column label, where whole numbers belong": {"sentence": ["a"], "label": [0.5]},
+    "Int64 in column sentence, where text belongs": {"sentence": [7], "label": [0]},
 }
 
 
