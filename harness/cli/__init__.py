@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -18,28 +19,15 @@ from dpft.harness.cli import (
     running,
     writing,
 )
-from dpft.harness.errors import BadInput
+from dpft.harness.cli.ending import ended
+from dpft.harness.cli.options import one_line_texts
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 def main() -> None:
-    """Entry point: bad input and a full disk are one sentence and exit code 2, an interrupt is exit code 130."""
-    try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except BadInput as error:
-        click.echo(f"dpft: {error}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        click.echo(f"dpft: {error.strerror or error}{place}; finished runs are kept, mend it and run again.", err=True)
-        sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("dpft: interrupted; finished runs are kept, the same command continues.", err=True)
-        sys.exit(130)
+    """Entry point; `ending.ended` has the exit codes."""
+    sys.exit(ended(lambda: cli.main(standalone_mode=False)))
 
 
 @click.group(context_settings=CONTEXT)
@@ -47,8 +35,11 @@ def main() -> None:
 @click.option(
     "--plugin", "plugins", multiple=True, metavar="FILE", help="Python file with methods or tasks (repeatable)."
 )
-def cli(plugins: tuple[str, ...]) -> None:
+@click.option("--debug", is_flag=True, help="Show the traceback of a fault of dpft itself (or set DPFT_DEBUG=1).")
+def cli(plugins: tuple[str, ...], debug: bool) -> None:
     """Compare differentially private fine-tuning methods under one matched, PRV-accounted budget."""
+    if debug:
+        os.environ["DPFT_DEBUG"] = "1"  # the environment, for processes that are started, too
     if plugins:
         from dpft.harness.runs.registry import load_plugin
 
@@ -73,4 +64,4 @@ for command in (
     auditing.audit,
     writing.new,
 ):
-    cli.add_command(command)
+    cli.add_command(one_line_texts(command))

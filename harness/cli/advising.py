@@ -6,17 +6,18 @@ from pathlib import Path
 
 import click
 
+from dpft.harness.cli.options import WHERE, Finite, Whole
 from dpft.harness.errors import BadInput
 
 
 @click.command()
 @click.option("--task", required=True, help="What you train on, or a task of its kind.")
 @click.option("--model", help="Packaged name, local folder or hub id.  [default: that of the evidence]")
-@click.option("--examples", type=click.IntRange(2), help="Training examples.  [default: as in the evidence]")
-@click.option("--epsilon", type=click.FloatRange(min=0, min_open=True), default=8.0, show_default=True)
+@click.option("--examples", type=Whole(2, 10**12), help="Training examples.  [default: as in the evidence]")
+@click.option("--epsilon", type=Finite(0, 1e6, min_open=True), default=8.0, show_default=True)
 @click.option("--memory", metavar="SIZE", help="Only methods whose step fits, for example 24GiB, by `dpft memory`.")
 @click.option("--board", "name", default="leaderboard", show_default=True, help="Whose records are the evidence.")
-@click.option("--results", type=click.Path(path_type=Path), default=Path("results/leaderboard"), show_default=True)
+@click.option("--results", type=WHERE, default=Path("results/leaderboard"), show_default=True)
 def advise(task, model, examples, epsilon, memory, name, results):
     """Say which method to run, by the nearest records of a leaderboard, and print the command to start from.
 

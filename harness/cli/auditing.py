@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import click
 
-from dpft.harness.cli.options import pairs
+from dpft.harness.cli.options import WHERE, Finite, Whole, pairs
 from dpft.harness.errors import BadInput
 
 
 @click.command()
 @click.argument("method", required=False)
-@click.option("--epsilon", type=click.FloatRange(0, min_open=True), default=4.0, show_default=True, help="Certified.")
-@click.option("--delta", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=1e-5, show_default=True)
-@click.option("--steps", type=click.IntRange(2), default=200, show_default=True)
-@click.option("--sampling-rate", type=float, default=0.125, show_default=True, help="q of Poisson sampling.")
-@click.option("--canaries", type=click.IntRange(24), default=64, show_default=True, help="All examples are canaries.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--epsilon", type=Finite(0, min_open=True), default=4.0, show_default=True, help="Certified.")
+@click.option("--delta", type=Finite(0, 1, min_open=True, max_open=True), default=1e-5, show_default=True)
+@click.option("--steps", type=Whole(2, 10**7), default=200, show_default=True)
+@click.option(
+    "--sampling-rate", type=Finite(0, 1, min_open=True), default=0.125, show_default=True, help="q of Poisson sampling."
+)
+@click.option("--canaries", type=Whole(24, 10**5), default=64, show_default=True, help="All examples are canaries.")
+@click.option("--seed", type=Whole(0), default=0, show_default=True)
 @click.option("--engine", default="factored", show_default=True, help="factored, opacus or reference.")
 @click.option(
     "--set", "changes", multiple=True, callback=pairs, metavar="KEY=VALUE", help="Any setting of `dpft run --set`."
@@ -26,13 +27,13 @@ from dpft.harness.errors import BadInput
 @click.option("--one-run", is_flag=True, help="Black box: guess from the final losses who was in the data.")
 @click.option(
     "--repeat",
-    type=click.IntRange(1),
+    type=Whole(1, 10**5),
     metavar="N",
     help="Audit METHOD,... N times each, by seeds from --seed: false alarms.",
 )
 @click.option("--planted", is_flag=True, help="Audit known bugs, planted in the code, and print the table.")
 @click.option("--only", help="Of --planted: names of bugs, separated by commas.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Markdown file with markers for the table.")
+@click.option("-o", "--output", type=WHERE, help="Markdown file with markers for the table.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when --output is not up to date.")
 @click.option("--quiet", is_flag=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
+from dpft.harness.cli.options import WHERE, Whole
 from dpft.harness.errors import BadInput
 
 
@@ -15,14 +15,12 @@ from dpft.harness.errors import BadInput
 @click.option("--model", default="minilm-l6", show_default=True, help="Packaged name, local folder or hub id.")
 @click.option("--cells", help="B32T64,B64T128 (examples, tokens), or all.  [default: three small ones]")
 @click.option("--engines", help="Separated by commas.  [default: all but opacus and reference]")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Processes per engine and cell.")
-@click.option("--steps", type=click.IntRange(1), default=2, show_default=True, help="Timed steps per process.")
+@click.option("--rounds", type=Whole(1, 10**4), default=3, show_default=True, help="Processes per engine and cell.")
+@click.option("--steps", type=Whole(1, 10**4), default=2, show_default=True, help="Timed steps per process.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--training", type=click.Choice(["full", "lora"]), default="full", show_default=True)
-@click.option(
-    "--logical", type=click.IntRange(1), help="Examples per step, in microbatches of B; noise and update once."
-)
+@click.option("--logical", type=Whole(1, 10**6), help="Examples per step, in microbatches of B; noise and update once.")
 @click.option(
     "--methods",
     is_flag=False,
@@ -33,9 +31,9 @@ from dpft.harness.errors import BadInput
 @click.option("--noise", is_flag=True, help="Rows are ways to draw noise: how far each reaches, and its time.")
 @click.option("--text", is_flag=True, help="Rows are padded and bucketed batches of real sentences.")
 @click.option("--task", default="sentences", show_default=True, help="Where --text has its sentences from.")
-@click.option("--data-dir", type=click.Path(path_type=Path), envvar="DPFT_DATA", help="Local mirror of data sets.")
+@click.option("--data-dir", type=WHERE, envvar="DPFT_DATA", help="Local mirror of data sets.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Markdown file with markers for the table.")
+@click.option("-o", "--output", type=WHERE, help="Markdown file with markers for the table.")
 @click.pass_context
 def bench(context, as_json, output, rounds, cells, **options):
     """Measure step time and peak memory of engines and peers side by side, as ratios to the non-private step."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from dpft.harness.cli.options import pairs
+from dpft.harness.cli.options import WHERE, Whole, pairs
 from dpft.harness.errors import BadInput
 
 
@@ -20,10 +20,8 @@ from dpft.harness.errors import BadInput
     show_default=True,
     help="Registered methods and the rows non-private, materialised, ghost, inference; several separated by commas.",
 )
-@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Examples at once.")
-@click.option(
-    "--length", type=click.IntRange(2), default=128, show_default=True, help="Tokens (images have their own)."
-)
+@click.option("--batch", type=Whole(1, 10**6), default=32, show_default=True, help="Examples at once.")
+@click.option("--length", type=Whole(2, 10**6), default=128, show_default=True, help="Tokens (images have their own).")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--head", help="classes or tokens.  [default: what the architecture is for]")
 @click.option(
@@ -36,8 +34,8 @@ from dpft.harness.errors import BadInput
 @click.option("--set", "more", multiple=True, callback=pairs, metavar="KEY=VALUE", help="Any setting of the method.")
 @click.option("--fits", metavar="SIZE", help="Also the largest batch within this memory, for example 80GiB.")
 @click.option("--claims", is_flag=True, help="Instead: the claims of DP-GRAPE, tested on three models.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="With --claims: markdown file with markers.")
-@click.option("--figures", type=click.Path(path_type=Path), help="With --claims: folder for the picture.")
+@click.option("-o", "--output", type=WHERE, help="With --claims: markdown file with markers.")
+@click.option("--figures", type=WHERE, help="With --claims: folder for the picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
 def memory(model, methods, batch, length, precision, head, logits, more, fits, claims, output, figures, as_json):
     """Predict the peak memory of one training step by category, from shapes alone: no weights, no GPU, no data."""

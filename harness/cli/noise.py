@@ -5,24 +5,34 @@ from __future__ import annotations
 import json
 import math
 import sys
-from pathlib import Path
 
 import click
 
-from dpft.harness.cli.options import grid
+from dpft.harness.cli.options import WHERE, Finite, Whole, grid
 from dpft.harness.errors import BadInput
+from dpft.harness.privacy.noise_kinds import MAX_DIMENSION
 from dpft.harness.runs.spec import NOISE_STREAM
 
 
 @click.command()
-@click.option("--epsilon", callback=grid(float), default="0.3,3", show_default=True, help="Separated by commas.")
 @click.option(
-    "--dimension", callback=grid(int), default="770,22566146", show_default=True, help="Trainable parameters."
+    "--epsilon",
+    callback=grid(Finite(0, 1e6, min_open=True)),
+    default="0.3,3",
+    show_default=True,
+    help="Separated by commas.",
 )
-@click.option("--examples", type=click.IntRange(1), default=18348, show_default=True, help="N of the training set.")
-@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, help="Expected batch size.")
-@click.option("--steps", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--delta", type=float, help="Default 1/(2N).")
+@click.option(
+    "--dimension",
+    callback=grid(Whole(1, MAX_DIMENSION)),
+    default="770,22566146",
+    show_default=True,
+    help="Trainable parameters.",
+)
+@click.option("--examples", type=Whole(1, 10**12), default=18348, show_default=True, help="N of the training set.")
+@click.option("--batch-size", type=Whole(1, 10**12), default=256, show_default=True, help="Expected batch size.")
+@click.option("--steps", type=Whole(1, 10**7), default=4, show_default=True)
+@click.option("--delta", type=Finite(0, 1, min_open=True, max_open=True), help="Default 1/(2N).")
 @click.option("--search", is_flag=True, help="The laws that the offline search certified, instead of the comparison.")
 @click.option(
     "--published", metavar="LAW", help="Cost of noise with this law drawn and accounted as published for LMO-DP."
@@ -30,10 +40,8 @@ from dpft.harness.runs.spec import NOISE_STREAM
 @click.option(
     "--tail", is_flag=True, help="Where the Gaussian draws of this machine's libraries end, and the delta it costs."
 )
-@click.option("--draws", type=click.IntRange(1), default=2**28, show_default=True, help="Of --tail, from each library.")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Markdown file with markers for the table of --tail."
-)
+@click.option("--draws", type=Whole(1, 2**40), default=2**28, show_default=True, help="Of --tail, from each library.")
+@click.option("-o", "--output", type=WHERE, help="Markdown file with markers for the table of --tail.")
 @click.option("--json", "as_json", is_flag=True)
 def noise(epsilon, dimension, examples, batch_size, steps, delta, search, published, tail, draws, output, as_json):
     """Noise that mechanisms need at one certified budget; with --published, what a published way of drawing it leaks."""

@@ -3,23 +3,88 @@
 from __future__ import annotations
 
 import functools
-import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dpft.harness.border.documents import Misfit, fitted, parsed
+from dpft.harness.border.values import WHOLE, Filled, shown
 
-def grid(convert):
+
+class Finite(click.FloatRange):
+    """A number that is one: NaN passes every bound, and infinity those that are not there."""
+
+    def convert(self, value, parameter, context):
+        try:
+            found = super().convert(value, parameter, context)
+        except click.BadParameter:
+            bounds = f" in the range {self._describe_range()}" if (self.min, self.max) != (None, None) else ""
+            self.fail(f"{shown(value)} is not a number{bounds}.", parameter, context)
+        if not math.isfinite(found):
+            self.fail(f"{shown(value)} is not a finite number.", parameter, context)
+        return found
+
+
+class Whole(click.IntRange):
+    """A whole number of at most 63 bits, and not less than `min`, default 1."""
+
+    def __init__(self, min: int = 1, max: int = WHOLE):
+        super().__init__(min, max)
+
+    def convert(self, value, parameter, context):
+        try:
+            return super().convert(value, parameter, context)
+        except click.BadParameter:
+            self.fail(f"{shown(value)} is not a whole number from {self.min} to {self.max}.", parameter, context)
+
+
+class Where(click.Path):
+    """A path, of a file or a folder that need not be there."""
+
+    def __init__(self, **more):
+        super().__init__(path_type=Path, **more)
+
+    def convert(self, value, parameter, context):
+        try:
+            fitted(os.fspath(value), Filled)
+        except Misfit as problem:
+            self.fail(f"A path {problem.why}.", parameter, context)
+        return super().convert(value, parameter, context)
+
+
+class Word(click.ParamType):
+    """A name or another text of one line."""
+
+    name = "text"
+
+    def convert(self, value, parameter, context):
+        try:
+            return fitted(value, Filled)
+        except Misfit as problem:
+            self.fail(f"It {problem.why}.", parameter, context)
+
+
+def one_line_texts(command: click.Command) -> click.Command:
+    """The command, with every text that has no other type as a `Word`."""
+    for parameter in command.params:
+        if parameter.type is click.STRING and not parameter.callback:
+            parameter.type = WORD
+    return command
+
+
+FINITE, WORD, WHERE = Finite(), Word(), Where()
+
+
+def grid(kind: click.ParamType):
     """A callback that reads `a,b,c` as a grid axis and `a` as a value."""
 
     def callback(context, parameter, text):
         if text is None:
             return None
-        try:
-            values = [convert(part.strip()) for part in text.split(",")]
-        except ValueError:
-            raise click.BadParameter(f"{text!r} is not a number or a comma-separated list of numbers.") from None
+        values = [kind.convert(part.strip(), parameter, context) for part in text.split(",")]
         twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
         if twice is not None:
             raise click.BadParameter(f"{text!r} names {twice} twice; give each value once.")
@@ -33,39 +98,37 @@ def pairs(context, parameter, items: tuple[str, ...]) -> dict[str, Any]:
     found = {}
     for item in items:
         key, equals, value = item.partition("=")
-        if not equals:
-            raise click.BadParameter(f"{item!r} is not KEY=VALUE.")
+        if not equals or not key:
+            raise click.BadParameter(f"{shown(item)} is not KEY=VALUE.")
         try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
+            found[key] = parsed(value)
+        except ValueError:
             found[key] = value
     return found
 
 
-data_dir_option = click.option(
-    "--data-dir", type=click.Path(path_type=Path), envvar="DPFT_DATA", help="Local mirror of data sets."
-)
+data_dir_option = click.option("--data-dir", type=WHERE, envvar="DPFT_DATA", help="Local mirror of data sets.")
 
 
 def spec_options(command):
     """The options that say what to run, collected into one dict `overrides`."""
     options = [
-        click.option("--task"),
-        click.option("--model", help="Packaged name, local folder or hub id."),
-        click.option("--method", callback=grid(str), help="One, or several separated by commas."),
-        click.option("--epsilon", callback=grid(float), help="Target epsilon; several separated by commas."),
-        click.option("--delta", type=float, help="Default 1/(2N)."),
-        click.option("--steps", type=int),
-        click.option("--batch-size", type=int, help="Expected batch size of Poisson sampling."),
-        click.option("--lr", callback=grid(float), help="One, or several separated by commas."),
-        click.option("--clip-norm", callback=grid(float), help="One, or several separated by commas."),
-        click.option("--seeds", "seed", callback=grid(int), help="Seeds separated by commas."),
+        click.option("--task", type=WORD),
+        click.option("--model", type=WORD, help="Packaged name, local folder or hub id."),
+        click.option("--method", callback=grid(WORD), help="One, or several separated by commas."),
+        click.option("--epsilon", callback=grid(FINITE), help="Target epsilon; several separated by commas."),
+        click.option("--delta", type=FINITE, help="Default 1/(2N)."),
+        click.option("--steps", type=Whole()),
+        click.option("--batch-size", type=Whole(), help="Expected batch size of Poisson sampling."),
+        click.option("--lr", callback=grid(FINITE), help="One, or several separated by commas."),
+        click.option("--clip-norm", callback=grid(FINITE), help="One, or several separated by commas."),
+        click.option("--seeds", "seed", callback=grid(Whole(0)), help="Seeds separated by commas."),
         click.option(
             "--set", "more", multiple=True, callback=pairs, metavar="KEY=VALUE", help="Any other setting (repeatable)."
         ),
         click.option("--precision", type=click.Choice(["fp32", "bf16"])),
         data_dir_option,
-        click.option("--results", type=click.Path(path_type=Path), default=Path("results/runs"), show_default=True),
+        click.option("--results", type=WHERE, default=Path("results/runs"), show_default=True),
     ]
     keys = (
         "task",

@@ -8,24 +8,25 @@ from pathlib import Path
 
 import click
 
+from dpft.harness.cli.options import WHERE, Finite, Where
 from dpft.harness.errors import BadInput
 
 VIEWS = ("budget-steps", "budget", "compute", "time", "memory")
-FILE = click.Path(path_type=Path, dir_okay=False)
+FILE = Where(dir_okay=False)
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path), default=Path("results/runs"))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Markdown file with markers; default: print.")
+@click.argument("folder", type=WHERE, default=Path("results/runs"))
+@click.option("-o", "--output", type=WHERE, help="Markdown file with markers; default: print.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when --output is not up to date.")
 @click.option("--curves", is_flag=True, help="Also the metric by step.")
 @click.option("--all-lr", is_flag=True, help="Every learning rate of a grid, not only the best of each method.")
 @click.option("--view", type=click.Choice(VIEWS), default=VIEWS[0], show_default=True, help="What is held equal.")
-@click.option("--memory-cap", type=float, metavar="MIB", help="Peak memory that --view memory admits.")
-@click.option("--baseline", metavar="METHOD", help="What others are compared with; default: dp-adam, else dp-sgd.")
 @click.option(
-    "--figures", type=click.Path(path_type=Path), help="Folder for pictures (SVG); they are linked in the text."
+    "--memory-cap", type=Finite(0, min_open=True), metavar="MIB", help="Peak memory that --view memory admits."
 )
+@click.option("--baseline", metavar="METHOD", help="What others are compared with; default: dp-adam, else dp-sgd.")
+@click.option("--figures", type=WHERE, help="Folder for pictures (SVG); they are linked in the text.")
 @click.option("--latex", type=FILE, help="Also write the tables to this LaTeX file.")
 @click.option("--csv", type=FILE, help="Also write one line per run to this CSV file.")
 @click.option("--public", is_flag=True, help="Leave out diagnostics: they come from clean gradients.")
@@ -93,7 +94,7 @@ def report(folder, output, check, figures, latex, csv, theory, only, board, html
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path), default=Path("results/runs"))
+@click.argument("folder", type=WHERE, default=Path("results/runs"))
 @click.option("--json", "as_json", is_flag=True)
 def verify(folder, as_json):
     """Recompute whatever follows from something else in every record of FOLDER; exit 1 on any mismatch.
@@ -119,8 +120,8 @@ def verify(folder, as_json):
 
 
 @click.command()
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("sources", nargs=-1, required=True, type=WHERE)
+@click.argument("target", type=WHERE)
 def merge(sources, target):
     """Copy the runs of the SOURCES folders into TARGET; refuses records that contradict each other."""
     from dpft.harness.records.store import merge as merge_folders
@@ -130,7 +131,7 @@ def merge(sources, target):
 
 
 @click.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, file_okay=False))
+@click.argument("folders", nargs=-1, required=True, type=Where(file_okay=False))
 def pack(folders):
     """Put all runs of each of FOLDERS into its records.parquet and curves.parquet, a tenth of the size or less.
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from dpft.harness.cli import contests
-from dpft.harness.cli.options import spec_options
+from dpft.harness.cli.options import FINITE, Finite, Whole, spec_options
 from dpft.harness.errors import BadInput
 
 
@@ -23,11 +23,11 @@ from dpft.harness.errors import BadInput
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto takes a GPU where there is one."
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(1), help="Padded tokens per microbatch.  [default: 2048; on CUDA 16384]"
+    "--max-tokens", type=Whole(1, 10**9), help="Padded tokens per microbatch.  [default: 2048; on CUDA 16384]"
 )
 @click.option("--shard", default="1/1", metavar="I/N", help="Make every N-th run, from the I-th.")
 @click.option(
-    "--jobs", type=click.IntRange(1), help="Runs at once.  [default: 1; on ray as many as there are GPUs, or CPUs]"
+    "--jobs", type=Whole(1, 10**4), help="Runs at once.  [default: 1; on ray as many as there are GPUs, or CPUs]"
 )
 @click.option(
     "--executor",
@@ -36,9 +36,13 @@ from dpft.harness.errors import BadInput
     show_default=True,
     help="Here, or on the Ray cluster of RAY_ADDRESS.",
 )
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds per run.")
+@click.option("--timeout", type=Finite(0, 1e9, min_open=True), help="Seconds per run.")
 @click.option(
-    "--checkpoint-every", type=float, default=300, show_default=True, help="Seconds between checkpoints of a run."
+    "--checkpoint-every",
+    type=Finite(0, 1e9),
+    default=300,
+    show_default=True,
+    help="Seconds between checkpoints of a run.",
 )
 @click.option("--resume/--no-resume", default=True, help="Continue a run from its checkpoint, or start it again.")
 @click.option("--retry-failed", is_flag=True, help="Make runs again that ended with a failure.")
@@ -169,7 +173,7 @@ def _shard(text: str) -> tuple[int, int]:
 @click.argument("suite", required=False)
 @spec_options
 @click.option(
-    "--tries", type=float, metavar="MEAN", help="Also what releasing the best of a random number of tries costs."
+    "--tries", type=FINITE, metavar="MEAN", help="Also what releasing the best of a random number of tries costs."
 )
 @click.option("--what-if", is_flag=True, help="Instead: what more data, batch, steps or epsilon would buy in noise.")
 @click.option("--json", "as_json", is_flag=True)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
+
+from dpft.harness.cli.options import Where
 
 
 @click.command()
 @click.argument("kind", type=click.Choice(["method", "task"]))
 @click.argument("name")
-@click.option(
-    "-o", "output", type=click.Path(path_type=Path, dir_okay=False), help="The file.  [default: NAME.py, here]"
-)
+@click.option("-o", "output", type=Where(dir_okay=False), help="The file.  [default: NAME.py, here]")
 def new(kind, name, output):
     """Write a method or task called NAME that runs at once, in one file, and a test beside it.
 

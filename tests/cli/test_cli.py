@@ -13,6 +13,7 @@ import pytest
 from dpft.harness.records.store import Store
 
 ROOT = Path(__file__).parents[2]
+DIVERGING = ["--lr", "1e6", "--set", "optimizer=adamw", "--set", "weight_decay=1e6"]  # weights grow 10^12-fold a step
 SMALL = ["--steps", "4", "--batch-size", "60", "--epsilon", "3", "--set", "eval_every=2", "--set", "max_length=32"]
 
 
@@ -106,7 +107,14 @@ def test_verify_finds_a_changed_noise_multiplier(dpft, small):
         (["--method", "dp-adam", "--device", "cuda:7"], "cuda:7"),
         (["--method", "dp-adam", "--shard", "3/2"], "--shard"),
         (["--method", "dp-lora", "--set", "targets=nothing"], "nothing"),
-        (["--method", "non-private", "--lr", "1e30"], "not finite"),
+        (["--method", "non-private", *DIVERGING], "not finite"),
+        (["--method", "non-private", "--lr", "1e30"], "lr must be at most 1000000, not 1e+30"),
+        (["--method", "non-private", "--lr", "nan"], "not a finite number"),
+        (["--method", "non-private", "--checkpoint-every", "inf"], "is not a number in the range"),
+        (["--method", "non-private", "--timeout", "NaN"], "not a finite number"),
+        (["--method", "non-private", "--seeds", str(2**64)], "not a whole number from 0"),
+        (["--method", "non-private", "--set", "momentum=5"], "momentum must be less than 1, not 5"),
+        (["--method", "non-private", "--set", "lr=[]"], "The grid of lr is empty"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(dpft, small, more, message):
@@ -120,7 +128,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(dpft, small, more, message):
     [
         (["run"], "Name a suite"),
         (["run", "dmo"], "did you mean 'demo'"),
-        (["run", "missing.toml"], "no suite file"),
+        (["run", "missing.toml"], "does not exist; give a TOML file"),
         (["plan", "dmo"], "did you mean"),
         (["describe", "dp-adm"], "did you mean"),
         (["report", "/nowhere"], "no results folder"),
@@ -147,7 +155,9 @@ def test_a_damaged_record_is_named_and_nothing_is_lost(dpft, small):
 
 def test_a_failing_run_is_a_record_and_the_others_go_on(dpft, small, tmp_path):
     suite = tmp_path / "mixed.toml"
-    suite.write_text('[mixed]\n[[mixed.arms]]\nmethod="non-private"\nlr=1e30\n[[mixed.arms]]\nmethod="last-layer"\n')
+    suite.write_text(
+        '[mixed]\n[[mixed.arms]]\nmethod="non-private"\nlr=1e6\noptimizer="adamw"\nweight_decay=1e6\n[[mixed.arms]]\nmethod="last-layer"\n'
+    )
     code, out, err = dpft("run", suite, *small)
     assert code == 1 and "1 of 2 runs failed" in err
     assert "last-layer" in out and "**diverged**" in out and "not finite" in out
@@ -170,7 +180,7 @@ def test_report_writes_between_markers_and_check_tells_stale(dpft, small, tmp_pa
     dpft("run", *small, "--method", "last-layer", "--quiet")
     page = tmp_path / "RESULTS.md"
     code, _, err = dpft("report", small.results, "-o", page)
-    assert code == 2 and "cannot be read" in err
+    assert code == 2 and "does not exist; make it with the lines" in err
     page.write_text("no markers")
     assert "lacks the lines" in dpft("report", small.results, "-o", page)[2]
     page.write_text("before\n<!-- dpft report: begin -->\nold\n<!-- dpft report: end -->\nafter\n")
