@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from dpft.harness.cli.options import skip_damaged
 from dpft.harness.errors import BadInput
 
 VIEWS = ("budget-steps", "budget", "compute", "time", "memory")
@@ -36,7 +37,8 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--predictions", "only", flag_value="predictions", help="Only what was predicted of these runs.")
 @click.option("--html", type=FILE, help="Also write one self-contained page of all runs.")
 @click.option("--section", help="Name in the markers, where a file has several: <!-- dpft report NAME: begin -->.")
-def report(folder, output, check, figures, latex, csv, theory, only, html, section, **options):
+@skip_damaged
+def report(folder, output, check, figures, latex, csv, theory, only, html, section, passed_over, **options):
     """Print the tables of the runs in FOLDER, or put them between the markers of a markdown file."""
     from dpft.harness import report as reporting
     from dpft.harness.records.store import Store
@@ -46,7 +48,7 @@ def report(folder, output, check, figures, latex, csv, theory, only, html, secti
         raise BadInput("--check needs a file to compare with; give it with -o.")
     if theory and only is not None:
         raise BadInput("--theory, --methods and --predictions are reports of their own; leave out all but one.")
-    store, pictures = Store(folder), None
+    store, pictures = Store(folder, passed_over), None
     if html is not None:
         from dpft.harness.report import page
 
@@ -86,7 +88,8 @@ def report(folder, output, check, figures, latex, csv, theory, only, html, secti
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("results/runs"))
 @click.option("--json", "as_json", is_flag=True)
-def verify(folder, as_json):
+@skip_damaged
+def verify(folder, as_json, passed_over):
     """Recompute whatever follows from something else in every record of FOLDER; exit 1 on any mismatch.
 
     Epsilon follows from the ledger alone; curve, result and chain from the run's settings and each other.
@@ -94,7 +97,7 @@ def verify(folder, as_json):
     """
     from dpft.harness.records.verifying import verify_folder
 
-    found = verify_folder(folder)
+    found = verify_folder(folder, passed_over)
     wrong = sum(bool(one.findings) for one in found.values())
     if as_json:
         click.echo(json.dumps({name: one.findings for name, one in found.items()}, indent=1))
@@ -112,9 +115,15 @@ def verify(folder, as_json):
 @click.command()
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-def merge(sources, target):
-    """Copy the runs of the SOURCES folders into TARGET; refuses records that contradict each other."""
-    from dpft.harness.records.store import merge as merge_folders
+@skip_damaged
+def merge(sources, target, passed_over):
+    """Copy the runs of the SOURCES folders into TARGET; refuses records that contradict each other.
 
-    copied, same = merge_folders(list(sources), target)
-    click.echo(f"{copied} runs copied to {target}, {same} were there already.", err=True)
+    A run that failed (oom, timeout, error) gives way to the same run that did not.
+    """
+    from dpft.harness.records.merging import merge as merge_folders
+
+    done = merge_folders(list(sources), target, passed_over)
+    for note in done.notes:
+        click.echo(note, err=True)
+    click.echo(f"{done.copied} runs copied to {target}, {done.same} were there already.", err=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from dpft.harness.cli.options import spec_options
+from dpft.harness.cli.options import skip_damaged, spec_options
 from dpft.harness.errors import BadInput
 
 
@@ -45,8 +45,9 @@ from dpft.harness.errors import BadInput
 @click.option("--replay", metavar="ID", help="Make run ID of --results again and compare; exit 1 when it differs.")
 @click.option("--quiet", is_flag=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON document instead of the table.")
+@skip_damaged
 def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, jobs, executor, timeout,
-        checkpoint_every, resume, retry_failed, secure_noise, overwrite, replay, quiet, as_json):  # fmt: skip
+        checkpoint_every, resume, retry_failed, secure_noise, overwrite, replay, quiet, as_json, passed_over):  # fmt: skip
     """Make the missing runs of SUITE (or of --task/--method ...) and print the table."""
     from dpft.harness import engine as engines
     from dpft.harness import report
@@ -64,19 +65,20 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
         return _replay(replay, Store(results), data_dir, progress.reporter(1, quiet), as_json)
     if engine not in engines.NAMES:
         raise unknown("engine", engine, engines.NAMES)
-    runs, store = _runs(suite, overrides), Store(results)
+    runs, store = _runs(suite, overrides), Store(results, passed_over)
     store.open_for_writing()
     single = suite is None and len(runs) == 1
-    policy = execution.Policy(retry_failed or single, overwrite, resume, _shard(shard), processes.began())
+    seen = processes.seen(store, [spec.run_id for spec in runs])
+    policy = execution.Policy(retry_failed or single, overwrite, resume, _shard(shard), seen)
     sources = Sources(data_dir)
-    pending = execution.pending(execution.shard(runs, policy.shard), store, policy, sources)
+    pending = execution.pending(execution.wanted(runs, store, policy), store, policy, sources)
     settings = Settings(data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise)
     reporter = progress.reporter(len(pending), quiet)
     if executor == "ray":
         plugins = click.get_current_context().find_root().params.get("plugins", ())
         records = cluster.run_all(runs, store, settings, policy, reporter, jobs, plugins, sources)
     else:
-        with processes.siblings(min(jobs or 1, max(1, len(pending))), sys.argv[1:]):
+        with processes.siblings(min(jobs or 1, max(1, len(pending))), sys.argv[1:], seen):
             settings = dataclasses.replace(settings, device=pick_device(device) if pending else "cpu")
             records = execution.run_all(runs, store, settings, policy, reporter, sources)
     failed = [r for r in records if r["status"] not in ("done", "skipped")]
@@ -127,7 +129,8 @@ def _shard(text: str) -> tuple[int, int]:
     "--tries", type=float, metavar="MEAN", help="Also what releasing the best of a random number of tries costs."
 )
 @click.option("--json", "as_json", is_flag=True)
-def plan(suite, overrides, data_dir, results, tries, as_json):
+@skip_damaged
+def plan(suite, overrides, data_dir, results, tries, as_json, passed_over):
     """Show every run of SUITE: what it will spend, whether it is there, and what it should cost. Trains nothing."""
     from dpft.harness.privacy.selection import check_tries
     from dpft.harness.records.store import Store
@@ -135,7 +138,7 @@ def plan(suite, overrides, data_dir, results, tries, as_json):
 
     if tries is not None:
         check_tries(tries)
-    rows = overview(_runs(suite, overrides), Store(results), data_dir, tries)
+    rows = overview(_runs(suite, overrides), Store(results, passed_over), data_dir, tries)
     if as_json:
         click.echo(json.dumps(rows, indent=1, allow_nan=False))
         return

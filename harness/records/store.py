@@ -6,25 +6,32 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput
-from dpft.harness.runs.spec import completed
 from dpft.harness.train.journal import path_of
 
 SCHEMA = 1
 STATUSES = ("done", "diverged", "oom", "timeout", "error", "skipped")
+# --retry-failed goes on from the checkpoint of these; one that diverged would do so again from the same state
+CONTINUED = ("timeout", "oom", "error")
 SECTIONS = ("schema", "run_id", "status", "spec", "privacy", "result", "cost", "diagnostics", "provenance", "error")
 
 
-class Store:
-    """A folder of runs: `<run id>.json` (record), `<run id>.parquet` (curve), `<run id>.ckpt` (run in flight)."""
+PassedOver = Callable[[str], None] | None
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+
+class Store:
+    """A folder of runs: `<run id>.json` (record), `<run id>.parquet` (curve), `<run id>.ckpt` (run in flight).
+
+    passed_over: told of each damaged or newer record, in one sentence, where such are to be left out; None: they are errors.
+    """
+
+    def __init__(self, folder: str | Path, passed_over: PassedOver = None):
+        self.folder, self.passed_over = Path(folder), passed_over
 
     def open_for_writing(self) -> None:
         """Make the folder. Raises BadInput when it cannot be written to."""
@@ -59,7 +66,35 @@ class Store:
         """The records one by one, by run id, for folders that do not fit in memory. Raises as `records`."""
         if not self.folder.is_dir():
             raise BadInput(f"There is no results folder {self.folder}; make one with `dpft run`.")
-        return map(read_record, sorted(self.folder.glob("*.json")))
+        return self.sound(read_record)
+
+    def sound(self, read: Callable[[Path], Any], run_ids: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
+        """`read` of every record, or of those of `run_ids` that are there. Raises BadInput for bad ones as `readable` does."""
+        every = self.folder.glob("*.json") if run_ids is None else map(self.record_path, run_ids)
+        paths = sorted(path for path in every if run_ids is None or path.exists())
+        return readable(
+            paths, read if self.passed_over is None else lambda path: self._whole(read(path)), self.passed_over
+        )
+
+    def _whole(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record, if it has the curve that it needs. Raises BadInput."""
+        import polars
+
+        path = self.curve_path(record["run_id"])
+        try:
+            if record["status"] == "done":
+                polars.read_parquet_schema(path)
+        except Exception as error:
+            raise BadInput(
+                f"The curve {path} cannot be read ({' '.join(str(error).split())}); make the run again."
+            ) from error
+        return record
+
+    def unspoilt(self, run_ids: Sequence[str]) -> list[str]:
+        """Those of `run_ids` that have a sound record or none; raises for the others, or passes over them, as `each`."""
+        present = {run_id for run_id in run_ids if self.record_path(run_id).exists()}
+        sound = {record["run_id"] for record in self.sound(read_record, sorted(present))}
+        return [run_id for run_id in run_ids if run_id not in present or run_id in sound]
 
     def curve(self, run_id: str):
         """The curve as a polars frame, one row per step. Raises BadInput when it is missing or damaged."""
@@ -84,15 +119,25 @@ class Store:
             with atomic(self.curve_path(run_id)) as path:
                 pyarrow.parquet.write_table(table, path)
         self._write_record(record)
-        # --retry-failed goes on where time or memory was short; after an error the code may change, and the steps with it
-        if record["status"] not in ("timeout", "oom"):
+        if record["status"] not in CONTINUED:
             self.checkpoint_path(run_id).unlink(missing_ok=True)
             path_of(self.checkpoint_path(run_id)).unlink(missing_ok=True)
 
-    def sweep(self, run_id: str) -> None:
-        """Remove what a killed process left half-written of a run; only who has claimed the run may."""
-        for path in self.folder.glob(f".{run_id}.*.tmp"):
-            path.unlink(missing_ok=True)
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written: temporaries that no living process holds (see `atomic`)."""
+        for path in self.folder.glob(".*.tmp"):
+            with suppress(OSError), open(path, "rb") as handle:  # gone meanwhile, or held by who writes it
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+
+    def stamps(self, run_ids: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """What tells each record from one that replaces it; nothing for runs that have none. Equal or not is all it says."""
+        found = {}
+        for run_id in run_ids:
+            with suppress(FileNotFoundError):
+                status = self.record_path(run_id).stat()
+                found[run_id] = (status.st_ino, status.st_mtime_ns, status.st_size)
+        return found
 
     def take_from(self, other: Store, record: dict[str, Any]) -> None:
         """Copy a run of another store, curve first."""
@@ -111,13 +156,32 @@ class Store:
         """True when this process may make the run; False when another is at it. Released also when the process dies."""
         path = self.folder / ".locks" / run_id  # never unlinked: a waiter would be left holding a file without a name
         path.parent.mkdir(exist_ok=True)
-        with open(path, "w") as handle:
+        with open(path, "a") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
                 return
             yield True
+
+
+def readable(paths: Iterable[Path], read: Callable[[Path], Any], passed_over: PassedOver = None) -> Iterator[Any]:
+    """`read` of every path; what it raises BadInput for is told to `passed_over`.
+
+    Without that, BadInput says at the end which was the first and how many there are.
+    """
+    bad: list[str] = []
+    for path in paths:
+        try:
+            found = read(path)
+        except BadInput as error:
+            (bad.append if passed_over is None else passed_over)(str(error))
+            continue
+        if not bad:
+            yield found
+    if bad:
+        many = f" ({len(bad)} such records are there; this is the first)" if len(bad) > 1 else ""
+        raise BadInput(f"{bad[0].rstrip('.')}, or go on without it: --skip-damaged{many}.")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -145,63 +209,33 @@ def check(record: Any, where: str) -> None:
         raise BadInput(f"The record {where} lacks {missing or 'a known status'}; delete it and run again.")
 
 
-def merge(sources: list[Path], target: Path) -> tuple[int, int]:
-    """Copy the runs of `sources` into `target`; returns (copied, already there).
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it, flushed to disk, when the block ends well.
 
-    Raises BadInput, before anything is copied, when two records of one run differ in more than cost and provenance, or were
-    made of different data.
+    While it is written its process holds a lock on it, which ends with the process: `Store.sweep` removes what nobody holds.
+    A lock tells that also across containers and on shared folders, where the number of a process does not.
     """
-    into = Store(target)
-    into.open_for_writing()
-    known = {r["run_id"]: r for r in into.records()}
-    todo: dict[str, tuple[Store, dict]] = {}
-    same = 0
-    for source in sources:
-        store = Store(source)
-        for record in store.records():
-            other = known.get(record["run_id"])
-            if other is None:
-                known[record["run_id"]] = record
-                todo[record["run_id"]] = (store, record)
-            elif other_data := _other_data(other, record):
-                raise BadInput(
-                    f"Run {record['run_id']} was made of other data or another model in {source} than elsewhere (fingerprint "
-                    f"{' against '.join(other_data)}); delete one of the records, or keep the folders apart."
-                )
-            elif _outcome(other) == _outcome(record):
-                same += 1
-            else:
-                raise BadInput(
-                    f"Run {record['run_id']} has different outcomes in {source} and elsewhere; delete one of the records."
-                )
-    for store, record in todo.values():
-        into.take_from(store, record)
-    return len(todo), same
-
-
-def _other_data(one: dict[str, Any], two: dict[str, Any]) -> tuple[str, str] | None:
-    """The first digits of two fingerprints of what the two records were made of, None where those that both have are equal."""
-    for key in ("data_fingerprint", "model_files"):
-        first, second = (record["provenance"].get(key) for record in (one, two))
-        if first is not None and second is not None and first != second:
-            return first[:12], second[:12]
-    return None
-
-
-def _outcome(record: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: record[key] for key in ("status", "privacy", "result")}
-    return {**kept, "spec": completed(record["spec"])}
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _locked(temporary):
+        try:
+            yield temporary
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it, flushed to disk, when the block ends well."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _locked(path: Path) -> Iterator[None]:
+    """A new file under `path`, locked; writers by name find it there and write into it."""
+    while True:
+        with open(path, "wb") as handle:
+            with suppress(OSError):  # a file system without locks: others cannot lock it either, and leave it
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if not path.exists() or not os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                continue  # swept between the two
+            yield
+            return

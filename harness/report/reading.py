@@ -67,7 +67,7 @@ def summaries(store: Store) -> list[dict[str, Any]]:
     """All records, by run id, without the diagnostics per matrix. Raises BadInput like `Store.records`."""
     if not store.folder.is_dir():
         raise BadInput(f"There is no results folder {store.folder}; make one with `dpft run`.")
-    return [_summary(path) for path in sorted(store.folder.glob("*.json"))]
+    return list(store.sound(_summary))
 
 
 def _summary(path: Path) -> dict[str, Any]:

@@ -36,11 +36,15 @@ def overview(
             "model": spec.model,
             "method": spec.method,
             "seed": spec.seed,
-            "state": "missing" if record is None else _state(record, spec, sources),
+            "state": _state(record, spec, sources) if record is not None else _absent(store, spec),
         }
         row |= _budget(spec, sources, tries) | _estimate(spec, records)
         rows.append(row)
     return rows
+
+
+def _absent(store: Store, spec: RunSpec) -> str:
+    return "damaged record" if store.record_path(spec.run_id).exists() else "missing"  # that was passed over
 
 
 def _state(record: dict[str, Any], spec: RunSpec, sources: Sources) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from dpft.harness.errors import BadInput
 from dpft.harness.privacy import verify_record
 from dpft.harness.privacy.recompute import is_foreign
-from dpft.harness.records.store import Store, check
+from dpft.harness.records.store import PassedOver, Store, check, readable
 from dpft.harness.records.verifying import asked, chains, curves, declared, known, layout, results, tails
 
 
@@ -26,11 +26,12 @@ class Verdict:
     foreign: bool = False
 
 
-def verify_folder(folder: Path) -> dict[str, Verdict]:
+def verify_folder(folder: Path, passed_over: PassedOver = None) -> dict[str, Verdict]:
     """The verdict on every record, by file stem.
 
     A file of another program needs a `privacy` section with `ledger`, `target`, `delta` and `epsilon`. Raises BadInput for a
-    missing folder, a folder without records, and files that are no JSON, no records at all or of a newer dpft.
+    missing folder, a folder without records, and, unless `passed_over` is there to be told, files that are no JSON, no records at
+    all or of a newer dpft.
     """
     store = Store(folder)
     paths = sorted(folder.glob("*.json")) if folder.is_dir() else None
@@ -38,8 +39,7 @@ def verify_folder(folder: Path) -> dict[str, Verdict]:
         what = "no results folder" if paths is None else "no record (*.json) in"
         raise BadInput(f"There is {what} {folder}; name a folder of records, or make one with `dpft run`.")
     found, twins = {}, _Twins()
-    for path in paths:
-        record = _read(path)
+    for path, record in readable(paths, lambda path: (path, _read(path)), passed_over):
         if is_foreign(record):
             found[path.stem] = Verdict(verify_record(record), foreign=True)
             continue
