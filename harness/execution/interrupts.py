@@ -90,6 +90,11 @@ def told_too(others: list[Popen]) -> Iterator[None]:
         _Asked.others = []
 
 
+def asked() -> bool:
+    """Whether a signal has come."""
+    return _Asked.number is not None
+
+
 def _ask(number: int, frame: Any) -> None:
     again = _Asked.number is not None
     if again and time.monotonic() - _Asked.at < ONE:
