@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # `dpft list tasks` must not pay for torch
     import torch
     from torch import nn
 
+    from dpft.tasks.hub import Fetch
+
 HEADS = ("mean", "native", "mlm")
 BATCH_NORMS = ("refuse", "group")
 Example = dict[str, Any]  # one raw row: named columns
@@ -115,6 +117,25 @@ class Task:
     def train_size(self, data_dir: Path | None) -> int:
         """Number of training examples N (public), without tokenising or loading a model."""
         raise NotImplementedError
+
+    def lacking(self, data_dir: Path | None) -> list[Fetch]:
+        """What must be fetched before the data can be loaded; nothing where they are here, or made here.
+
+        Raises CannotRun where they are not as they must be, as far as can be told without reading them.
+        """
+        self.train_size(data_dir)
+        return []
+
+    def lacking_model(self, model: str) -> list[Fetch]:
+        """The same of a model; nothing for tasks with models of their own."""
+        return []
+
+    def bare_model(self, spec: ModelSpec) -> nn.Module | None:
+        """The model that `prepare` makes, at once: without weights, on torch's meta device; None where it cannot be made so.
+
+        Raises CannotRun as `prepare`, for what can be told without weights and data.
+        """
+        return None
 
     def load(self, data_dir: Path | None) -> Data:
         """Read the raw rows. Raises CannotRun with one sentence when the data are missing or damaged."""

@@ -60,16 +60,11 @@ def load(source: str) -> tuple[nn.Module, str]:
     import torch
     import transformers
 
-    place, options = models.place(source)
+    config, place, options = load_config(source)
     with models.quiet(), torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are drawn globally
-        with models.readable(f"the configuration of {source}"):
-            config = transformers.AutoConfig.from_pretrained(place, **options)
-        if getattr(config, "is_encoder_decoder", False) or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise CannotRun(f"{source} ({config.model_type}) is no causal language model; take one such as gpt2.")
-        models.without_dropout(config)
         # reading a GGUF file shows a bar of its own that no setting of transformers turns off
         hidden = redirect_stderr(io.StringIO()) if "gguf_file" in options else nullcontext()
-        with models.readable(f"the causal language model {source}"), hidden:
+        with models.readable("the causal language model", source), hidden:
             inner, info = transformers.AutoModelForCausalLM.from_pretrained(
                 place, config=config, dtype=torch.float32, output_loading_info=True, **options
             )
@@ -81,6 +76,19 @@ def load(source: str) -> tuple[nn.Module, str]:
     models.refuse_batch_norm(inner, source)
     _check_scores(inner.eval(), source)
     return causal_model()(inner).train(), models.fingerprint_of(inner, set())
+
+
+def load_config(source: str) -> tuple[Any, str, dict[str, str]]:
+    """(configuration, dropout off, and what `models.place` says) of a causal language model. Raises CannotRun for others."""
+    import transformers
+
+    place, options = models.place(source)
+    with models.quiet(), models.readable("the configuration of", source):
+        config = transformers.AutoConfig.from_pretrained(place, **options)
+    if getattr(config, "is_encoder_decoder", False) or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CannotRun(f"{source} ({config.model_type}) is no causal language model; take one such as gpt2.")
+    models.without_dropout(config)
+    return config, place, options
 
 
 def _check_scores(model: nn.Module, source: str) -> None:

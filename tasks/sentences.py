@@ -13,6 +13,7 @@ from dpft.harness.errors import CannotRun
 from dpft.tasks import lexicon
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.classification import TextClassification
+from dpft.tasks.hub import Fetch
 from dpft.tasks.lexicon import SDIST, content_of
 
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -43,6 +44,10 @@ class Sentences(TextClassification):
     def fingerprint(self, data_dir: Path | None) -> str:
         """That of `load`; a constant, because the file is pinned by its hash, so nothing is fetched for it."""
         return FINGERPRINT
+
+    def lacking(self, data_dir: Path | None) -> list[Fetch]:
+        """As `Task.lacking`."""
+        return lexicon.lacking(data_dir)
 
     def load(self, data_dir: Path | None) -> Data:
         """Fetch (once), check and read the sentences. Raises CannotRun when they cannot be had."""

@@ -46,10 +46,7 @@ decoder = "rmt"
 """
 RUN = ["--checkpoint-every", "0", "--json"]
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM}
-MOMENTS = {
-    1: 2.0,
-    2: 8.0,
-}  # processes of a command -> seconds within which it is killed; a second one imports torch first
+MOMENTS = {1: 1.6, 2: 4.0}
 LONGEST = 60.0  # seconds after which a command that was told to leave, or its siblings, count as left behind
 
 
@@ -106,15 +103,21 @@ def forked(work: Callable[[], int | None]) -> int:
         os._exit(code)
 
 
-def ended(child: int, within: float) -> int | None:
-    """Its exit code (negative: the signal that ended it), or None where it has not ended by then."""
-    deadline = time.monotonic() + within
-    while time.monotonic() < deadline:
+def ended(child: int, within: float, clock: Callable[[int], float] = lambda child: time.monotonic()) -> int | None:
+    """Its exit code (negative: the signal that ended it), or None where it has not ended `within` seconds of the clock."""
+    deadline = clock(child) + within
+    while clock(child) < deadline:
         number, status = os.waitpid(child, os.WNOHANG)
         if number:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
     return None
+
+
+def worked(child: int) -> float:
+    """Seconds that it has computed: a moment of a command's life is the same on a busy machine."""
+    user, system = Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def alive(group: int) -> list[int]:
@@ -181,7 +184,7 @@ def study(kills: int, terms: int, seed: int, base: Path) -> tuple[dict[str, Coun
         count = counts[name]
         before, safe = digests(folder), progress(folder)
         child = commands.start(folder, jobs)
-        code = ended(child, rng.uniform(0, MOMENTS[jobs]))
+        code = ended(child, rng.uniform(0, MOMENTS[jobs]), worked)
         told = time.monotonic()
         if code is None:
             os.kill(child, SIGNALS[name])

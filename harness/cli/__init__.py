@@ -54,6 +54,7 @@ def cli(plugins: tuple[str, ...]) -> None:
 for command in (
     running.run,
     running.plan,
+    running.prepare,
     reporting.report,
     checking.check,
     reporting.verify,

@@ -131,20 +131,55 @@ def _shard(text: str) -> tuple[int, int]:
 @click.option("--json", "as_json", is_flag=True)
 @skip_damaged
 def plan(suite, overrides, data_dir, results, tries, as_json, passed_over):
-    """Show every run of SUITE: what it will spend, whether it is there, and what it should cost. Trains nothing."""
+    """Show every run of SUITE: what it will spend, whether it is there, what it should cost, and what would stop it.
+
+    Trains nothing and loads no weights. Exit code 2 where something would fail.
+    """
     from dpft.harness.privacy.selection import check_tries
     from dpft.harness.records.store import Store
-    from dpft.harness.runs.forecast import overview, table
+    from dpft.harness.runs.forecast import overview, stopped, table, to_fetch
+    from dpft.harness.runs.rehearsal import rehearse
 
     if tries is not None:
         check_tries(tries)
-    rows = overview(_runs(suite, overrides), Store(results, passed_over), data_dir, tries)
+    runs, store = _runs(suite, overrides), Store(results, passed_over)
+    rows = overview(runs, store, data_dir, tries)
+    pending = [spec for spec, row in zip(runs, rows, strict=True) if not row["state"].startswith(("done", "skipped"))]
+    found = rehearse(pending, store, data_dir)
+    problems: dict[str, list[str]] = {}
+    for spec, row in zip(runs, rows, strict=True):
+        said = dict.fromkeys([*filter(None, [row["problem"]]), *found.of(spec)])
+        row["problem"] = " ".join(said) or None
+        for sentence in said:
+            problems.setdefault(sentence, []).append(row["run"])
     if as_json:
         click.echo(json.dumps(rows, indent=1, allow_nan=False))
-        return
-    from tabulate import tabulate
+    else:
+        from tabulate import tabulate
 
-    click.echo(tabulate(table(rows), headers="keys", tablefmt="github"))
+        click.echo(tabulate(table(rows), headers="keys", tablefmt="github"))
+        for line in (*to_fetch(found.fetches), *stopped(problems, len(rows))):
+            click.echo(f"\n{line}")
+    return 2 if problems else 0
+
+
+@click.command()
+@click.argument("suite", required=False)
+@spec_options
+@click.option("--dry-run", is_flag=True, help="Only say what would be fetched.")
+def prepare(suite, overrides, data_dir, results, dry_run):
+    """Fetch the models and data of SUITE, and tokenise them, so that everything after it runs offline."""
+    from dpft.harness.runs.forecast import to_fetch
+    from dpft.harness.runs.preparation import fetch, lacking, read
+
+    runs = _runs(suite, overrides)
+    fetches = lacking(runs, data_dir)
+    for line in to_fetch(fetches) or ["Nothing is to be fetched."]:
+        click.echo(line)
+    if dry_run:
+        return
+    fetch(fetches, lambda text: click.echo(text, err=True))
+    read(runs, data_dir, lambda text: click.echo(text, err=True))
 
 
 def _runs(suite: str | None, overrides: dict[str, Any]):

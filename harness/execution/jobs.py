@@ -50,7 +50,9 @@ def siblings(jobs: int, arguments: Sequence[str], seen: Stamps) -> Iterator[None
 
 
 def _end(others: list[subprocess.Popen]) -> None:
-    for other in others if not interrupts.asked() else ():  # told already; a second signal would not wait for their step
+    for other in (
+        others if not interrupts.asked() else ()
+    ):  # told already; a second signal would not wait for their step
         other.terminate()
     for other in others:
         try:
