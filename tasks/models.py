@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpft.harness.cache import cache_dir
 from dpft.harness.errors import CannotRun, unknown
-from dpft.tasks import heads, hub
+from dpft.tasks import heads
 from dpft.tasks.base import HEADS
 from dpft.tasks.downloads import sdist, sha256_of, unpack
 from dpft.tasks.groupnorm import convert, refuse_batch_norm
+from dpft.tasks.loading import MINILM, quiet, readable
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +35,7 @@ ALIASES = {
     "gpt2": "openai-community/gpt2",
     "gpt2-large": "openai-community/gpt2-large",
     "gpt2-medium": "openai-community/gpt2-medium",
-    "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
+    "minilm-l6": MINILM,
     "opt-125m": "facebook/opt-125m",
     "opt-1.3b": "facebook/opt-1.3b",
     "qwen2-0.5b": "Qwen/Qwen2-0.5B",
@@ -107,22 +106,6 @@ def _packaged_smollm2() -> str:
     if sha256_of(path) != SMOLLM2_SHA256:
         raise CannotRun(f"{path} is not the pinned SmolLM2 (its sha256 differs); delete it and run again.")
     return str(path)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no notes about new weights from transformers inside; as before afterwards."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -306,26 +289,3 @@ def fingerprint_of(model: nn.Module, fresh: set[str]) -> str:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-@contextmanager
-def readable(what: str, source: str, more: str = "") -> Iterator[None]:
-    """Turn what third-party loaders raise of `source`, which is anything, into one sentence; the cause stays attached.
-
-    Where the hub does not answer, only its cache is looked into, at once.
-    """
-    unheard = None if Path(source).exists() else hub.silent()
-    try:
-        yield
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason, help = lines[0].rstrip(".")[:200], "check the name, the files and the connection"
-        if unheard:
-            reason, help = f"it is not in the cache, and {unheard}", instead(source)
-        raise CannotRun(f"Cannot load {what} {source}{more} ({reason}); {help}.") from error
-
-
-def instead(source: str) -> str:
-    """What can be done where the model of a hub id is not here and the hub does not answer; the end of a sentence."""
-    packaged = "run pip install 'dpft[offline]', which has it, or " if source == ALIASES["minilm-l6"] else ""
-    return f"{packaged}fetch it where there is a network with `dpft prepare`, or name a local folder with --model"
