@@ -12,6 +12,14 @@ class Diverged(Exception):
     """Training produced a non-finite loss or gradient; the run ends with status `diverged`."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked for the end; `number` is the signal's. Raised after a step where a run is training, else anywhere."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
 class CannotRun(BadInput):
     """This run cannot be made as asked (unsupported layer, missing data, unreachable budget): a typed status in a sweep."""
 

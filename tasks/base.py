@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpft.harness.errors import CannotRun
-from dpft.tasks.downloads import data_root
 
 if TYPE_CHECKING:  # `dpft list tasks` must not pay for torch
     import evaluate
     import torch
     from torch import nn
+
+    from dpft.tasks.hub import Fetch
 
 HEADS = ("mean", "native", "mlm")
 BATCH_NORMS = ("refuse", "group")
@@ -143,9 +144,24 @@ class Task:
         """What `dpft describe` says of the files beside sizes, classes and an example. Raises CannotRun as `load`."""
         return {}
 
-    def is_here(self, data_dir: Path | None) -> bool:
-        """Whether `load` can do without the network."""
-        return self.hub is None or data_root(data_dir) is not None
+    def lacking(self, data_dir: Path | None) -> list[Fetch]:
+        """What must be fetched before the data can be loaded; nothing where they are here, or made here.
+
+        Raises CannotRun where they are not as they must be, as far as can be told without reading them.
+        """
+        self.train_size(data_dir)
+        return []
+
+    def lacking_model(self, model: str) -> list[Fetch]:
+        """The same of a model; nothing for tasks with models of their own."""
+        return []
+
+    def bare_model(self, spec: ModelSpec) -> nn.Module | None:
+        """The model that `prepare` makes, at once: without weights, on torch's meta device; None where it cannot be made so.
+
+        Raises CannotRun as `prepare`, for what can be told without weights and data.
+        """
+        return None
 
     def load(self, data_dir: Path | None) -> Data:
         """Read the raw rows. Raises CannotRun with one sentence when the data are missing or damaged."""

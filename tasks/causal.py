@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from dpft.harness.errors import CannotRun
-from dpft.tasks import models
+from dpft.tasks import loading, models
 from dpft.tasks.vocabulary import NO_TARGET, vocabulary_loss
 
 if TYPE_CHECKING:
@@ -60,16 +60,11 @@ def load(source: str) -> tuple[nn.Module, str]:
     import torch
     import transformers
 
-    place, options = models.place(source)
-    with models.quiet(), torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are drawn globally
-        with models.readable(f"the configuration of {source}"):
-            config = transformers.AutoConfig.from_pretrained(place, **options)
-        if getattr(config, "is_encoder_decoder", False) or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise CannotRun(f"{source} ({config.model_type}) is no causal language model; take one such as gpt2.")
-        models.without_dropout(config)
+    config, place, options = load_config(source)
+    with loading.quiet(), torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are drawn globally
         # reading a GGUF file shows a bar of its own that no setting of transformers turns off
         hidden = redirect_stderr(io.StringIO()) if "gguf_file" in options else nullcontext()
-        with models.readable(f"the causal language model {source}"), hidden:
+        with loading.readable("the causal language model", source), hidden:
             inner, info = transformers.AutoModelForCausalLM.from_pretrained(
                 place, config=config, dtype=torch.float32, output_loading_info=True, **options
             )
@@ -81,6 +76,19 @@ def load(source: str) -> tuple[nn.Module, str]:
     models.refuse_batch_norm(inner, source)
     _check_scores(inner.eval(), source)
     return causal_model()(inner).train(), models.fingerprint_of(inner, set())
+
+
+def load_config(source: str) -> tuple[Any, str, dict[str, str]]:
+    """(configuration, dropout off, and what `models.place` says) of a causal language model. Raises CannotRun for others."""
+    import transformers
+
+    place, options = models.place(source)
+    with loading.quiet(), loading.readable("the configuration of", source):
+        config = transformers.AutoConfig.from_pretrained(place, **options)
+    if getattr(config, "is_encoder_decoder", False) or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CannotRun(f"{source} ({config.model_type}) is no causal language model; take one such as gpt2.")
+    models.without_dropout(config)
+    return config, place, options
 
 
 def _check_scores(model: nn.Module, source: str) -> None:
@@ -183,7 +191,7 @@ class Encoder:
     def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         if not texts:
             return []
-        with models.quiet():
+        with loading.quiet():
             return self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)["input_ids"]
 
 
@@ -209,7 +217,7 @@ def generate(
         longest = max(len(row) for row in rows)
         tokens = torch.tensor([[encoder.pad_id] * (longest - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-        with torch.no_grad(), models.quiet():
+        with torch.no_grad(), loading.quiet():
             out = model.model.generate(
                 input_ids=tokens,
                 attention_mask=mask,

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from dpft.tasks.hub import Fetch
+
 
 class Classification(Task):
     """One label per example, judged by accuracy unless `metrics` says otherwise.
@@ -69,6 +71,23 @@ class TextClassification(Classification):
 
     template: ClassVar[str] = ""
     label_words: ClassVar[tuple[str, ...]] = ()
+
+    def lacking_model(self, model: str) -> list[Fetch]:
+        """As `Task.lacking_model`, of any encoder."""
+        from dpft.tasks.model_sources import lacking
+
+        return lacking(model)
+
+    def bare_model(self, spec: ModelSpec) -> nn.Module:
+        """As `Task.bare_model`."""
+        from dpft.tasks import bare, models, prompts, tokens
+
+        source = models.resolve(spec.model)
+        tokenizer = models.load_tokenizer(source)
+        words = prompts.Prompt.of(self.template, self.label_words, tokenizer).words if spec.head == "mlm" else None
+        model = bare.classifier(source, spec.head, self.classes, words)
+        tokens.Fields.of(model, tokenizer).checked_length(spec.max_length, spec.model)
+        return model
 
     def prepare(self, data: Data, spec: ModelSpec, generator: torch.Generator) -> Prepared:
         """Load the model with its head and tokenise every row.

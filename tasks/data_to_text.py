@@ -11,6 +11,7 @@ from dpft.tasks import mirror
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.downloads import data_root
 from dpft.tasks.generation import TextGeneration, split
+from dpft.tasks.hub import Fetch
 from dpft.tasks.own import columns, tabular
 
 if TYPE_CHECKING:
@@ -33,12 +34,18 @@ class DataToText(TextGeneration):
         "validation_split": "validation",
     }
     train_rows: ClassVar[int]
+    columns: ClassVar[tuple[str, ...]]
 
     def train_size(self, data_dir: Path | None) -> int:
         """Number of training examples, pairs of a prompt and one reference."""
         if data_root(data_dir) is None and self.settings["train_split"] == "train" != self.settings["validation_split"]:
             return self.train_rows
         return len(self._data(data_dir, count_only=True).train)
+
+    def lacking(self, data_dir: Path | None) -> list[Fetch]:
+        """As `Task.lacking`; of a mirror, whether the splits have their columns."""
+        splits = dict.fromkeys((self.settings["train_split"], self.settings["validation_split"]))
+        return mirror.lacking(self.hub, tuple(splits), data_root(data_dir), self.columns, REVISION)
 
     def load(self, data_dir: Path | None) -> Data:
         """Read the splits. Raises CannotRun, naming the file, when one is missing, damaged or not as on the hub."""
@@ -70,11 +77,12 @@ class E2E(DataToText):
     description = "sentences about a restaurant from a list of its properties (E2E NLG)"
     source = "Novikova et al. 2017 (SIGDIAL), CC BY-SA 4.0"
     hub = "tuetschek/e2e_nlg"
+    columns = ("meaning_representation", "human_reference")
     train_rows = 42061
     threshold = 1.5
 
     def rows(self, table: polars.DataFrame, where: str) -> list[Example]:
-        names = {"prompt": "meaning_representation", "response": "human_reference"}
+        names = dict(zip(("prompt", "response"), self.columns, strict=True))
         return [
             {"prompt": e2e_prompt(row["prompt"]), "response": f" {' '.join(row['response'].split())}"}
             for row in columns.texts(tabular.of_frame(table, where), names)
@@ -98,6 +106,7 @@ class Dart(DataToText):
     description = "sentences from sets of triples (DART); an example is a triple set with one of its references"
     source = "Nan et al. 2021 (NAACL), arXiv 2007.02871, MIT"
     hub = "Yale-LILY/dart"
+    columns = ("tripleset", "annotations")
     train_rows = 62659
     threshold = 2.0
 

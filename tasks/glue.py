@@ -11,6 +11,7 @@ from dpft.tasks import lexicon, mirror
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.classification import TextClassification
 from dpft.tasks.downloads import data_root
+from dpft.tasks.hub import Fetch
 
 if TYPE_CHECKING:
     import polars
@@ -28,6 +29,10 @@ class Glue(TextClassification):
         """Number of training examples: from the mirror's parquet metadata, else the size of the hub's split."""
         root = data_root(data_dir)
         return self.train_rows if root is None else mirror.count_of(self.hub, "train", root)
+
+    def lacking(self, data_dir: Path | None) -> list[Fetch]:
+        """As `Task.lacking`; of a mirror, whether both splits have their columns."""
+        return mirror.lacking(self.hub, ("train", self.validation_split), data_root(data_dir), (*self.columns, "label"))
 
     def load(self, data_dir: Path | None) -> Data:
         """Read train and validation; a mirror is `<data_dir>/nyu-mll/glue/<config>/<split>.parquet`.

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from dpft.tasks.hub import Fetch
+
 
 class ImageClassification(Classification):
     """Rows are `{"image": uint8 array [channels, height, width], "label": int, "index": place in the split}`.
@@ -29,14 +31,33 @@ class ImageClassification(Classification):
     default_max_length = 1
     flips: ClassVar[bool] = False
 
+    def lacking_model(self, model: str) -> list[Fetch]:
+        """As `Task.lacking_model`, of any image model."""
+        from dpft.tasks import pretraining
+
+        return pretraining.lacking(model)
+
+    def bare_model(self, spec: ModelSpec) -> nn.Module:
+        """As `Task.bare_model`."""
+        from dpft.tasks import bare, pretraining
+
+        self._check_head(spec)
+        model = bare.classifier(pretraining.resolve(spec.model), "native", self.classes, batch_norm=spec.batch_norm)
+        if spec.views > 1:
+            model.views = spec.views
+        return model
+
+    def _check_head(self, spec: ModelSpec) -> None:
+        if spec.head != "native":
+            raise CannotRun(f"Image models have their native head only, not {spec.head!r}; leave head out.")
+
     def prepare(self, data: Data, spec: ModelSpec, generator: torch.Generator) -> Prepared:
         """Load the model; batches bring images to its size and scale. Raises CannotRun when it cannot be used."""
         import torch
 
         from dpft.tasks import models, pretraining
 
-        if spec.head != "native":
-            raise CannotRun(f"Image models have their native head only, not {spec.head!r}; leave head out.")
+        self._check_head(spec)
         source = pretraining.resolve(spec.model)
         model, weights = models.load_model(source, "native", self.count(data), generator, batch_norm=spec.batch_norm)
         collate = Collator(Form.of(source, model.config))

@@ -9,6 +9,7 @@ from dpft.harness.errors import CannotRun
 from dpft.tasks import mirror
 from dpft.tasks.base import Data, Example
 from dpft.tasks.downloads import data_root
+from dpft.tasks.hub import Fetch
 from dpft.tasks.images import ImageClassification, fingerprint, rows
 from dpft.tasks.pixels import decoded
 
@@ -31,6 +32,10 @@ class ImageSet(ImageClassification):
         """Number of training images: from the mirror's parquet metadata, else the size of the hub's split."""
         root = data_root(data_dir)
         return self.train_rows if root is None else mirror.count_of(self.hub, "train", root)
+
+    def lacking(self, data_dir: Path | None) -> list[Fetch]:
+        """As `Task.lacking`; of a mirror, whether both splits have their columns."""
+        return mirror.lacking(self.hub, ("train", "test"), data_root(data_dir), self.columns)
 
     def load(self, data_dir: Path | None) -> Data:
         """Read and decode train and test. Raises CannotRun, naming the file and row, when something is missing or damaged."""

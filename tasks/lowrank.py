@@ -73,15 +73,22 @@ class LowRank(Task):
         inputs, targets = _pairs(PUBLIC, other, (left, right))
         return [{"inputs": x, "targets": y} for x, y in zip(inputs, targets, strict=True)]
 
+    def bare_model(self, spec: ModelSpec) -> nn.Module:
+        """The model itself: it is small."""
+        return self._model(spec.model)[0]
+
+    def _model(self, name: str) -> tuple[nn.Module, str]:
+        models = {self.default_model: _linear, "layers": _layers}
+        if name not in models:
+            raise CannotRun(f"The task {self.name} has a model of its own, not {name!r}; leave model out.")
+        return models[name]()
+
     def prepare(self, data: Data, spec: ModelSpec, generator: torch.Generator) -> Prepared:
         """`linear`: one layer at zero. `layers`: 64 random features and a head at zero, for methods that train biases or heads.
 
         Raises CannotRun for another model.
         """
-        models = {self.default_model: _linear, "layers": _layers}
-        if spec.model not in models:
-            raise CannotRun(f"The task {self.name} has a model of its own, not {spec.model!r}; leave model out.")
-        model, fingerprint = models[spec.model]()
+        model, fingerprint = self._model(spec.model)
         return Prepared(
             model=model,
             train=data.train,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpft.harness.border.files import ABSENT, shown_path, trouble
 from dpft.harness.errors import CannotRun
+from dpft.tasks.hub import Fetch, cached_data, silent
 
 if TYPE_CHECKING:
     import polars
@@ -38,6 +40,32 @@ def count_of(hub: str, split: str, root: Path) -> int:
     return _mirrored(hub, path, lambda: polars.scan_parquet(path, glob=False).select(polars.len()).collect().item())
 
 
+def lacking(
+    hub: str, splits: Sequence[str], root: Path | None, columns: Sequence[str] = (), revision: str | None = None
+) -> list[Fetch]:
+    """What must be fetched before these splits can be read; with a mirror nothing, but they must be there with their columns.
+
+    Raises CannotRun as `split_of`, from the files' metadata alone.
+    """
+    import polars
+
+    if root is None:
+        get = [partial(_from_hub, hub, split, revision) for split in splits]
+        fetch = Fetch(f"the data {hub}", "the hub", lambda: [one() for one in get], None, instead(hub, splits[0]))
+        return [] if cached_data(hub) else [fetch]
+    for split in splits:
+        path = root / hub / f"{split}.parquet"
+        there = _mirrored(hub, path, partial(polars.read_parquet_schema, path))
+        if absent := [column for column in columns if column not in there]:
+            raise CannotRun(f"{path} has no column {absent[0]}, but {', '.join(there)}; copy it from {hub} again.")
+    return []
+
+
+def instead(hub: str, split: str) -> str:
+    """What can be done where data of the hub are not here and it does not answer; the end of a sentence."""
+    return f"give --data-dir with a mirror {hub}/{split}.parquet, or fetch them where there is a network with `dpft prepare`"
+
+
 def _mirrored(hub: str, path: Path, read: Callable[[], Any], hint: str = "") -> Any:
     import polars
 
@@ -64,6 +92,7 @@ def _parts(hub: str) -> tuple[str, str | None]:
 
 
 def _from_hub(hub: str, split: str, revision: str | None) -> polars.DataFrame:
+    unheard = silent()
     import datasets
 
     hub_id, config = _parts(hub)
@@ -73,9 +102,9 @@ def _from_hub(hub: str, split: str, revision: str | None) -> polars.DataFrame:
         return datasets.load_dataset(hub_id, config, split=split, revision=revision).to_polars()
     except Exception as error:  # connection, cache and schema errors of four libraries end up here
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
-        raise CannotRun(
-            f"Cannot get {hub} from the hub ({reason}); give --data-dir with a mirror {hub}/{split}.parquet."
-        ) from error
+        if unheard:
+            reason = f"it is not in the cache, and {unheard}"
+        raise CannotRun(f"Cannot get {hub} from the hub ({reason}); {instead(hub, split)}.") from error
     finally:
         if not bars:
             datasets.enable_progress_bars()

@@ -6,18 +6,8 @@ import hashlib
 from pathlib import Path
 
 from dpft.tasks.downloads import sha256_of
+from dpft.tasks.hub import READ
 from dpft.tasks.models import resolve
-
-READ = (
-    ".json",
-    ".txt",
-    ".model",
-    ".safetensors",
-    ".bin",
-    ".jinja",
-    ".tiktoken",
-    ".py",
-)  # what loaders read of a folder
 
 
 def files_fingerprint(name: str) -> str | None:

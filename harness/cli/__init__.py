@@ -50,6 +50,7 @@ def cli(plugins: tuple[str, ...], debug: bool) -> None:
 for command in (
     running.run,
     running.plan,
+    running.prepare,
     advising.advise,
     reporting.report,
     checking.check,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,20 +14,22 @@ import click
 
 from dpft.harness.border.values import one_line
 from dpft.harness.errors import BadInput
+from dpft.harness.execution import interrupts, jobs
 
-BAD, CRASHED, INTERRUPTED = 2, 70, 130
+BAD, CRASHED = 2, 70
 
 
 def ended(command: Callable[[], int | None]) -> int:
     """The exit code of `command()`: its own (0, or 1 where the answer is no), 2 for bad input and for what the system refused, 70
-    for a fault of dpft, of which a report is written, 130 for an interrupt."""
+    for a fault of dpft, of which a report is written, 130 for SIGINT, 143 for SIGTERM."""
     try:
-        return command() or 0
+        with interrupts.handled():
+            return command() or 0
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return BAD
-    except click.Abort:
-        return _interrupted()
+    except click.Abort as stop:
+        return _interrupted(stop.__cause__)  # click wraps it
     except click.ClickException as error:
         told = one_line(error.format_message()).rstrip(". ")
         context = getattr(error, "ctx", None)
@@ -40,8 +43,8 @@ def ended(command: Callable[[], int | None]) -> int:
         return _say(f"{error.strerror or error}{place}; finished runs are kept, mend it and run again.", BAD)
     except MemoryError:
         return _say("There is not enough memory; finished runs are kept, ask for less at once and run again.", BAD)
-    except KeyboardInterrupt:
-        return _interrupted()
+    except KeyboardInterrupt as stop:
+        return _interrupted(stop)
     except SystemExit as error:
         return _say(f"{_place(error)} ends the program with sys.exit, which nothing may here; take that out.", BAD)
     except BaseException as error:
@@ -50,8 +53,11 @@ def ended(command: Callable[[], int | None]) -> int:
         return _crashed(error)
 
 
-def _interrupted() -> int:
-    return _say("interrupted; finished runs are kept, the same command continues.", INTERRUPTED)
+def _interrupted(stop: BaseException | None) -> int:
+    """128 and the number of the signal: 130 for SIGINT, 143 for SIGTERM."""
+    if not jobs.is_sibling():  # its parent says it
+        _say("interrupted; finished runs are kept, the same command continues.", BAD)
+    return 128 + getattr(stop, "number", signal.SIGINT)
 
 
 def _say(text: str, code: int) -> int:

@@ -93,6 +93,25 @@ def grid(kind: click.ParamType):
     return callback
 
 
+def skip_damaged(command):
+    """The option --skip-damaged; the command gets `passed_over`, for Store."""
+
+    @functools.wraps(command)
+    def wrapper(skip_damaged, **given):
+        return command(passed_over=functools.cache(_pass_over) if skip_damaged else None, **given)
+
+    return click.option("--skip-damaged", is_flag=True, help="Name damaged or newer records, and go on without them.")(
+        wrapper
+    )
+
+
+def _pass_over(why: str) -> None:
+    from dpft.harness.execution.jobs import is_sibling
+
+    if not is_sibling():  # its parent says it
+        click.echo(f"dpft: passed over: {why}", err=True)
+
+
 def pairs(context, parameter, items: tuple[str, ...]) -> dict[str, Any]:
     """A callback that reads KEY=VALUE items; values as JSON where they are."""
     found = {}

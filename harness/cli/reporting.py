@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from dpft.harness.cli.options import WHERE, Finite, Where
+from dpft.harness.cli.options import WHERE, Finite, Where, skip_damaged
 from dpft.harness.errors import BadInput
 
 VIEWS = ("budget-steps", "budget", "compute", "time", "memory")
@@ -38,7 +38,8 @@ FILE = Where(dir_okay=False)
 @click.option("--board", metavar="NAME", help="Only the verdicts of this leaderboard (`dpft list boards`).")
 @click.option("--html", type=FILE, help="Also write one self-contained page of all runs.")
 @click.option("--section", help="Name in the markers, where a file has several: <!-- dpft report NAME: begin -->.")
-def report(folder, output, check, figures, latex, csv, theory, only, board, html, section, **options):
+@skip_damaged
+def report(folder, output, check, figures, latex, csv, theory, only, board, html, section, passed_over, **options):
     """Print the tables of the runs in FOLDER, or put them between the markers of a markdown file."""
     from dpft.harness import report as reporting
     from dpft.harness.records.store import Store
@@ -50,7 +51,7 @@ def report(folder, output, check, figures, latex, csv, theory, only, board, html
         raise BadInput(
             "--theory, --methods, --predictions and --board are reports of their own; leave out all but one."
         )
-    store, pictures = Store(folder), None
+    store, pictures = Store(folder, passed_over), None
     if html is not None:
         from dpft.harness.report import page
 
@@ -96,7 +97,8 @@ def report(folder, output, check, figures, latex, csv, theory, only, board, html
 @click.command()
 @click.argument("folder", type=WHERE, default=Path("results/runs"))
 @click.option("--json", "as_json", is_flag=True)
-def verify(folder, as_json):
+@skip_damaged
+def verify(folder, as_json, passed_over):
     """Recompute whatever follows from something else in every record of FOLDER; exit 1 on any mismatch.
 
     Epsilon follows from the ledger alone; curve, result and chain from the run's settings and each other.
@@ -104,7 +106,7 @@ def verify(folder, as_json):
     """
     from dpft.harness.records.verifying import verify_folder
 
-    found = verify_folder(folder)
+    found = verify_folder(folder, passed_over)
     wrong = sum(bool(one.findings) for one in found.values())
     if as_json:
         click.echo(json.dumps({name: one.findings for name, one in found.items()}, indent=1))
@@ -122,12 +124,18 @@ def verify(folder, as_json):
 @click.command()
 @click.argument("sources", nargs=-1, required=True, type=WHERE)
 @click.argument("target", type=WHERE)
-def merge(sources, target):
-    """Copy the runs of the SOURCES folders into TARGET; refuses records that contradict each other."""
-    from dpft.harness.records.store import merge as merge_folders
+@skip_damaged
+def merge(sources, target, passed_over):
+    """Copy the runs of the SOURCES folders into TARGET; refuses records that contradict each other.
 
-    copied, same = merge_folders(list(sources), target)
-    click.echo(f"{copied} runs copied to {target}, {same} were there already.", err=True)
+    A run that failed (oom, timeout, error) gives way to the same run that did not.
+    """
+    from dpft.harness.records.merging import merge as merge_folders
+
+    done = merge_folders(list(sources), target, passed_over)
+    for note in done.notes:
+        click.echo(note, err=True)
+    click.echo(f"{done.copied} runs copied to {target}, {done.same} were there already.", err=True)
 
 
 @click.command()

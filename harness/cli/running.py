@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 
 from dpft.harness.cli import contests
-from dpft.harness.cli.options import FINITE, Finite, Whole, spec_options
+from dpft.harness.cli.options import FINITE, Finite, Whole, skip_damaged, spec_options
 from dpft.harness.errors import BadInput
 
 
@@ -52,8 +53,10 @@ from dpft.harness.errors import BadInput
 @click.option("--budget", metavar="TIME", help="Of a leaderboard: begin no run after this time, as 3h or 90m.")
 @click.option("--quiet", is_flag=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON document instead of the table.")
+@skip_damaged
 def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, jobs, executor, timeout,
-        checkpoint_every, resume, retry_failed, secure_noise, overwrite, replay, budget, quiet, as_json):  # fmt: skip
+        checkpoint_every, resume, retry_failed, secure_noise, overwrite, replay, budget, quiet, as_json,
+        passed_over):  # fmt: skip
     """Make the missing runs of SUITE (a suite, a leaderboard, or --task/--method ...) and print the table."""
     from dpft.harness import engine as engines
     from dpft.harness import report
@@ -72,7 +75,7 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
         return _replay(replay, Store(results), data_dir, progress.reporter(1, quiet), as_json)
     if engine not in engines.NAMES:
         raise unknown("engine", engine, engines.NAMES)
-    store = Store(results)
+    store = Store(results, passed_over)
     if contests.is_board(suite):
         if overwrite or retry_failed or as_json or executor != "local" or shard != "1/1":
             raise BadInput(
@@ -86,9 +89,10 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     runs = _runs(suite, overrides, data_dir)
     store.open_for_writing()
     single = suite is None and len(runs) == 1
-    policy = execution.Policy(retry_failed or single, overwrite, resume, _shard(shard), processes.began())
+    seen = processes.seen(store, [spec.run_id for spec in runs])
+    policy = execution.Policy(retry_failed or single, overwrite, resume, _shard(shard), seen)
     sources = Sources(data_dir)
-    pending = execution.pending(execution.shard(runs, policy.shard), store, policy, sources)
+    pending = execution.pending(execution.wanted(runs, store, policy), store, policy, sources)
     settings = Settings(data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise)
     reporter = progress.reporter(len(pending), quiet)
     for text in remarks.of_changes(runs, store):
@@ -99,7 +103,7 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
         plugins = click.get_current_context().find_root().params.get("plugins", ())
         records = cluster.run_all(runs, store, settings, policy, reporter, jobs, plugins, sources)
     else:
-        with processes.siblings(min(jobs or 1, max(1, len(pending))), sys.argv[1:]):
+        with processes.siblings(min(jobs or 1, max(1, len(pending))), sys.argv[1:], seen):
             settings = dataclasses.replace(settings, device=pick_device(device) if pending else "cpu")
             records = execution.run_all(runs, store, settings, policy, reporter, sources)
     failed = [r for r in records if r["status"] not in ("done", "skipped")]
@@ -124,13 +128,14 @@ def _board(name, overrides, store, settings, resume, jobs, budget, quiet) -> int
     made, seconds = board.load(name, overrides), contests.seconds_of(budget)
     store.open_for_writing()
     policy, sources = local.Policy(resume=resume), Sources(settings.data_dir)
-    with processes.siblings(jobs or 1, sys.argv[1:], json=False):
+    begin = time.time()
+    with processes.siblings(jobs or 1, sys.argv[1:], {}, table=False):
         settings = dataclasses.replace(settings, device=pick_device(settings.device))
 
         def make(specs, up) -> None:
             local.run_all(specs, store, settings, policy, progress.reporter(len(specs), quiet), sources, up)
 
-        finished = contests.run(made, store, make, processes.began() + seconds)
+        finished = contests.run(made, store, make, begin + seconds)
     if not quiet:
         click.echo(contests.text(made, store))
     if not finished:
@@ -177,28 +182,64 @@ def _shard(text: str) -> tuple[int, int]:
 )
 @click.option("--what-if", is_flag=True, help="Instead: what more data, batch, steps or epsilon would buy in noise.")
 @click.option("--json", "as_json", is_flag=True)
-def plan(suite, overrides, data_dir, results, tries, what_if, as_json):
-    """Show every run of SUITE: what it will spend, whether it is there, and what it should cost. Trains nothing."""
+@skip_damaged
+def plan(suite, overrides, data_dir, results, tries, what_if, as_json, passed_over):
+    """Show every run of SUITE: what it will spend, whether it is there, what it should cost, and what would stop it.
+
+    Trains nothing and loads no weights. Exit code 2 where something would fail.
+    """
     from tabulate import tabulate
 
     from dpft.harness.privacy.selection import check_tries
     from dpft.harness.records.store import Store
-    from dpft.harness.runs.forecast import overview, table
+    from dpft.harness.runs.forecast import overview, stopped, table, to_fetch
+    from dpft.harness.runs.rehearsal import rehearse
 
     if tries is not None:
         check_tries(tries)
+    store = Store(results, passed_over)
     if contests.is_board(suite):
-        rows = contests.plan(suite, overrides, Store(results))
+        rows = contests.plan(suite, overrides, store)
         click.echo(json.dumps(rows, indent=1) if as_json else tabulate(rows, headers="keys", tablefmt="github"))
-        return
+        return 0
     runs = _runs(suite, overrides, data_dir)
     if what_if:
         return _what_if(runs, data_dir, as_json)
-    rows = overview(runs, Store(results), data_dir, tries)
+    rows = overview(runs, store, data_dir, tries)
+    pending = [spec for spec, row in zip(runs, rows, strict=True) if not row["state"].startswith(("done", "skipped"))]
+    found = rehearse(pending, store, data_dir)
+    problems: dict[str, list[str]] = {}
+    for spec, row in zip(runs, rows, strict=True):
+        said = dict.fromkeys([*filter(None, [row["problem"]]), *found.of(spec)])
+        row["problem"] = " ".join(said) or None
+        for sentence in said:
+            problems.setdefault(sentence, []).append(row["run"])
     if as_json:
         click.echo(json.dumps(rows, indent=1, allow_nan=False))
+    else:
+        click.echo(tabulate(table(rows), headers="keys", tablefmt="github"))
+        for line in (*to_fetch(found.fetches), *stopped(problems, len(rows))):
+            click.echo(f"\n{line}")
+    return 2 if problems else 0
+
+
+@click.command()
+@click.argument("suite", required=False)
+@spec_options
+@click.option("--dry-run", is_flag=True, help="Only say what would be fetched.")
+def prepare(suite, overrides, data_dir, results, dry_run):
+    """Fetch the models and data of SUITE, and tokenise them, so that everything after it runs offline."""
+    from dpft.harness.runs.forecast import to_fetch
+    from dpft.harness.runs.preparation import fetch, lacking, read
+
+    runs = _runs(suite, overrides, data_dir)
+    fetches = lacking(runs, data_dir)
+    for line in to_fetch(fetches) or ["Nothing is to be fetched."]:
+        click.echo(line)
+    if dry_run:
         return
-    click.echo(tabulate(table(rows), headers="keys", tablefmt="github"))
+    fetch(fetches, lambda text: click.echo(text, err=True))
+    read(runs, data_dir, lambda text: click.echo(text, err=True))
 
 
 def _what_if(runs, data_dir, as_json: bool) -> None:

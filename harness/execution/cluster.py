@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from dpft.harness.errors import CannotRun
-from dpft.harness.execution.local import Policy, Reporter, collect, pending, shard
+from dpft.harness.execution import interrupts
+from dpft.harness.execution.local import Policy, Reporter, collect, pending, wanted
 from dpft.harness.records.store import Store
 from dpft.harness.runs.sources import Sources
 from dpft.harness.runs.spec import RunSpec
@@ -42,19 +43,19 @@ def run_all(
             "--executor ray needs the package ray; run `pip install 'dpft[ray]'`, or leave the option out."
         ) from None
     store.open_for_writing()
-    runs = shard(runs, policy.shard)
+    runs = wanted(runs, store, policy)
     sources = sources or Sources(settings.data_dir)
     lost: list[str] = []
     made: set[str] = set()
     with ExitStack() as stack:
         todo = pending(runs, store, policy, sources)
-        mine = [spec for spec in todo if stack.enter_context(store.claim(spec.run_id))]  # until all of them are made
-        if mine:
+        claimed = [spec for spec in todo if stack.enter_context(store.claim(spec.run_id))]  # until all of them are made
+        if claimed:
             _start(ray)
             stack.callback(ray.shutdown)
             share, most = _share(ray.cluster_resources(), settings.device, jobs)
             work = ray.remote(_work).options(max_retries=0, **share)
-            waiting, flying = list(mine), {}
+            waiting, flying = list(claimed), {}
             while waiting or flying:
                 while waiting and len(flying) < most:
                     spec = waiting.pop(0)
@@ -86,9 +87,10 @@ def run_all(
 
 def _start(ray) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a run without a GPU keeps what the user has set
-    ray.init(
-        address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=False, configure_logging=False
-    )
+    with interrupts.kept():
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=False, configure_logging=False
+        )
 
 
 def _share(resources: dict[str, float], device: str, jobs: int | None) -> tuple[dict[str, float], int]:

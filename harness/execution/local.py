@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dpft.harness.errors import BadInput
+from dpft.harness.execution import interrupts
 from dpft.harness.records.store import Store
 from dpft.harness.runs import sources as origin
 from dpft.harness.runs.sources import Sources
@@ -20,15 +19,15 @@ from dpft.harness.train.journal import path_of
 class Policy:
     """Which runs are made. shard (i, n): every n-th run, from the i-th, i counted from 1.
 
-    began: when the command was given (seconds since the epoch); a record made since then is not made again by a process
-    that shares the work.
+    seen: stamps of the records that there were when the command was given (Store.stamps); one that has replaced another since
+    then is not made again by a process that shares the work. None: every record is as it was.
     """
 
     retry_failed: bool = False
     overwrite: bool = False
     resume: bool = True
     shard: tuple[int, int] = (1, 1)
-    began: float = math.inf
+    seen: Mapping[str, tuple[int, ...]] | None = None
 
 
 def shard(runs: Sequence[RunSpec], part: tuple[int, int]) -> list[RunSpec]:
@@ -39,6 +38,13 @@ def shard(runs: Sequence[RunSpec], part: tuple[int, int]) -> list[RunSpec]:
     return list(runs)[index - 1 :: count]
 
 
+def wanted(runs: Sequence[RunSpec], store: Store, policy: Policy) -> list[RunSpec]:
+    """The runs of this shard, without those whose damaged records the store passes over; it raises BadInput where it does not."""
+    runs = shard(runs, policy.shard)
+    kept = set(store.unspoilt([spec.run_id for spec in runs]))
+    return [spec for spec in runs if spec.run_id in kept]
+
+
 def is_pending(store: Store, spec: RunSpec, policy: Policy) -> bool:
     """Whether `spec` has still to be run under `policy`."""
     record = store.read(spec.run_id)
@@ -47,9 +53,8 @@ def is_pending(store: Store, spec: RunSpec, policy: Policy) -> bool:
 
 def _again(store: Store, record: dict[str, Any], policy: Policy) -> bool:
     again = policy.overwrite or (policy.retry_failed and record["status"] not in ("done", "skipped"))
-    path = store.record_path(record["run_id"])
-    written = path.stat().st_mtime if path.exists() else -math.inf  # packed: before this command
-    return again and not policy.began <= written <= time.time()  # no process of this command wrote it in the future
+    run_id = record["run_id"]
+    return again and (policy.seen is None or store.stamps([run_id]).get(run_id) == policy.seen.get(run_id))
 
 
 def pending(runs: Iterable[RunSpec], store: Store, policy: Policy, sources: Sources) -> list[RunSpec]:
@@ -86,12 +91,12 @@ def run_all(
     up: asked before each run; once it is true no other is begun, and the records are those that are there.
 
     A run that another process is making is left to the end and waited for. A run that fails is a record with a
-    status, and the others go on. An interrupt loses at most what the run in flight did since its last checkpoint.
+    status, and the others go on. An interrupt ends the run in flight after its step, with a checkpoint (interrupts.py).
     sources: what the command has looked at already. Raises as `pending`, also for records that other processes made meanwhile.
     """
     store.open_for_writing()
     sources = sources or Sources(settings.data_dir)
-    runs = shard(runs, policy.shard)
+    runs = wanted(runs, store, policy)
     todo = pending(runs, store, policy, sources)
     elsewhere, made = [], set()
     for spec in todo:
@@ -124,14 +129,15 @@ def _make(spec: RunSpec, store: Store, settings, policy: Policy, reporter: Repor
     from dpft.harness.train.run import execute  # torch is imported when there is something to run
 
     path = store.checkpoint_path(spec.run_id)
-    store.sweep(spec.run_id)
+    store.sweep()
     if not policy.resume:
         path.unlink(missing_ok=True)
         path_of(path).unlink(missing_ok=True)
-    with reporter.run(spec) as observe:
-        record, curve = execute(spec, settings, observe, path, reporter.note)
-    store.write(record, curve)
-    reporter.finished(record)
+    with interrupts.between_steps() as pausing:
+        with reporter.run(spec) as observe:
+            record, curve = execute(spec, settings, pausing(observe), path, reporter.note)
+        store.write(record, curve)
+        reporter.finished(record)
 
 
 class Reporter:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.memory.shapes import SHAPES
 from dpft.tasks.causal import causal_model
+from dpft.tasks.hub import silent
 
 CLASSES = 2
 HEADS = ("classes", "tokens")
@@ -95,6 +96,7 @@ def _config(name: str) -> Any:
         from dpft.harness.errors import unknown
 
         raise unknown("model", name, {*SHAPES, *ALIASES}) from None
+    silent()  # a hub that does not answer is not asked again and again
     try:
         return transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:

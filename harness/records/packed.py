@@ -47,6 +47,9 @@ class Packed:
         row = self._row(run_id)
         return None if row is None else str(row["record"]).encode()
 
+    def has(self, run_id: str) -> bool:
+        return self._row(run_id) is not None
+
     def has_curve(self, run_id: str) -> bool:
         row = self._row(run_id)
         return row is not None and row["columns"] is not None

@@ -6,8 +6,8 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,23 @@ from dpft.harness.errors import BadInput
 from dpft.harness.records import curve_files
 from dpft.harness.records.packed import RECORDS, Packed
 from dpft.harness.records.schema import SCHEMA, check
-from dpft.harness.runs.spec import completed
 from dpft.harness.train.journal import path_of
+
+# --retry-failed goes on from the checkpoint of these; one that diverged would do so again from the same state
+CONTINUED = ("timeout", "oom", "error")
+
+PassedOver = Callable[[str], None] | None
 
 
 class Store:
     """A folder of runs: `<run id>.json` (record), `<run id>.parquet` (curve), `<run id>.ckpt` (run in flight); finished studies
     may be packed (harness/records/packed.py). What is written is loose, and a loose record counts before a packed one.
+
+    passed_over: told of each damaged or newer record, in one sentence, where such are to be left out; None: they are errors.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, passed_over: PassedOver = None):
+        self.folder, self.passed_over = Path(folder), passed_over
         self.packed = Packed.of(self.folder)
 
     def open_for_writing(self) -> None:
@@ -62,6 +68,10 @@ class Store:
             raise BadInput(f"There is no results folder {self.folder}; make one with `dpft run`.")
         return sorted({path.stem for path in self.folder.glob("*.json")}.union(self.packed.ids()))
 
+    def has(self, run_id: str) -> bool:
+        """Whether there is a record, damaged or not."""
+        return self.record_path(run_id).exists() or self.packed.has(run_id)
+
     def text(self, run_id: str) -> bytes | None:
         """The record's JSON, None when there is none. Raises BadInput when it cannot be read."""
         path = self.record_path(run_id)
@@ -80,7 +90,7 @@ class Store:
 
     def each(self) -> Iterator[dict[str, Any]]:
         """The records one by one, by run id, for folders that do not fit in memory. Raises as `records`."""
-        return map(self.read, self.ids())
+        return self.sound(self.read)
 
     def has_curve(self, run_id: str) -> bool:
         return self.curve_path(run_id).exists() or self._packed_curve(run_id)
@@ -88,6 +98,33 @@ class Store:
     def _packed_curve(self, run_id: str) -> bool:
         """A loose record's curve is loose, too: that of the packed run that it replaces is not its own."""
         return not self.record_path(run_id).exists() and self.packed.has_curve(run_id)
+
+    def sound(self, read: Callable[[str], Any], run_ids: Iterable[str] | None = None) -> Iterator[Any]:
+        """`read` of the id of every record, or of those of `run_ids` that are there. Raises BadInput as `readable`."""
+        ids = self.ids() if run_ids is None else sorted(run_id for run_id in run_ids if self.has(run_id))
+        return readable(
+            ids, read if self.passed_over is None else lambda run_id: self._whole(read(run_id)), self.passed_over
+        )
+
+    def _whole(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record, if it has the curve that it needs. Raises BadInput."""
+        import polars
+
+        path = self.curve_path(record["run_id"])
+        try:
+            if record["status"] == "done" and not self._packed_curve(record["run_id"]):
+                polars.read_parquet_schema(path)
+        except Exception as error:
+            raise BadInput(
+                f"The curve {path} cannot be read ({' '.join(str(error).split())}); make the run again."
+            ) from error
+        return record
+
+    def unspoilt(self, run_ids: Sequence[str]) -> list[str]:
+        """Those of `run_ids` that have a sound record or none; raises for the others, or passes over them, as `each`."""
+        present = {run_id for run_id in run_ids if self.has(run_id)}
+        sound = {record["run_id"] for record in self.sound(self.read, present)}
+        return [run_id for run_id in run_ids if run_id not in present or run_id in sound]
 
     def curve(self, run_id: str):
         """The curve as a polars frame, one row per step. Raises BadInput when it is missing or damaged."""
@@ -104,15 +141,25 @@ class Store:
         if curve:
             self._write_curve(run_id, pyarrow.Table.from_pylist(curve))
         self._write_record(record)
-        # --retry-failed goes on where time or memory was short; after an error the code may change, and the steps with it
-        if record["status"] not in ("timeout", "oom"):
+        if record["status"] not in CONTINUED:
             self.checkpoint_path(run_id).unlink(missing_ok=True)
             path_of(self.checkpoint_path(run_id)).unlink(missing_ok=True)
 
-    def sweep(self, run_id: str) -> None:
-        """Remove what a killed process left half-written of a run; only who has claimed the run may."""
-        for path in self.folder.glob(f".{run_id}.*.tmp"):
-            path.unlink(missing_ok=True)
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written: temporaries that no living process holds (see `atomic`)."""
+        for path in self.folder.glob(".*.tmp"):
+            with suppress(OSError), open(path, "rb") as handle:  # gone meanwhile, or held by who writes it
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+
+    def stamps(self, run_ids: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """What tells each record from one that replaces it; nothing for runs that have none. Equal or not is all it says."""
+        found = {}
+        for run_id in run_ids:
+            with suppress(FileNotFoundError):
+                status = self.record_path(run_id).stat()
+                found[run_id] = (status.st_ino, status.st_mtime_ns, status.st_size)
+        return found
 
     def take_from(self, other: Store, record: dict[str, Any]) -> None:
         """Copy a run of another store, curve first."""
@@ -135,13 +182,32 @@ class Store:
         """True when this process may make the run; False when another is at it. Released also when the process dies."""
         path = self.folder / ".locks" / run_id  # never unlinked: a waiter would be left holding a file without a name
         path.parent.mkdir(exist_ok=True)
-        with open(path, "w") as handle:
+        with open(path, "a") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
                 return
             yield True
+
+
+def readable(run_ids: Iterable[str], read: Callable[[str], Any], passed_over: PassedOver = None) -> Iterator[Any]:
+    """`read` of every run id; what it raises BadInput for is told to `passed_over`.
+
+    Without that, BadInput says at the end which was the first and how many there are.
+    """
+    bad: list[str] = []
+    for run_id in run_ids:
+        try:
+            found = read(run_id)
+        except BadInput as error:
+            (bad.append if passed_over is None else passed_over)(str(error))
+            continue
+        if not bad:
+            yield found
+    if bad:
+        many = f" ({len(bad)} such records are there; this is the first)" if len(bad) > 1 else ""
+        raise BadInput(f"{bad[0].rstrip('.')}, or go on without it: --skip-damaged{many}.")
 
 
 def read_record(text: bytes, run_id: str, where: str) -> dict[str, Any]:
@@ -162,63 +228,33 @@ def check_place(record: Any, run_id: str, where: str) -> None:
         raise BadInput(f"The record {where} is of run {shown(record['run_id'])}; rename or delete it.")
 
 
-def merge(sources: list[Path], target: Path) -> tuple[int, int]:
-    """Copy the runs of `sources` into `target`; returns (copied, already there).
-
-    Raises BadInput, before anything is copied, when two records of one run differ in more than cost and provenance, or were
-    made of different data.
-    """
-    into = Store(target)
-    into.open_for_writing()
-    known = {r["run_id"]: r for r in into.records()}
-    todo: dict[str, tuple[Store, dict]] = {}
-    same = 0
-    for source in sources:
-        store = Store(source)
-        for record in store.records():
-            other = known.get(record["run_id"])
-            if other is None:
-                known[record["run_id"]] = record
-                todo[record["run_id"]] = (store, record)
-            elif other_data := _other_data(other, record):
-                raise BadInput(
-                    f"Run {record['run_id']} was made of other data or another model in {source} than elsewhere (fingerprint "
-                    f"{' against '.join(other_data)}); delete one of the records, or keep the folders apart."
-                )
-            elif _outcome(other) == _outcome(record):
-                same += 1
-            else:
-                raise BadInput(
-                    f"Run {record['run_id']} has different outcomes in {source} and elsewhere; delete one of the records."
-                )
-    for store, record in todo.values():
-        into.take_from(store, record)
-    return len(todo), same
-
-
-def _other_data(one: dict[str, Any], two: dict[str, Any]) -> tuple[str, str] | None:
-    """The first digits of two fingerprints of what the two records were made of, None where those that both have are equal."""
-    for key in ("data_fingerprint", "model_files"):
-        first, second = (record["provenance"].get(key) for record in (one, two))
-        if first is not None and second is not None and first != second:
-            return first[:12], second[:12]
-    return None
-
-
-def _outcome(record: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: record[key] for key in ("status", "privacy", "result")}
-    return {**kept, "spec": completed(record["spec"])}
-
-
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it, flushed to disk, when the block ends well."""
+    """A temporary path beside `path` that replaces it, flushed to disk, when the block ends well.
+
+    While it is written its process holds a lock on it, which ends with the process: `Store.sweep` removes what nobody holds.
+    A lock tells that also across containers and on shared folders, where the number of a process does not.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        with _locked(temporary):
+            yield temporary
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """A new file under `path`, locked; writers by name find it there and write into it."""
+    while True:
+        with open(path, "wb") as handle:
+            with suppress(OSError):  # a file system without locks: others cannot lock it either, and leave it
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if not path.exists() or not os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                continue  # swept between the two
+            yield
+            return

@@ -62,7 +62,7 @@ _DECODER = msgspec.json.Decoder(_Slim)
 
 def summaries(store: Store) -> list[dict[str, Any]]:
     """All records, by run id, without the diagnostics per matrix. Raises BadInput like `Store.records`."""
-    return [_summary(store, run_id) for run_id in store.ids()]
+    return list(store.sound(lambda run_id: _summary(store, run_id)))
 
 
 def _summary(store: Store, run_id: str) -> dict[str, Any]:

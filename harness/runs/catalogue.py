@@ -116,7 +116,7 @@ def _of_task(kind: type[Task], given: dict[str, Any], data_dir: Path | None) -> 
         raise unknown(f"setting of task {kind.name}", lacking[0], kind.options)
     task = kind({key: of_task_option(key, value, kind.options[key]) for key, value in given.items()})
     try:
-        if not (given or task.is_here(data_dir)):
+        if not given and task.lacking(data_dir):
             raise CannotRun("Its data are not here, and are fetched by the first run or found with --data-dir.")
         task.validate()
         seen = example.found(task, data_dir)

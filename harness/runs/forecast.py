@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ from dpft.harness.privacy import selection
 from dpft.harness.privacy.noise_kinds import covering_gaussian
 from dpft.harness.privacy.shares import described
 from dpft.harness.records.store import Store
+from dpft.harness.runs.expected import Expected
 from dpft.harness.runs.plan import PrivacyPlan, plan
 from dpft.harness.runs.releases import GRADIENT
 from dpft.harness.runs.sources import Sources, differences
-from dpft.harness.runs.spec import RunSpec, completed
+from dpft.harness.runs.spec import RunSpec
+from dpft.tasks.hub import Fetch
+
+SHOWN = 5  # ids of runs in a line
 
 
 def overview(
@@ -21,12 +26,11 @@ def overview(
 ) -> list[dict[str, Any]]:
     """One row per run; tries: also what the best of about so many such runs costs (harness/privacy/selection.py).
 
-    `releases`: the shares of the budget, by name, of every stretch of equal steps. Time and memory come from a record of the
-    same task, model, method and batch size, else null.
+    `releases`: the shares of the budget, by name, of every stretch of equal steps. Time and memory: runs/expected.py.
     """
     records = store.records() if store.folder.is_dir() else []
     by_id = {r["run_id"]: r for r in records}
-    sources = Sources(data_dir)
+    sources, expected = Sources(data_dir), Expected(records)
     rows = []
     for spec in runs:
         record = by_id.get(spec.run_id)
@@ -36,11 +40,15 @@ def overview(
             "model": spec.model,
             "method": spec.method,
             "seed": spec.seed,
-            "state": "missing" if record is None else _state(record, spec, sources),
+            "state": _state(record, spec, sources) if record is not None else _absent(store, spec),
         }
-        row |= _budget(spec, sources, tries) | _estimate(spec, records)
+        row |= _budget(spec, sources, tries) | expected.of(spec)
         rows.append(row)
     return rows
+
+
+def _absent(store: Store, spec: RunSpec) -> str:
+    return "damaged record" if store.record_path(spec.run_id).exists() else "missing"  # that was passed over
 
 
 def _state(record: dict[str, Any], spec: RunSpec, sources: Sources) -> str:
@@ -74,12 +82,31 @@ def _budget(spec: RunSpec, sources: Sources, tries: float | None) -> dict[str, A
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows for a reader: what is released is said in words, and only where some run releases more than a gradient a step."""
     said = []
+    rows = [
+        {key: value for key, value in row.items() if key != "problem"} for row in rows
+    ]  # under the table: `stopped`
     for row in rows:
         stretches = row["releases"] or []
         said.append(described((one["to"] - one["from"], one["shares"]) for one in stretches) if stretches else None)
     if all(text in (None, GRADIENT) for text in said):
         return [{key: value for key, value in row.items() if key != "releases"} for row in rows]
     return [{**row, "releases": text} for row, text in zip(rows, said, strict=True)]
+
+
+def stopped(problems: Mapping[str, Sequence[str]], total: int) -> list[str]:
+    """A line for every problem, with the ids of the runs that it stops."""
+    return [
+        f"{len(runs)} of {total} runs would fail ({', '.join(runs[:SHOWN])}{', ...' if len(runs) > SHOWN else ''}): {text}"
+        for text, runs in problems.items()
+    ]
+
+
+def to_fetch(fetches: list[Fetch]) -> list[str]:
+    """What `dpft prepare` would fetch, a line each."""
+    return [
+        f"To be fetched: {one.what}, from {one.source}" + (f" ({one.size / 1e6:,.0f} MB)" if one.size else "")
+        for one in fetches
+    ]
 
 
 def _choice(spec: RunSpec, found: PrivacyPlan, tries: float) -> dict[str, Any]:
@@ -104,16 +131,3 @@ def _dimension(spec: RunSpec, data_dir: Path | None) -> int:
     from dpft.harness.train.settings import Settings
 
     return release_dimension(spec, Settings(data_dir))
-
-
-def _estimate(spec: RunSpec, records: list[dict[str, Any]]) -> dict[str, Any]:
-    same = ("task", "model", "method", "batch_size", "max_length", "precision", "decoder", "options", "task_options")
-    mine = spec.to_dict()
-    for record in records:
-        cost, other = record["cost"], completed(record["spec"])
-        if cost["step_s"] and all(other[key] == mine[key] for key in same):
-            return {
-                "seconds": round(cost["step_s"] * spec.steps + cost["eval_s"]),
-                "peak_bytes": sum(cost["peak_bytes"].values()),
-            }
-    return {"seconds": None, "peak_bytes": None}

@@ -19,16 +19,31 @@ def save(path: Path, run_id: str, tensors: dict[str, torch.Tensor], state: dict[
     from safetensors.torch import save_file
 
     metadata = {"schema": str(SCHEMA), "run_id": run_id, "state": json.dumps(state, allow_nan=False)}
-    plain = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
     with atomic(path) as temporary:
         try:
-            save_file(plain, temporary, metadata)
+            save_file(_alone(tensors), temporary, metadata)
         except SafetensorError as error:
             raise OSError(f"cannot write {temporary}: {error}") from error
 
 
+def _alone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as safetensors takes them: contiguous, no two in one storage.
+
+    A large model's state fits once, and not twice: only those are copied that are not so already (views of one storage, tied
+    weights under two names, transposed ones), and those of a GPU to the host, never on the card.
+    """
+    seen, found = set(), {}
+    for name, tensor in tensors.items():
+        host = tensor.detach().cpu().contiguous()
+        storage = host.untyped_storage().data_ptr() if host.numel() else None
+        found[name] = host.clone() if storage in seen else host
+        if storage is not None:
+            seen.add(storage)
+    return found
+
+
 def load(path: Path, run_id: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """What `save` wrote for `run_id`; None when there is none, or a damaged or foreign one (the run starts again)."""
+    """What `save` wrote for `run_id`; None when it is damaged or foreign. Raises FileNotFoundError when there is none."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -37,6 +52,8 @@ def load(path: Path, run_id: str) -> tuple[dict[str, torch.Tensor], dict[str, An
             if metadata.get("schema") != str(SCHEMA) or metadata.get("run_id") != run_id:
                 return None
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["state"])  # noqa: SIM118
+    except FileNotFoundError:
+        raise
     except (OSError, SafetensorError, ValueError):
         return None
 

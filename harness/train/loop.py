@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dpft.harness import probes
-from dpft.harness.errors import CannotRun, Diverged
+from dpft.harness.errors import CannotRun, Diverged, Interrupted
 from dpft.harness.query import updates
 from dpft.harness.records import chain
 from dpft.harness.runs.releases import shares
@@ -56,7 +56,11 @@ def train(setup: Setup, run: Run, observe: Observer) -> None:
             row["metric"] = evaluate(setup, run, spec.eval_examples)[setup.task.metric]
         progress.curve.append(row)
         progress.chain = chain.extended(progress.chain, progress.ledger.booked(progress.step - 1), row)
-        observe(progress.step, row)
+        try:
+            observe(progress.step, row)
+        except Interrupted:
+            resuming.keep(setup, run, optimizer)
+            raise
         if time.monotonic() - saved > setup.checkpoint_seconds:
             resuming.keep(setup, run, optimizer)
             saved = time.monotonic()

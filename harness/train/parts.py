@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +41,7 @@ class Setup:
         parameters: what trains, by name.
         head: names of the task head's parameters, trained or not.
         matrices: parameters whose singular values are recorded.
+        begun: when this process began with the run (time.perf_counter).
         secure_noise: no generator's state is written to disk, and a resumed run goes on with new entropy.
         note: told what the user should know, once each, with trouble=False where nothing went wrong.
     """
@@ -57,6 +59,7 @@ class Setup:
     mechanism: Mechanism
     device: torch.device
     max_tokens: int
+    begun: float = field(default_factory=time.perf_counter)
     matrices: list[str] = field(default_factory=list)
     deadline: float | None = None
     checkpoint_path: Path | None = None
@@ -129,8 +132,17 @@ class Outcome:
 
 @dataclass
 class Cost:
-    """The record's `cost` in the making. trains: how many numbers the last step could move; None: not known."""
+    """The record's `cost` in the making.
 
+    Attributes:
+        earlier_seconds: what processes before this one spent on the run, up to the checkpoint that it goes on from.
+        peak_bytes: by category, or the allocator's peak.
+        step_seconds, processor_seconds: of every step; the first by phase.
+        eval_seconds: of all evaluations.
+        trains: how many numbers the last step could move; None: not known.
+    """
+
+    earlier_seconds: float = 0.0
     peak_bytes: dict[str, int] = field(default_factory=dict)
     step_seconds: list[dict[str, float]] = field(default_factory=list)
     processor_seconds: list[float | None] = field(default_factory=list)

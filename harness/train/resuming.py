@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
+import time
 from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,14 +17,19 @@ from dpft.harness.privacy import Ledger
 from dpft.harness.train import buffers, checkpoint
 from dpft.harness.train.parts import Run, Setup
 
+ROOT = Path(__file__).absolute().parents[2]
+# folders whose code decides what a step does
+COMPUTING = (*(f"harness/{room}" for room in ("engine", "privacy", "probes", "query", "train")), "methods", "tasks")
+
 
 def keep(setup: Setup, run: Run, optimizer) -> None:
     """Write a checkpoint where one is wanted; a run is worth more than its checkpoint, so a full disk is no failure."""
     if setup.checkpoint_path is not None:
         try:
             _save(setup, run, optimizer)
-        except OSError as error:
-            setup.note(f"No checkpoint can be written ({error.strerror or error}); the run goes on without.")
+        except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+            reason = getattr(error, "strerror", None) or str(error) or "out of memory"
+            setup.note(f"No checkpoint can be written ({reason}); the run goes on without.")
 
 
 def _save(setup: Setup, run: Run, optimizer) -> None:
@@ -32,26 +43,47 @@ def _save(setup: Setup, run: Run, optimizer) -> None:
         tensors["noise"] = setup.mechanism.state()
     plain = {section: dict(vars(held)) for section, held in vars(run).items()}
     plain["progress"]["ledger"] = run.progress.ledger.events
+    plain["cost"]["earlier_seconds"] += time.perf_counter() - setup.begun
     plain["made_of"] = _made_of(setup)
     checkpoint.save(setup.checkpoint_path, setup.spec.run_id, tensors, plain)
 
 
-def _made_of(setup: Setup) -> list[str]:
-    return [setup.prepared.data_fingerprint, setup.prepared.model_fingerprint]
+def _made_of(setup: Setup) -> dict[str, Any]:
+    """What the steps after a checkpoint must have in common with those before it."""
+    parts = (setup.task, setup.method, setup.method.decoder, setup.method.rule)
+    return {
+        "data": setup.prepared.data_fingerprint,
+        "model": setup.prepared.model_fingerprint,
+        "code": _code(tuple(type(part) for part in parts)),
+        "kind of device": setup.device.type,
+        "kind of noise": "secure" if setup.secure_noise else "seeded",
+    }
+
+
+@cache
+def _code(classes: tuple[type, ...]) -> str:
+    """sha256 over the source of what computes: COMPUTING, and the plug-ins that define these classes or their bases."""
+    files = {path for folder in COMPUTING for path in (ROOT / folder).rglob("*.py")}
+    modules = {sys.modules.get(one.__module__) for kind in classes for one in kind.__mro__}
+    files |= {Path(module.__file__) for module in modules if getattr(module, "__file__", None)}
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def restore(setup: Setup, run: Run, optimizer) -> None:
-    """Put a checkpoint of this run back into its parts and `run`; one that is not of this run, data or noise is passed over."""
-    found = checkpoint.load(setup.checkpoint_path, setup.spec.run_id)
-    if found is None:
+    """Put a checkpoint of this run back into its parts and `run`; one that the run cannot go on from is named and passed over."""
+    try:
+        found = checkpoint.load(setup.checkpoint_path, setup.spec.run_id)
+    except FileNotFoundError:
         return
+    was = found[1].pop("made_of", None) if found is not None else None
+    if not isinstance(was, dict):  # damaged, or written by an older version, whose steps this one cannot vouch for
+        return _anew(setup, "is damaged or of another version")
+    if other := [what for what, then in _made_of(setup).items() if was.get(what) != then]:
+        return _anew(setup, f"was made with other {' and '.join(other)}")
     tensors, plain = found
-    if plain.pop("made_of", None) != _made_of(setup):
-        return  # the steps so far saw other data, or started from other weights
-    if setup.secure_noise != ("noise" not in tensors):
-        return  # the steps so far had noise of the other kind: what the record says of it must hold for all of them
-    if "progress" not in plain:
-        return  # written by an older version, whose steps this one cannot vouch for
     groups: dict[str, Sums] = {"parameter": {}, "optimizer": {}, "method": {}, "rule": {}, "buffer": {}}
     for key, tensor in tensors.items():
         kind, _, rest = key.partition("|")
@@ -72,3 +104,7 @@ def restore(setup: Setup, run: Run, optimizer) -> None:
         for key, value in plain[section.name].items():
             setattr(getattr(run, section.name), key, value)
     setup.note(f"    continued from step {run.progress.step} of {setup.spec.steps}", trouble=False)
+
+
+def _anew(setup: Setup, why: str) -> None:
+    setup.note(f"The checkpoint of {setup.spec.label()} {why}; the run starts anew.")

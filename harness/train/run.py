@@ -58,13 +58,13 @@ def execute(
         privacy_plan = plan(spec, settings.data_dir, lambda: release_dimension(spec, settings))
         with contextlib.ExitStack() as stack:
             files = model_files.files_fingerprint(spec.model)
-            setup = build(spec, settings, privacy_plan, checkpoint_path)
+            setup = dataclasses.replace(build(spec, settings, privacy_plan, checkpoint_path), begun=begin)
             stack.callback(setup.engine.close)
             stack.callback(setup.mechanism.close)
             loop.train(dataclasses.replace(setup, note=functools.cache(note)), made, observe)
     except (Exception, SystemExit) as reason:  # a plug-in that calls sys.exit ends its run, not dpft
         status, error = classify(reason)
-    seconds = time.perf_counter() - begin
+    seconds = made.cost.earlier_seconds + time.perf_counter() - begin
     record = {
         "schema": SCHEMA,
         "run_id": spec.run_id,

@@ -9,9 +9,13 @@ import time
 
 import pytest
 import torch
+from small_runs import a_spec
 
 from dpft.harness import cli
+from dpft.harness.execution import local
+from dpft.harness.execution.progress import Quiet
 from dpft.harness.records import provenance
+from dpft.harness.records.store import Store
 from dpft.harness.train.settings import Settings
 
 pytestmark = pytest.mark.slow
@@ -67,15 +71,80 @@ def test_a_killed_sibling_leaves_its_run_to_the_others(command):
         command("killed", "--json", "--jobs", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
-    children = []
-    while not children and time.monotonic() < deadline:
-        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-        children = [int(pid) for pid in found.stdout.split()]
+    found = []
+    while not found and time.monotonic() < deadline:
+        found = children(process.pid)
     time.sleep(3)
-    os.kill(children[0], signal.SIGKILL)
+    os.kill(found[0], signal.SIGKILL)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert [status for status, *_ in results(output).values()] == ["done"] * 4
+
+
+def test_siblings_leave_with_a_parent_that_was_killed(command):
+    process = subprocess.Popen(
+        [*command("orphans", "--jobs", "2"), "--steps", "100000"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    while b"100000 steps" not in process.stderr.readline():
+        pass
+    [sibling] = children(process.pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while alive(sibling) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(sibling), "it works on for nobody"
+
+
+def test_a_terminated_command_takes_its_siblings_with_it(command):
+    process = subprocess.Popen(
+        [*command("terminated", "--jobs", "2"), "--steps", "100000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "100000 steps" not in process.stderr.readline():
+        pass
+    [sibling] = children(process.pid)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and err.count("interrupted; finished runs are kept") == 1, err
+    assert not alive(sibling)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def children(pid):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(one) for one in found.stdout.split()]
+
+
+def test_overwrite_looks_at_no_clock(dpft, tmp_path):
+    """A record from a machine whose clock is ahead was kept for ever."""
+    run = ["run", "--task", "low-rank", "--method", "dp-adam", "--steps", "2", "--batch-size", "256", "--epsilon", "2"]
+    run += ["--set", "eval_examples=16", "--results", tmp_path, "--quiet"]
+    assert dpft(*run)[0] == 0
+    [path] = tmp_path.glob("*.json")
+    os.utime(path, (time.time() + 1e6,) * 2)
+    before = path.stat()
+    assert dpft(*run, "--overwrite")[0] == 0
+    assert path.stat().st_ino != before.st_ino or path.stat().st_mtime_ns != before.st_mtime_ns
+
+
+def test_what_another_process_made_since_the_command_began_is_not_made_again(settings, tiny_bert, tmp_path):
+    spec, store = a_spec("last-layer", tiny_bert), Store(tmp_path)
+    local.run_all([spec], store, settings, local.Policy(), Quiet())
+    seen = store.stamps([spec.run_id, "another"])
+    assert seen.keys() == {spec.run_id}
+    assert local.is_pending(store, spec, local.Policy(overwrite=True, seen=seen))
+    store.write(store.read(spec.run_id), [])  # the other process, which shares this command's work
+    assert not local.is_pending(store, spec, local.Policy(overwrite=True, seen=seen))
 
 
 def test_a_record_says_how_many_threads_it_had_and_not_an_earlier_one():

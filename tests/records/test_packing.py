@@ -8,9 +8,10 @@ import pytest
 from studies import ROOT, STUDIES, loose
 
 from dpft.harness.errors import BadInput
+from dpft.harness.records.merging import Merged, merge
 from dpft.harness.records.packed import CURVES, RECORDS, SCHEMA
 from dpft.harness.records.packing import BLOCK, pack
-from dpft.harness.records.store import Store, merge
+from dpft.harness.records.store import Store
 from dpft.harness.report import reading
 
 
@@ -131,8 +132,8 @@ def test_damaged_and_newer_files_are_named(copies, name):
 
 def test_merge_unpacks(copies, tmp_path):
     one, two = copies
-    assert merge([two.folder], tmp_path / "again") == (len(one.ids()), 0)
-    assert merge([one.folder], tmp_path / "again") == (0, len(one.ids()))
+    assert merge([two.folder], tmp_path / "again") == Merged(len(one.ids()))
+    assert merge([one.folder], tmp_path / "again") == Merged(0, len(one.ids()))
     assert Store(tmp_path / "again").records() == one.records()
 
 

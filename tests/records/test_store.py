@@ -1,25 +1,14 @@
-"""Records on disk: atomic, checked when read, merged without contradictions, claimed by one process at a time."""
+"""Records on disk: atomic, checked when read, claimed by one process at a time."""
 
 import json
 import subprocess
 import sys
 
 import pytest
-from studies import loose
+from record_cases import CURVE, record
 
 from dpft.harness.errors import BadInput
-from dpft.harness.records.store import Store, atomic, merge
-
-
-def record(run_id="abc", final=0.5, seconds=1.0):
-    """A committed record, with what is asked for put in."""
-    path = min(loose("zeroth").glob("*.json"))
-    one = json.loads(path.read_text())
-    one["result"]["final"], one["cost"]["train_s"] = final, seconds
-    return {**one, "run_id": run_id}
-
-
-CURVE = [{"step": 1, "metric": None}, {"step": 2, "metric": 0.5}]
+from dpft.harness.records.store import Store, atomic
 
 
 @pytest.fixture
@@ -67,22 +56,6 @@ def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="choose --results DIR"):
         Store(tmp_path / "file").open_for_writing()
-
-
-def test_merge_takes_the_union_and_refuses_contradictions(tmp_path):
-    a, b, c = (Store(tmp_path / name) for name in "abc")
-    for store in (a, b, c):
-        store.open_for_writing()
-    a.write(record("one"), CURVE)
-    b.write(record("one", seconds=9.0), CURVE)  # same outcome, other cost
-    b.write(record("two"), CURVE)
-    c.write(record("one", final=0.6), CURVE)
-    target = tmp_path / "all"
-    assert merge([a.folder, b.folder], target) == (2, 1)
-    assert len(Store(target).records()) == 2 and Store(target).curve("two").height == 2
-    with pytest.raises(BadInput, match="different outcomes"):
-        merge([c.folder], target)
-    assert Store(target).read("one")["result"]["final"] == 0.5
 
 
 def test_a_claim_excludes_others_and_dies_with_its_process(store):

@@ -13,7 +13,7 @@ from dpft.harness.errors import BadInput
 from dpft.harness.privacy import verify_record
 from dpft.harness.privacy.recompute import is_foreign
 from dpft.harness.records.schema import SCHEMA, check
-from dpft.harness.records.store import Store
+from dpft.harness.records.store import PassedOver, Store, readable
 from dpft.harness.records.verifying import asked, chains, curves, declared, known, layout, results, tails
 
 
@@ -27,11 +27,12 @@ class Verdict:
     foreign: bool = False
 
 
-def verify_folder(folder: Path) -> dict[str, Verdict]:
+def verify_folder(folder: Path, passed_over: PassedOver = None) -> dict[str, Verdict]:
     """The verdict on every record, by file stem.
 
     A file of another program needs a `privacy` section with `ledger`, `target`, `delta` and `epsilon`. Raises BadInput for a
-    missing folder, a folder without records, and files that are no JSON, no records at all or of a newer dpft.
+    missing folder, a folder without records, and, unless `passed_over` is there to be told, files that are no JSON, no records at
+    all or of a newer dpft.
     """
     store = Store(folder)
     ids = store.ids() if folder.is_dir() else None
@@ -39,8 +40,7 @@ def verify_folder(folder: Path) -> dict[str, Verdict]:
         what = "no results folder" if ids is None else "no record (*.json) in"
         raise BadInput(f"There is {what} {folder}; name a folder of records, or make one with `dpft run`.")
     found, twins = {}, _Twins()
-    for name in ids:
-        record = _read(store, name)
+    for name, record in readable(ids, lambda name: (name, _read(store, name)), passed_over):
         if is_foreign(record):
             found[name] = Verdict(verify_record(record), foreign=True)
             continue

@@ -1,0 +1,110 @@
+"""What a run should cost: time by the nearest run that was made, memory by that or by prediction."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpft.harness.cache import cached
+from dpft.harness.runs import registry
+from dpft.harness.runs.spec import RunSpec, completed
+
+ALIKE = (
+    "task",
+    "model",
+    "method",
+    "decoder",
+    "max_length",
+    "precision",
+    "views",
+)  # without these no run is like another
+BUDGET = 8.0  # seconds of work that a command spends on new predictions; those it made are kept, so it goes on when given again
+SETTINGS = (
+    "decoder",
+    "clipping",
+    "clip_groups",
+    "optimizer",
+)  # of a run, beside its options: they may change its memory
+
+
+class Expected:
+    """Estimates for the runs of one command. records: those that there are; predict: whether memory may be predicted."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]]):
+        costs = [(completed(record["spec"]), record) for record in records if record["cost"]["step_s"]]
+        self._made: dict[tuple, list] = {}
+        for other, record in costs:
+            self._made.setdefault(_kind(other), []).append((other, record))
+        self._spent = 0.0
+
+    def of(self, spec: RunSpec) -> dict[str, Any]:
+        """`seconds`; `peak_bytes` of a step; `by`: the id of the run that says so, with what differs, or `prediction`; null each
+        where nothing is known.
+        """
+        mine = spec.to_dict()
+        near = min(self._made.get(_kind(mine), ()), key=lambda pair: _distance(mine, *pair), default=None)
+        if near is None:
+            peak = self._predicted(spec)
+            return {"seconds": None, "peak_bytes": peak, "by": None if peak is None else "prediction (memory)"}
+        other, record = near
+        cost, larger = record["cost"], spec.batch_size / other["batch_size"]
+        evaluations = (spec.steps / spec.eval_every + 1) / (other["steps"] / other["eval_every"] + 1)
+        seconds = cost["step_s"] * spec.steps * larger + cost["eval_s"] * evaluations
+        apart = [key for key in ("batch_size", "options", "task_options") if mine[key] != other[key]]
+        by = record["run_id"] + (f", other {' and '.join(apart)}" if apart else "")
+        return {"seconds": round(seconds), "peak_bytes": sum(record["cost"]["peak_bytes"].values()), "by": by}
+
+    def _predicted(self, spec: RunSpec) -> int | None:
+        """Live bytes at the peak of a step, of text models; None where that cannot be told, or would take too long now."""
+        task = registry.task(spec.task)
+        if not registry.method(spec.method).asks or task.images or task.bare_model is _no_model():
+            return None
+        from dpft.harness.train.settings import MAX_TOKENS
+
+        asked = {
+            "model": spec.model,
+            "method": spec.method,
+            "batch": max(1, min(spec.batch_size, MAX_TOKENS["cpu"] // spec.max_length)),
+            "length": spec.max_length,
+            "precision": spec.precision,
+            "head": "tokens" if task.kind == "generation" else "classes",
+            "options": {**{key: getattr(spec, key) for key in SETTINGS}, **spec.options},
+        }
+        try:
+            return cached("memory", asked, lambda value: isinstance(value, int), lambda: self._ask(asked))
+        except Exception:  # it is no part of the rehearsal whether a prediction can be made
+            return None
+
+    def _ask(self, asked: dict[str, Any]) -> int:
+        if self._spent > BUDGET:
+            raise TimeoutError
+        from dpft.harness.memory.prediction import Question, predict
+
+        begin = time.process_time()
+        try:
+            return predict(Question(**asked)).total
+        finally:
+            self._spent += time.process_time() - begin
+
+
+def _kind(spec: Mapping[str, Any]) -> tuple:
+    return tuple(spec[key] for key in ALIKE)
+
+
+def _distance(mine: Mapping[str, Any], other: Mapping[str, Any], record: Mapping[str, Any]) -> tuple:
+    """Small for a run that is like mine; the id at the end makes it one of several."""
+    differ = sum(mine[key] != other[key] for key in ("options", "task_options", "clipping", "clip_groups"))
+    return (
+        differ,
+        abs(math.log(mine["batch_size"] / other["batch_size"])),
+        mine["seed"] != other["seed"],
+        record["run_id"],
+    )
+
+
+def _no_model() -> Any:
+    from dpft.tasks.base import Task
+
+    return Task.bare_model
