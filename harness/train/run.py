@@ -166,7 +166,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
             "the accounting would be wrong, so mend the data."
         )
     method.decoder.setup(model, parameters, head, spec)
-    clock, key = Clock(device), ("noise", spec.task, spec.method, spec.seed)
+    clock, key = Clock(device), noise_key(spec)
     engine = _engine(spec, settings, method)(
         model, _loss(spec, task, device), parameters, clock, Clipping(method.rule.function, spec.clip_groups)
     )
@@ -197,6 +197,13 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
         checkpoint_seconds=settings.checkpoint_seconds,
         secure_noise=secure,
     )
+
+
+def noise_key(spec: RunSpec) -> tuple:
+    """What the noise of a run is drawn by. The digest of a user's own files is part of it: one edited row draws all noise anew, so
+    that the weights from before and after do not differ by that row alone."""
+    content = spec.task_options.get("content")
+    return ("noise", spec.task, spec.method, spec.seed, *([content] if content else []))
 
 
 def _engine(spec: RunSpec, settings: Settings, method):

@@ -193,3 +193,16 @@ def test_describe_shows_an_example_of_what_is_here(mirror, dpft, monkeypatch):
     assert json.loads(dpft("describe", "sst2", "--data-dir", mirror, "--json")[1])["training examples"] == 600
     assert "not shown: Its data are not here" in dpft("describe", "sst2")[1]
     assert "example" not in json.loads(dpft("describe", "canaries", "--json")[1])
+
+
+def test_an_edited_file_draws_other_noise(file):
+    from dpft.harness.train.run import noise_key
+
+    def key(method="dp-adam"):
+        return noise_key(resolve({"task": "classify", "method": method, "file": str(file), **NAMES}))
+
+    before = key()
+    assert before == key() and before != key("dp-sgd")
+    save(file, rows_of(300, 1)[1:])
+    assert before != key() and before[:4] == key()[:4]
+    assert len(noise_key(resolve({"task": "sentences", "method": "dp-adam"}))) == 4, "that of committed records"
