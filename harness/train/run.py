@@ -200,7 +200,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
 
 
 def noise_key(spec: RunSpec) -> tuple:
-    """What the noise of a run is drawn by. The digest of a user's own files is part of it: one edited row draws all noise anew, so
+    """What the noise of a run is drawn by. The digest of a user's own files is part of it: an edited row draws all noise anew, so
     that the weights from before and after do not differ by that row alone."""
     content = spec.task_options.get("content")
     return ("noise", spec.task, spec.method, spec.seed, *([content] if content else []))
