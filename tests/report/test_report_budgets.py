@@ -9,7 +9,8 @@ import polars
 import pytest
 import report_cases
 import shared_budget_cases as cases
-from forged_cases import RESULTS, SST2
+from forged_cases import SST2
+from studies import ROOT
 
 from dpft.harness.records.store import Store
 from dpft.harness.report import budgets, page
@@ -87,6 +88,6 @@ def test_no_line_for_committed_records(monkeypatch):
     # a rejected record has no line anyway, and to certify them all again takes half a minute
     monkeypatch.setattr(rejections, "rejected", lambda records: {})
     for folder in ("official", "noise"):
-        store = Store(RESULTS / folder)
+        store = Store(ROOT / "results" / folder)
         for group in report.Report(reading.summaries(store), store, report.Options()).groups:
             assert budgets.line(group.rows, group.names) is None
