@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
 
+from dpft.harness.errors import Diverged
 from dpft.harness.train import hooks
 from dpft.harness.train.batches import batch_of
 from dpft.harness.train.parts import Run, Setup
@@ -36,11 +38,17 @@ def evaluate(setup: Setup, run: Run, examples: int | None) -> dict[str, float]:
 
 
 def finish(setup: Setup, run: Run) -> None:
-    """The metrics of the trained model, those that are too dear for the curve among them, and its samples."""
+    """The metrics of the trained model, those too dear for the curve among them, and its samples. Raises Diverged for one
+    that is not finite."""
     run.outcome.metrics = evaluate(setup, run, None)
     run.outcome.final = run.outcome.metrics[setup.task.metric]
     start = time.perf_counter()
     dear, run.outcome.definitions = setup.task.last_metrics(setup.prepared, setup.device)
     run.outcome.metrics |= dear
+    for name, value in run.outcome.metrics.items():
+        if not math.isfinite(value):
+            raise Diverged(
+                f"The {name} of the trained model is {value}, which says nothing; lower lr, or mend the metric."
+            )
     run.outcome.samples["after"] = setup.task.samples(setup.prepared, setup.device)
     run.cost.eval_seconds += time.perf_counter() - start

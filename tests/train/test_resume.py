@@ -11,6 +11,7 @@ from dpft.harness import cli
 from dpft.harness.execution import interrupts
 from dpft.harness.records.store import Store, atomic
 from dpft.harness.runs import registry
+from dpft.harness.train import evaluation
 
 SMALL = ["--steps", "4", "--batch-size", "60", "--epsilon", "3", "--set", "eval_every=2", "--set", "max_length=16"]
 SHORT = """
@@ -129,6 +130,18 @@ def test_a_run_that_diverged_leaves_no_checkpoint(dpft, short, monkeypatch):
     monkeypatch.setenv("TROUBLE", "from dpft.harness.errors import Diverged; raise Diverged('not finite')")
     assert dpft("short", "--checkpoint-every", "0")[0] == 2
     assert [r["status"] for r in dpft.store.records()] == ["diverged"] and not list(dpft.store.folder.glob("*.ckpt"))
+
+
+def test_a_run_whose_final_metric_is_no_number_diverged(dpft, monkeypatch):
+    before = evaluation.evaluate
+
+    def evaluate(setup, run, examples):
+        return before(setup, run, examples) | ({} if examples is not None else {setup.task.metric: float("nan")})
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    code, err = dpft("last-layer")
+    assert code == 2 and "accuracy of the trained model is nan" in err
+    assert [r["status"] for r in dpft.store.records()] == ["diverged"]
 
 
 def test_a_damaged_checkpoint_is_named(dpft, short, monkeypatch):
