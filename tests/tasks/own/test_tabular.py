@@ -34,7 +34,7 @@ def lines(rows):
         ("rows.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
         ("rows.jsonl", lines(ROWS) + "\n\n"),
         ("rows.ndjson", "\ufeff" + lines(ROWS)),
-        ("rows.jsonl.gz", gzip.compress(lines(ROWS).encode())),
+        ("rows.jsonl.gz", gzip.compress(lines(ROWS).encode(), mtime=0)),
         ("rows.parquet", None),
     ],
 )
