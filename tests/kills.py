@@ -203,7 +203,7 @@ def study(kills: int, terms: int, seed: int, base: Path) -> tuple[dict[str, Coun
                 wrong.append(f"{name} was answered by exit code {code}.")
             halves = list(folder.glob(".*.tmp"))
             count["left half a file"] += bool(halves)
-            count["MiB"] += sum(path.stat().st_size for path in halves) / 2**20
+            count["MiB"] += sum(path.stat().st_size for half in halves for path in half.iterdir()) / 2**20
             if name == "SIGTERM" and halves:
                 wrong.append(f"{name} left {halves[0].name}.")
             now = progress(folder)

@@ -128,6 +128,7 @@ def _board(name, overrides, store, settings, resume, jobs, budget, quiet) -> int
     made, seconds = board.load(name, overrides), contests.seconds_of(budget)
     store.open_for_writing()
     policy, sources = local.Policy(resume=resume), Sources(settings.data_dir)
+    processes.seen(store, [])  # a sibling leaves with its parent
     begin = time.time()
     with processes.siblings(jobs or 1, sys.argv[1:], {}, table=False):
         settings = dataclasses.replace(settings, device=pick_device(settings.device))

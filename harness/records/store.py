@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from dpft.harness.records.packed import RECORDS, Packed
 from dpft.harness.records.schema import SCHEMA, check
 from dpft.harness.train.journal import path_of
 
+LOCK = "lock"  # in the folder of what is being written
 # --retry-failed goes on from the checkpoint of these; one that diverged would do so again from the same state
 CONTINUED = ("timeout", "oom", "error")
 
@@ -146,11 +148,17 @@ class Store:
             path_of(self.checkpoint_path(run_id)).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-written: temporaries that no living process holds (see `atomic`)."""
-        for path in self.folder.glob(".*.tmp"):
-            with suppress(OSError), open(path, "rb") as handle:  # gone meanwhile, or held by who writes it
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+        """Remove what killed processes left half-written: folders that no living process holds (see `atomic`)."""
+        for folder in self.folder.glob(".*.tmp"):
+            try:
+                with suppress(BlockingIOError), open(folder / LOCK, "rb") as handle:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+            except FileNotFoundError:  # killed before it had a lock
+                with suppress(OSError):
+                    folder.rmdir()
+            except NotADirectoryError:  # of an older dpft
+                folder.unlink(missing_ok=True)
 
     def stamps(self, run_ids: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """What tells each record from one that replaces it; nothing for runs that have none. Equal or not is all it says."""
@@ -230,31 +238,38 @@ def check_place(record: Any, run_id: str, where: str) -> None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it, flushed to disk, when the block ends well.
+    """A temporary path that replaces `path`, flushed to disk, when the block ends well.
 
-    While it is written its process holds a lock on it, which ends with the process: `Store.sweep` removes what nobody holds.
-    A lock tells that also across containers and on shared folders, where the number of a process does not.
+    It lies in a folder of its own beside `path`, as libraries (safetensors) put temporary files of theirs beside it. While the
+    folder is there, its process holds a lock in it, which ends with the process: `Store.sweep` removes what nobody holds. A lock
+    tells that also across containers and on shared folders, where the number of a process does not.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _locked(temporary):
+        with _locked(folder):
+            temporary = folder / path.name
             yield temporary
             with open(temporary, "rb") as handle:
                 os.fsync(handle.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """A new file under `path`, locked; writers by name find it there and write into it."""
+def _locked(folder: Path) -> Iterator[None]:
+    """A new folder, with a lock in it."""
+    lock = folder / LOCK
     while True:
-        with open(path, "wb") as handle:
+        folder.mkdir(exist_ok=True)
+        try:
+            handle = open(lock, "wb")  # noqa: SIM115
+        except FileNotFoundError:  # swept between the two
+            continue
+        with handle:
             with suppress(OSError):  # a file system without locks: others cannot lock it either, and leave it
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            if not path.exists() or not os.path.samestat(os.fstat(handle.fileno()), path.stat()):
-                continue  # swept between the two
-            yield
-            return
+            if lock.exists() and os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
+                yield
+                return

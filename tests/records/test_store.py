@@ -71,3 +71,15 @@ def test_a_claim_excludes_others_and_dies_with_its_process(store):
     process.wait()
     with store.claim("abc", wait=True) as mine:
         assert mine
+
+
+def test_a_library_may_replace_what_it_writes(store):
+    """safetensors writes beside the path that it is given and renames: neither file is anyone's to sweep meanwhile."""
+    with atomic(store.folder / "x.ckpt") as path:
+        (path.parent / ".tmpOfALibrary").write_text("whole")
+        store.sweep()
+        (path.parent / ".tmpOfALibrary").replace(path)
+        store.sweep()
+    assert [one.name for one in store.folder.iterdir()] == ["x.ckpt"] and (
+        store.folder / "x.ckpt"
+    ).read_text() == "whole"

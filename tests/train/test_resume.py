@@ -179,8 +179,12 @@ def test_what_killed_processes_left_half_written_is_removed_and_what_a_living_on
     """A checkpoint that kill -9 cut short is a whole model state that nobody would ever read."""
     dpft.store.open_for_writing()
     left = [dpft.store.folder / f".{'0' * 12}.{kind}.{pid}.tmp" for kind in ("ckpt", "json") for pid in (1, 999999)]
-    for path in left:
+    for path in left[:2]:  # as an older dpft left them
         path.write_bytes(b"half")
+    for path in left[2:]:
+        path.mkdir()
+        for name in ("lock", "one.json", ".tmpOfALibrary"):
+            (path / name).write_bytes(b"half")
     with atomic(dpft.store.folder / "other.json") as living:
         living.write_bytes(b"half")
         assert dpft("last-layer", "--quiet") == (0, "")
