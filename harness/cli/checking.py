@@ -6,7 +6,7 @@ import json
 
 import click
 
-from dpft.harness.cli.options import WHERE, Finite, Where
+from dpft.harness.cli.options import WHERE, Finite, Where, skip_damaged
 from dpft.harness.errors import BadInput
 
 SHARE = Finite(min=0)
@@ -39,7 +39,8 @@ SHARE = Finite(min=0)
 @click.option("--device", default="auto", show_default=True, help="Where runs that confirm a suspicion are made.")
 @click.option("--quiet", is_flag=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
-def check(folder, baseline, bless, golden, as_json, quiet, data_dir, device, **rule):
+@skip_damaged
+def check(folder, baseline, bless, golden, as_json, quiet, data_dir, device, passed_over, **rule):
     """Did a change make a method worse? Compare the runs in FOLDER with a baseline, seed by seed.
 
     Exit code 0: no; 1: yes; 2: it cannot be told, and why. A suspicion is confirmed on seeds that the baseline keeps back:
@@ -53,7 +54,7 @@ def check(folder, baseline, bless, golden, as_json, quiet, data_dir, device, **r
         return _golden(baseline, bless, as_json, quiet)
     from dpft.harness.records.store import Store
 
-    store = Store(folder)
+    store = Store(folder, passed_over)
     if bless:
         return _bless(baseline, store, as_json)
     from dpft.harness.regression import gate, show
