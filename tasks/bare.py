@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dpft.tasks import loading, models
+from dpft.tasks import loaders, models
 from dpft.tasks.groupnorm import convert, refuse_batch_norm
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _made(auto: Any, config: Any, options: dict[str, Any]) -> nn.Module:
     import torch
     from transformers.initialization import no_init_weights
 
-    with loading.quiet(), no_init_weights(), torch.device("meta"):
+    with loaders.quiet(), no_init_weights(), torch.device("meta"):
         inner = auto.from_config(config, **options)
     inner.tie_weights()
     return inner

@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from dpft.harness.errors import CannotRun
-from dpft.tasks import loading, models
+from dpft.tasks import loaders, models
 from dpft.tasks.vocabulary import NO_TARGET, vocabulary_loss
 
 if TYPE_CHECKING:
@@ -61,10 +61,10 @@ def load(source: str) -> tuple[nn.Module, str]:
     import transformers
 
     config, place, options = load_config(source)
-    with loading.quiet(), torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are drawn globally
+    with loaders.quiet(), torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are drawn globally
         # reading a GGUF file shows a bar of its own that no setting of transformers turns off
         hidden = redirect_stderr(io.StringIO()) if "gguf_file" in options else nullcontext()
-        with loading.readable("the causal language model", source), hidden:
+        with loaders.readable("the causal language model", source), hidden:
             inner, info = transformers.AutoModelForCausalLM.from_pretrained(
                 place, config=config, dtype=torch.float32, output_loading_info=True, **options
             )
@@ -83,7 +83,7 @@ def load_config(source: str) -> tuple[Any, str, dict[str, str]]:
     import transformers
 
     place, options = models.place(source)
-    with loading.quiet(), loading.readable("the configuration of", source):
+    with loaders.quiet(), loaders.readable("the configuration of", source):
         config = transformers.AutoConfig.from_pretrained(place, **options)
     if getattr(config, "is_encoder_decoder", False) or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CannotRun(f"{source} ({config.model_type}) is no causal language model; take one such as gpt2.")
@@ -191,7 +191,7 @@ class Encoder:
     def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         if not texts:
             return []
-        with loading.quiet():
+        with loaders.quiet():
             return self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)["input_ids"]
 
 
@@ -217,7 +217,7 @@ def generate(
         longest = max(len(row) for row in rows)
         tokens = torch.tensor([[encoder.pad_id] * (longest - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-        with torch.no_grad(), loading.quiet():
+        with torch.no_grad(), loaders.quiet():
             out = model.model.generate(
                 input_ids=tokens,
                 attention_mask=mask,

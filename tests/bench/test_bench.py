@@ -92,7 +92,7 @@ def workers(model):
         (["--device", "cuda:7"], "cuda:7"),
         (["--text", "--methods"], "give one of them"),
         (["--text", "--task", "sst-2"], "did you mean 'sst2'"),
-        (["-o", "/nowhere/SPEED.md"], "cannot be read"),
+        (["-o", "/nowhere/SPEED.md"], "does not exist"),
         (["--rounds", "0"], "--rounds"),
     ],
 )

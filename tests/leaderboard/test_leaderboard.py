@@ -197,7 +197,10 @@ def test_lower_is_better_where_the_metric_says_so():
         (lambda: boards.load("tinny"), "did you mean 'tiny'"),
         (lambda: boards.load("tiny", {"seed": 3}), "its own seeds and halves; leave out seed"),
         (lambda: boards.load("tiny", {"split": "test"}), "leave out split"),
-        (lambda: state.wanted(boards.load("tiny", {"epsilon": -1.0}), lambda spec: None), "epsilon must be a positive"),
+        (
+            lambda: state.wanted(boards.load("tiny", {"epsilon": -1.0}), lambda spec: None),
+            "epsilon must be more than 0",
+        ),
         (lambda: boards._rules("x", {"trails": 3}), "trails"),
         (lambda: boards._rules("x", {"seeds": [1, 0]}), "2 or more seeds"),
         (lambda: boards._rules("x", {"margin": 0.0}), "above zero"),

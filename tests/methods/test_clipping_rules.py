@@ -259,7 +259,7 @@ def test_no_option_of_a_rule_means_something_else_elsewhere(monkeypatch):
     ("settings", "message"),
     [
         ({"clipping": "quantil"}, "did you mean 'quantile'"),
-        ({"clipping": 3}, "clipping = 3 is not str"),
+        ({"clipping": 3}, "clipping must be a text, not 3"),
         ({"target_quantile": 0.5}, "no setting of dp-adam called 'target_quantile'"),
         ({"clipping": "slaclip", "target_quantil": 0.5}, "no setting of dp-adam, clipping slaclip called"),
         ({"clipping": "quantile", "target_quantile": 1.5}, "target_quantile must be between 0 and 1"),

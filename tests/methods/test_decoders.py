@@ -83,7 +83,7 @@ def test_a_preset_is_a_decoder_with_other_defaults():
         ({"decoder": "rmt", "gate": True, "shrinker": "hard"}, "gate needs a continuous shrinker"),
         ({"decoder": "adambc", "optimizer": "sgd"}, "set optimizer to adam"),
         ({"decoder": "muon", "polynomial": "tailor"}, "did you mean 'taylor'"),
-        ({"decoder": 3}, "decoder = 3 is not str"),
+        ({"decoder": 3}, "decoder must be a text, not 3"),
     ],
 )
 def test_bad_choices_are_refused_before_anything_trains(settings, message):

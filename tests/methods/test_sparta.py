@@ -251,7 +251,7 @@ def test_memory_of_a_training_step_falls_with_the_fraction(setup_of):
         ({"warmup_fraction": 0.99}, "before it trains rows"),
         ({"score": "magnitude"}, "no score called 'magnitude'"),
         ({"trainable_fraction": 0.0}, "trainable_fraction must be between"),
-        ({"trainable_fraction": float("nan")}, "trainable_fraction must be between"),
+        ({"trainable_fraction": float("nan")}, "trainable_fraction must be a finite number"),
         ({"decoder": "rmt"}, "leave out decoder=rmt"),
         ({"weight_decay": 0.1}, "set weight_decay = 0"),
     ],
