@@ -9,8 +9,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+from mutations import leaves
+
 from .case import Case
-from .values import JSON, NAMES, NESTED, at, other_type, paths
+from .values import JSON, NAMES, NESTED, at, other_type
 from .world import PREDICTION, ROOT, SUITE, World, document
 
 SECTIONS = ("spec", "privacy", "result", "cost", "diagnostics", "provenance", "status", "run_id", "schema", "error")
@@ -19,7 +21,7 @@ SECTIONS = ("spec", "privacy", "result", "cost", "diagnostics", "provenance", "s
 def spoilt(value: Any, rng: random.Random, ways: list[tuple] | None = None) -> tuple[Any, str, bool]:
     """(a copy with one entry of another type, gone or renamed; in words; whether an entry that is there is of a wrong type)."""
     value = copy.deepcopy(value)
-    *way, last = rng.choice(ways or paths(value))
+    *way, last = rng.choice(ways or list(leaves(value)))
     inner, where = at(value, tuple(way)), ".".join(map(str, (*way, last)))
     kind = rng.choice(("type", "type", "type", "any", "gone", "name"))
     if kind == "gone":
@@ -117,7 +119,7 @@ def records(world: World, rng: random.Random) -> Case:
     record = json.loads(path.read_text())
     ways = [(section,) for section in SECTIONS]
     if rng.random() < 0.6:
-        ways = [way for way in paths(record) if way[0] not in ("diagnostics", "chain") or rng.random() < 0.02]
+        ways = [way for way in leaves(record) if way[0] not in ("diagnostics", "chain") or rng.random() < 0.02]
     record, what, wrong = spoilt(record, rng, ways)
     if rng.random() < 0.1:
         record["schema"], what, wrong = 2, "schema = 2", True

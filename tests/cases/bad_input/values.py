@@ -89,16 +89,6 @@ def other_type(old: Any, rng: random.Random) -> Any:
     return rng.choice(kinds[type(old)])
 
 
-def paths(value: Any, way: tuple = ()) -> list[tuple]:
-    """Ways to all entries of a document, sections and lists among them."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found = []
-    for key, inner in items:
-        found.append((*way, key))
-        found += paths(inner, (*way, key))
-    return found
-
-
 def at(document: Any, way: tuple) -> Any:
     for key in way:
         document = document[key]
