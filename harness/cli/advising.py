@@ -53,7 +53,7 @@ def _fitting(ranked, question, limit: int, memory: str):
     from dpft.harness.memory.prediction import Question, predict
 
     for one in ranked:
-        spec = one.arm.tested(one.tuning.chosen, 0)
+        spec = one.spec
         try:
             needed = predict(
                 Question(question.model or spec.model, spec.method, 1, spec.max_length, spec.precision)

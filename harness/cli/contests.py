@@ -29,30 +29,28 @@ def seconds_of(text: str | None) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
-def run(board, store, make, end: float) -> bool:
+def run(board, look, make, end: float) -> bool:
     """Make what `board` wants until `end` (seconds since the epoch), by make(specs, up); whether it is finished."""
     from dpft.harness.leaderboard import driver
 
     def up() -> bool:
         return time.time() >= end
 
-    return driver.run(board, store, lambda specs: make(specs, up), up)
+    return driver.run(board, look, lambda specs: make(specs, up), up)
 
 
-def text(board, store) -> str:
+def text(board, look) -> str:
     """What is decided so far."""
-    from dpft.harness.leaderboard import driver
     from dpft.harness.report import leaderboards as verdicts
     from dpft.harness.report.text import markdown
 
-    return markdown(verdicts.parts(board, driver.looking(store)))
+    return markdown(verdicts.parts(board, look))
 
 
-def failed(board, store) -> int:
+def failed(board, look) -> int:
     """How many of the runs that were made have no result."""
-    from dpft.harness.leaderboard import driver, state
+    from dpft.harness.leaderboard import state
 
-    look = driver.looking(store)
     return sum(state.failures(contest, board.rules, look) for contest in board.contests)
 
 

@@ -76,13 +76,13 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     if engine not in engines.NAMES:
         raise unknown("engine", engine, engines.NAMES)
     store = Store(results, passed_over)
+    settings = Settings(data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise)
     if contests.is_board(suite):
         if overwrite or retry_failed or as_json or executor != "local" or shard != "1/1":
             raise BadInput(
                 "A leaderboard makes here what its records lack; leave out --overwrite, --retry-failed, --json, --executor and "
                 "--shard."
             )
-        settings = Settings(data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise)
         return _board(suite, overrides, store, settings, resume, jobs, budget, quiet)
     if budget is not None:
         raise BadInput("--budget is an option of leaderboards (`dpft list boards`); leave it out.")
@@ -93,7 +93,6 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     policy = execution.Policy(retry_failed or single, overwrite, resume, _shard(shard), seen)
     sources = Sources(data_dir)
     pending = execution.pending(execution.wanted(runs, store, policy), store, policy, sources)
-    settings = Settings(data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise)
     reporter = progress.reporter(len(pending), quiet)
     for text in remarks.of_changes(runs, store):
         reporter.note(text)
@@ -121,13 +120,14 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
 def _board(name, overrides, store, settings, resume, jobs, budget, quiet) -> int:
     from dpft.harness.execution import jobs as processes
     from dpft.harness.execution import local, progress
-    from dpft.harness.leaderboard import board
+    from dpft.harness.leaderboard import board, driver
     from dpft.harness.runs.sources import Sources
     from dpft.harness.train.settings import pick_device
 
     made, seconds = board.load(name, overrides), contests.seconds_of(budget)
     store.open_for_writing()
     policy, sources = local.Policy(resume=resume), Sources(settings.data_dir)
+    look = driver.looking(store)  # once: it serves the runs, the text and the count of failures
     processes.seen(store, [])  # a sibling leaves with its parent
     begin = time.time()
     with processes.siblings(jobs or 1, sys.argv[1:], {}, table=False):
@@ -136,12 +136,12 @@ def _board(name, overrides, store, settings, resume, jobs, budget, quiet) -> int
         def make(specs, up) -> None:
             local.run_all(specs, store, settings, policy, progress.reporter(len(specs), quiet), sources, up)
 
-        finished = contests.run(made, store, make, begin + seconds)
+        finished = contests.run(made, look, make, begin + seconds)
     if not quiet:
-        click.echo(contests.text(made, store))
+        click.echo(contests.text(made, look))
     if not finished:
         click.echo("dpft: the time is up; the same command goes on.", err=True)
-    if failed := contests.failed(made, store):
+    if failed := contests.failed(made, look):
         click.echo(f"dpft: {failed} runs failed.", err=True)
     return 1 if failed else 0
 

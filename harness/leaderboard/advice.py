@@ -8,7 +8,7 @@ from typing import Any
 
 from dpft.harness.errors import BadInput
 from dpft.harness.leaderboard.board import Board, Contest
-from dpft.harness.leaderboard.state import Look, Standing, leading, standings
+from dpft.harness.leaderboard.state import Look, Standing, judged, leading, plain, standings
 from dpft.harness.runs import registry
 from dpft.harness.runs.spec import RunSpec
 
@@ -33,7 +33,6 @@ class Advice:
         contest: the nearest that was tested.
         apart: how it differs from what was asked, in words; empty: it does not.
         level: arms that are not shown to be worse than the leader, the leader first.
-        behind: arms that are.
         plain: the run without privacy, None where there is none.
         found: all arms.
     """
@@ -41,7 +40,6 @@ class Advice:
     contest: Contest
     apart: list[str]
     level: list[Standing]
-    behind: list[Standing]
     plain: Standing | None
     found: list[Standing]
 
@@ -52,7 +50,7 @@ def advise(board: Board, look: Look, question: Question) -> Advice:
     tested = []
     for contest in board.contests:
         found = standings(contest, board.rules, look)
-        if sum(bool(one.finals) and not one.arm.control for one in found) > 1:
+        if len(judged(found)) > 1:
             tested.append((contest, found))
     if not tested:
         raise BadInput(
@@ -67,9 +65,8 @@ def advise(board: Board, look: Look, question: Question) -> Advice:
             f"evidence to advise from; tested were: {settings}."
         )
     contest, found = min(alike, key=lambda one: _distance(_spec(one[0]), _size(one[1]), question))
-    first, level, behind = leading(found)
-    plain = next((one for one in found if one.arm.settings["method"] == "non-private" and one.finals), None)
-    return Advice(contest, _apart(_spec(contest), _size(found), question), [first, *level], behind, plain, found)
+    first, level, _ = leading(found)
+    return Advice(contest, _apart(_spec(contest), _size(found), question), [first, *level], plain(found), found)
 
 
 def command(chosen: Standing, question: Question) -> str:
@@ -77,10 +74,10 @@ def command(chosen: Standing, question: Question) -> str:
     settings = {**chosen.arm.settings, **chosen.tuning.chosen, "task": question.task, "epsilon": question.epsilon}
     if question.model is not None:
         settings["model"] = question.model
-    settings["lr"] = _spec_of(chosen).lr
-    plain = ("task", "model", "method", "epsilon", "batch_size", "steps", "lr")
-    left_out = (*plain, "eval_every", "eval_examples")
-    parts = [f"--{key.replace('_', '-')} {_written(settings[key])}" for key in plain if key in settings]
+    settings["lr"] = chosen.spec.lr
+    named = ("task", "model", "method", "epsilon", "batch_size", "steps", "lr")
+    left_out = (*named, "eval_every", "eval_examples")
+    parts = [f"--{key.replace('_', '-')} {_written(settings[key])}" for key in named if key in settings]
     parts += [f"--set {key}={_written(value)}" for key, value in settings.items() if key not in left_out]
     return "dpft run " + " ".join(parts)
 
@@ -96,10 +93,6 @@ def _written(value: Any) -> str:
 
 def _spec(contest: Contest) -> RunSpec:
     return next(arm for arm in contest.arms if not arm.control).tested({}, 0)
-
-
-def _spec_of(one: Standing) -> RunSpec:
-    return one.arm.tested(one.tuning.chosen, 0)
 
 
 def _size(found: list[Standing]) -> int | None:

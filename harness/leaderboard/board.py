@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import tomllib
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -40,6 +41,13 @@ class Rules:
     margin: float = 0.01
     baseline: str = "dp-adam"
 
+    def rounds(self, trials: int) -> list[int]:
+        """How many of `trials` settings run in each round of tuning; nothing is tuned where there is one."""
+        alive = [trials]
+        while len(alive) < self.tuning_seeds:
+            alive.append(math.ceil(alive[-1] / 2))
+        return alive if trials > 1 else []
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -72,9 +80,6 @@ class Contest:
 
     title: str
     arms: tuple[Arm, ...]
-
-    def baseline(self, rules: Rules) -> Arm | None:
-        return next((arm for arm in self.arms if arm.name == rules.baseline), None)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from dpft.harness.leaderboard.board import Board
-from dpft.harness.leaderboard.state import wanted
+from dpft.harness.leaderboard.state import Look, wanted
 from dpft.harness.records.store import Store
 from dpft.harness.runs.spec import RunSpec
 
 
-def looking(store: Store) -> Callable[[RunSpec], dict[str, Any] | None]:
+def looking(store: Store) -> Look:
     """Reads the records of a store, each once: a record that is there does not change while a board is made."""
     kept: dict[str, dict[str, Any]] = {}
 
@@ -28,12 +28,11 @@ def looking(store: Store) -> Callable[[RunSpec], dict[str, Any] | None]:
     return look
 
 
-def run(board: Board, store: Store, make: Callable[[list[RunSpec]], None], up: Callable[[], bool]) -> bool:
+def run(board: Board, look: Look, make: Callable[[list[RunSpec]], None], up: Callable[[], bool]) -> bool:
     """Make what is wanted, in rounds, by `make`, which stops early where the time is `up`; whether the board is finished.
 
     Any number of processes may do so at once on one store: each computes the same wants from the same records.
     """
-    look = looking(store)
     while todo := wanted(board, look):
         if up():
             return False

@@ -7,7 +7,7 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-from dpft.harness.leaderboard.board import Arm, Board, Rules
+from dpft.harness.leaderboard.board import Arm, Board
 from dpft.harness.leaderboard.state import Look, standings
 from dpft.harness.records.store import Store
 
@@ -25,7 +25,7 @@ def rows(board: Board, store: Store, look: Look) -> list[dict[str, Any]]:
         times: list[tuple[float, float]] = []
         for one in standings(contest, board.rules, look):
             tried = sum(len(scores) for _, scores in one.tuning.scores)
-            trying = 0 if one.tuning.chosen is not None else tuning_runs(one.arm, board.rules) - tried
+            trying = 0 if one.tuning.chosen is not None else sum(board.rules.rounds(one.arm.trials)) - tried
             fewest, greatest = board.rules.seeds
             done = len(one.records)
             settled = one.arm.control or (one.verdict is not None and one.verdict.verdict != "undecided")
@@ -47,17 +47,6 @@ def rows(board: Board, store: Store, look: Look) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def tuning_runs(arm: Arm, rules: Rules) -> int:
-    """How many runs the tuning of an arm takes."""
-    alive, runs = arm.trials, 0
-    if alive <= 1:
-        return 0
-    for _ in range(rules.tuning_seeds):
-        runs += alive
-        alive = math.ceil(alive / 2)
-    return runs
 
 
 SAME = ("task", "model", "max_length", "steps", "batch_size")

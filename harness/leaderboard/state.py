@@ -49,7 +49,8 @@ def tuning(arm: Arm, rules: Rules, look: Look) -> Tuning:
         return found
     alive = list(range(len(points)))
     reason = None
-    for seed in range(rules.tuning_seeds):
+    for seed, going_on in enumerate(rules.rounds(len(points))):
+        alive = alive[:going_on]
         for i in alive:
             spec = arm.tried(points[i], seed)
             record = look(spec)
@@ -64,8 +65,6 @@ def tuning(arm: Arm, rules: Rules, look: Look) -> Tuning:
         if _mean(found.scores[alive[0]][1]) == -math.inf:
             found.failed = reason
             return found
-        if seed + 1 < rules.tuning_seeds:
-            alive = alive[: math.ceil(len(alive) / 2)]
     found.chosen = points[alive[0]]
     return found
 
@@ -92,6 +91,11 @@ class Standing:
         return {seed: final(r) for seed, r in self.records.items() if r["status"] == "done"}
 
     @property
+    def spec(self) -> RunSpec:
+        """The settings of its tests, seed 0; once they are chosen."""
+        return self.arm.tested(self.tuning.chosen, 0)
+
+    @property
     def mean(self) -> float:
         return _mean(list(self.finals.values()))
 
@@ -99,7 +103,7 @@ class Standing:
 def standings(contest: Contest, rules: Rules, look: Look) -> list[Standing]:
     """Every arm, with its verdict at the level that holds for all of the contest's verdicts together (Bonferroni)."""
     found = [_standing(arm, rules, look) for arm in contest.arms]
-    base = next((one for one in found if one.arm.name == rules.baseline), None)
+    base = baseline(found, rules)
     rivals = [one for one in found if one is not base and not one.arm.control]
     for one in rivals:
         if base is not None and (pairs := paired(one, base)):
@@ -113,12 +117,25 @@ def paired(one: Standing, other: Standing) -> list[float]:
     return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
 
 
+def baseline(found: list[Standing], rules: Rules) -> Standing | None:
+    return next((one for one in found if one.arm.name == rules.baseline), None)
+
+
+def plain(found: list[Standing]) -> Standing | None:
+    """The tested run without privacy."""
+    return next((one for one in found if one.arm.settings["method"] == "non-private" and one.finals), None)
+
+
+def judged(found: list[Standing]) -> list[Standing]:
+    """Those that compete and have been tested."""
+    return [one for one in found if not one.arm.control and one.finals]
+
+
 def leading(found: list[Standing]) -> tuple[Standing, list[Standing], list[Standing]]:
     """(the judged arm with the best mean, those not shown to be worse, those that are), of at least one judged arm."""
-    judged = sorted((one for one in found if not one.arm.control and one.finals), key=lambda one: -one.mean)
-    first, *others = judged
+    first, *others = sorted(judged(found), key=lambda one: -one.mean)
     # the leader was chosen by the same data, so every pair counts
-    level = LEVEL / max(1, len(judged) * (len(judged) - 1) // 2)
+    level = LEVEL / max(1, (len(others) + 1) * len(others) // 2)
     behind = [one for one in others if verdict(paired(one, first), TINY, level).verdict == "worse"]
     return first, [one for one in others if one not in behind], behind
 
@@ -134,7 +151,7 @@ def _wanted(contest: Contest, rules: Rules, look: Look) -> Iterator[RunSpec]:
     for one in found:
         yield from one.tuning.todo
     seeds = {id(one): rules.seeds[0] for one in found}
-    base = next((one for one in found if one.arm.name == rules.baseline), None)
+    base = baseline(found, rules)
     for one in found:
         if base is None or one.verdict is None or one.verdict.verdict != "undecided":
             continue

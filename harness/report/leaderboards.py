@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from typing import Any
 
 from dpft.harness.leaderboard.board import Board, Contest, Rules
-from dpft.harness.leaderboard.state import Look, Standing, final, leading, standings
+from dpft.harness.leaderboard.state import Look, Standing, baseline, judged, leading, plain, standings
 from dpft.harness.report.text import Part, Table
 from dpft.harness.statistics.sequential import LEVEL
 
@@ -23,12 +22,12 @@ def parts(board: Board, look: Look) -> list[Part]:
 
 def answer(contest: Contest, rules: Rules, found: list[Standing]) -> str:
     """Which method to use, in a sentence: who leads, who is not shown to be worse, the cheapest of these and its settings."""
-    if sum(bool(one.finals) and not one.arm.control for one in found) < 2:
+    if len(judged(found)) < 2:
         return "No two methods have been tested yet."
     first, level_with, _ = leading(found)
     text = f"**{first.arm.name}** leads ({_share(first.mean, first)}"
-    plain = next((one for one in found if one.arm.settings["method"] == "non-private" and one.finals), None)
-    text += f"; non-private {_share(plain.mean, plain)})" if plain is not None else ")"
+    without = plain(found)
+    text += f"; non-private {_share(without.mean, without)})" if without is not None else ")"
     if level_with:
         text += f"; not shown to be worse: {', '.join(one.arm.name for one in level_with)}"
         cheapest = min([first, *level_with], key=step_time)
@@ -37,8 +36,8 @@ def answer(contest: Contest, rules: Rules, found: list[Standing]) -> str:
         cheapest = first
         text += "; all others are worse"
     open_ = [one for one in found if one.verdict is not None and one.verdict.verdict == "undecided"]
-    judged = sum(one.verdict is not None for one in found)
-    text += f" ({_settings(cheapest)}). Against {rules.baseline} {judged - len(open_)} of {judged} verdicts are in."
+    verdicts = sum(one.verdict is not None for one in found)
+    text += f" ({_settings(cheapest)}). Against {rules.baseline} {verdicts - len(open_)} of {verdicts} verdicts are in."
     return text
 
 
@@ -49,7 +48,7 @@ def _contest(contest: Contest, rules: Rules, look: Look) -> list[Part]:
     if not any(one.finals for one in found):
         tried = sum(len(scores) for one in found for _, scores in one.tuning.scores)
         return [f"Nothing has been tested yet; {tried} runs of tuning are there.", *lost]
-    base = next((one for one in found if one.arm.name == rules.baseline), None)
+    base = baseline(found, rules)
     ranked = sorted((one for one in found if one.finals), key=lambda one: (one.arm.control, -one.mean))
     cells = [_row(one, base, rules) for one in ranked]
     missing = [one.arm.name for one in found if not one.finals and not _failure(one)]
@@ -111,7 +110,7 @@ def _share(value: float, one: Standing) -> str:
 
 
 def _settings(one: Standing) -> str:
-    spec = one.arm.tested(one.tuning.chosen, 0)
+    spec = one.spec
     return ", ".join(f"{key} {value:g}" for key, value in {"lr": spec.lr, **one.tuning.chosen}.items())
 
 
@@ -141,7 +140,7 @@ def _ratio(one: Standing, base: Standing | None, cost) -> str:
 
 
 def _caption(contest: Contest, one: Standing) -> str:
-    spec = one.arm.tested(one.tuning.chosen, 0)
+    spec = one.spec
     record = next(r for r in one.records.values() if r["status"] == "done")
     budget = ""
     if privacy := record["privacy"]:
@@ -159,21 +158,3 @@ def _reading(rules: Rules) -> str:
         f"{1 - LEVEL:.0%} for all verdicts of a table together (Bonferroni). `the same`: the whole interval lies within "
         f"{rules.margin:g}. Choices made by tuning are not covered by ε."
     )
-
-
-def as_json(board: Board, look: Look) -> list[dict[str, Any]]:
-    """The same for programs: one entry for each arm of each contest."""
-    found = []
-    for contest in board.contests:
-        for one in standings(contest, board.rules, look):
-            found.append(
-                {
-                    "contest": contest.title,
-                    "arm": one.arm.name,
-                    "settings": one.tuning.chosen,
-                    "tuning": [{"settings": point, "scores": scores} for point, scores in one.tuning.scores],
-                    "tests": {seed: final(record) for seed, record in one.records.items()},
-                    "verdict": None if one.verdict is None else vars(one.verdict),
-                }
-            )
-    return found

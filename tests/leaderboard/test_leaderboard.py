@@ -8,7 +8,7 @@ import pytest
 
 from dpft.harness.errors import BadInput
 from dpft.harness.leaderboard import board as boards
-from dpft.harness.leaderboard import driver, hours, space, state
+from dpft.harness.leaderboard import driver, space, state
 from dpft.harness.report import leaderboards as verdicts
 from dpft.harness.report.text import markdown
 from dpft.harness.runs import registry
@@ -73,7 +73,7 @@ def test_tuning_and_tests_share_no_seed_and_every_arm_has_equal_trials(name):
     arms = [arm for contest in board.contests for arm in contest.arms]
     assert {
         trials[key] for key in trials if not registry.method(key[0]).control and registry.method(key[0]).private
-    } == {hours.tuning_runs(next(arm for arm in arms if not arm.control), board.rules)}
+    } == {sum(board.rules.rounds(next(arm for arm in arms if not arm.control).trials))}
     fewest, most = board.rules.seeds
     assert all(0 <= s.seed < most for s in tests)
     for arm in arms:
@@ -219,9 +219,9 @@ def test_the_time_is_up_between_runs():
             record = made.get(run_id)
             return None if record is None else {"run_id": run_id, **record}
 
-    assert driver.run(TINY, Folder(), lambda specs: made.make(specs[:1]), lambda: next(asked)) is False
+    assert driver.run(TINY, driver.looking(Folder()), lambda specs: made.make(specs[:1]), lambda: next(asked)) is False
     assert len(made.made) == 1
-    assert driver.run(TINY, Folder(), made.make, lambda: False) is True
+    assert driver.run(TINY, driver.looking(Folder()), made.make, lambda: False) is True
 
 
 def test_advice_is_of_the_nearest_contest_says_how_it_differs_and_prints_a_command_that_runs():
