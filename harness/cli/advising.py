@@ -38,8 +38,10 @@ def advise(task, model, examples, epsilon, memory, name, results):
     ranked = sorted(found.level, key=leaderboards.step_time)
     chosen = ranked[0] if limit is None else _fitting(ranked, question, limit, memory)
     if found.plain is not None:
-        loss = abs(found.plain.mean - chosen.mean)
-        click.echo(f"{chosen.arm.name} is {loss:.3f} from training without privacy there.")
+        gain = chosen.mean - found.plain.mean
+        click.echo(
+            f"{chosen.arm.name} is {abs(gain):.3f} {'better' if gain > 0 else 'worse'} than training without privacy there."
+        )
     if found.apart:
         click.echo(
             "Settings carry over only roughly: try a few learning rates around it (`dpft plan --tries` says what that costs)."
