@@ -24,6 +24,14 @@ class CannotRun(BadInput):
     """This run cannot be made as asked (unsupported layer, missing data, unreachable budget): a typed status in a sweep."""
 
 
+def first_line(error: Exception, otherwise: str | None = None, longest: int | None = None) -> str:
+    """What an error of another library says, to stand in parentheses: its first line without a period, of at most `longest`
+    characters. otherwise: what stands there where it says nothing; None: its type.
+    """
+    lines = str(error).strip().splitlines() or [otherwise or type(error).__name__]
+    return lines[0].rstrip(".")[:longest]
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:
     """The error for an unknown `name`, naming the nearest match among `known`."""
     known = sorted(known)

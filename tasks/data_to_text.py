@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dpft.harness.errors import CannotRun
+from dpft.harness.errors import CannotRun, first_line
 from dpft.tasks import mirror
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.downloads import data_root
@@ -123,7 +123,7 @@ class Dart(DataToText):
                 for triples, text in rows
             ]
         except (polars.exceptions.PolarsError, TypeError, AttributeError) as error:
-            reason = (str(error).splitlines() or ["unreadable"])[0].rstrip(".")
+            reason = first_line(error, "unreadable")
             raise CannotRun(f"{where} is not laid out as on the hub ({reason}); copy it again.") from error
         if not found:
             raise CannotRun(f"{where} has no rows; put the whole split there.")

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpft.harness.errors import CannotRun
+from dpft.harness.errors import CannotRun, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,7 +145,7 @@ def _download(name: str, files: list[str] | None) -> None:
     try:
         snapshot_download(name, allow_patterns=files)
     except Exception as error:  # anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+        reason = first_line(error, longest=200)
         raise CannotRun(
             f"The model {name} cannot be fetched ({reason}); check the connection, and try again."
         ) from error

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dpft.harness.errors import CannotRun
+from dpft.harness.errors import CannotRun, first_line
 from dpft.tasks import hub
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # the hub's name of the model that a package has, too
@@ -38,8 +38,7 @@ def readable(what: str, source: str, more: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason, help = lines[0].rstrip(".")[:200], "check the name, the files and the connection"
+        reason, help = first_line(error, longest=200), "check the name, the files and the connection"
         if unheard:
             reason, help = f"it is not in the cache, and {unheard}", instead(source)
         raise CannotRun(f"Cannot load {what} {source}{more} ({reason}); {help}.") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpft.harness.border.files import ABSENT, shown_path, trouble
-from dpft.harness.errors import CannotRun
+from dpft.harness.errors import CannotRun, first_line
 from dpft.tasks.hub import Fetch, cached_data, silent
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _mirrored(hub: str, path: Path, read: Callable[[], Any], hint: str = "") -> 
     try:
         return read()
     except (polars.exceptions.PolarsError, OSError) as error:
-        reason = (str(error).splitlines() or ["unreadable"])[0].rstrip(".")
+        reason = first_line(error, "unreadable")
         raise CannotRun(f"{path} is not a readable parquet file ({reason}); copy it again.") from error
 
 
@@ -101,7 +101,7 @@ def _from_hub(hub: str, split: str, revision: str | None) -> polars.DataFrame:
     try:
         return datasets.load_dataset(hub_id, config, split=split, revision=revision).to_polars()
     except Exception as error:  # connection, cache and schema errors of four libraries end up here
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+        reason = first_line(error, longest=200)
         if unheard:
             reason = f"it is not in the cache, and {unheard}"
         raise CannotRun(f"Cannot get {hub} from the hub ({reason}); {instead(hub, split)}.") from error

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dpft.harness.errors import CannotRun
+from dpft.harness.errors import CannotRun, first_line
 from dpft.tasks.base import Example
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def decoded(content: bytes | None, channels: int, where: str, size: int = 0) -> 
             upright = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
             pixels = numpy.asarray(ImageOps.fit(upright, (size, size)) if size else upright)
     except (TypeError, ValueError, SyntaxError, OSError, Image.DecompressionBombError) as error:
-        reason = (str(error).splitlines() or ["unreadable"])[0].rstrip(".")
+        reason = first_line(error, "unreadable")
         raise CannotRun(f"The image in {where} cannot be decoded ({reason}); copy the file again.") from error
     return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
 

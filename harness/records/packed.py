@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpft.harness.border.files import shown_path, trouble
-from dpft.harness.errors import BadInput
+from dpft.harness.errors import BadInput, first_line
 from dpft.harness.records.curve_files import trouble_in
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class _Blocks:
         try:
             return read()
         except Exception as error:  # arrow has many
-            raise BadInput(f"{shown_path(self.path)} is damaged ({_first_line(error)}); get it again.") from error
+            raise BadInput(f"{shown_path(self.path)} is damaged ({first_line(error)}); get it again.") from error
 
 
 def _check_schema(path: Path, schema, columns: tuple[str, ...]) -> None:
@@ -148,7 +148,3 @@ def _check_schema(path: Path, schema, columns: tuple[str, ...]) -> None:
         raise BadInput(f"{shown_path(path)} {has}; read it with the dpft that wrote it, or move it away.")
     if lacking := [name for name in columns if name not in schema.names]:
         raise BadInput(f"{shown_path(path)} is damaged (it lacks the column {lacking[0]}); get it again.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

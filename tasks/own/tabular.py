@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpft.harness.errors import CannotRun
+from dpft.harness.errors import CannotRun, first_line
 
 if TYPE_CHECKING:
     import polars
@@ -66,7 +66,7 @@ def _parquet(path: Path) -> Table:
     try:
         return of_frame(polars.read_parquet(path, glob=False), str(path))
     except (polars.exceptions.PolarsError, polars.exceptions.PanicException, OSError) as error:
-        reason = (str(error).splitlines() or ["unreadable"])[0].rstrip(".")
+        reason = first_line(error, "unreadable")
         raise CannotRun(f"{path} is not a readable parquet file ({reason}); write it again.") from error
 
 
