@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("harness", "methods", "tasks")
+TOP = "dpft"  # the package itself, whose rooms the others are
 
 
 def contents(root):
@@ -22,7 +23,7 @@ def contents(root):
 def test_the_list_of_packages_is_complete():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {Path(name).parent.as_posix() for name in contents(ROOT) if name.endswith(".py")}
-    assert sorted(listed) == sorted("dpft." + folder.replace("/", ".") for folder in folders)
+    assert sorted(listed) == sorted([TOP, *("dpft." + folder.replace("/", ".") for folder in folders)])
     assert [folder for folder in folders if not (ROOT / folder / "__init__.py").is_file()] == []
 
 
@@ -30,7 +31,7 @@ def test_a_wheel_holds_every_file_and_runs(tmp_path):
     """Built as pip builds it without isolation, so without a network."""
     pytest.importorskip("setuptools")
     source, installed = tmp_path / "source", tmp_path / "installed"
-    for room in ROOMS:
+    for room in (TOP, *ROOMS):
         copytree(ROOT / room, source / room, ignore=ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         copy(ROOT / name, source / name)
@@ -40,6 +41,7 @@ def test_a_wheel_holds_every_file_and_runs(tmp_path):
     with zipfile.ZipFile(wheel) as packed:
         packed.extractall(installed)
     assert contents(installed / "dpft") == contents(ROOT)
+    assert {path.name for path in (installed / "dpft").iterdir() if path.is_file()} == {"__init__.py", "py.typed"}
     assert {f"{room}/py.typed" for room in ROOMS} <= contents(ROOT)
     show = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); from dpft.harness import cli; print(cli.__file__); cli.main()"

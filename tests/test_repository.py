@@ -112,9 +112,16 @@ def blocks(language):
 
 
 def test_the_readme_opens_with_the_two_commands_and_ci_calls_the_second():
-    first, second = blocks("sh")[:2]
-    assert first.strip().endswith("dpft run demo") and len(first.strip().splitlines()) == 1
-    assert second.strip() in (ROOT / ".ci/run").read_text() and len(second.strip().splitlines()) == 1
+    first, second = (re.sub(r"\\\n *", "", block).strip() for block in blocks("sh")[:2])
+    assert first.endswith("dpft run demo") and len(first.splitlines()) == 1
+    assert second in (ROOT / ".ci/run").read_text() and len(second.splitlines()) == 1
+
+
+def test_what_is_to_be_copied_fits_a_terminal():
+    assert (
+        max(len(line) for language in ("sh", "python") for block in blocks(language) for line in block.splitlines())
+        <= 80
+    )
 
 
 def test_the_readme_example_method_runs(tmp_path, tiny_bert, mirror, monkeypatch, capsys):
@@ -143,5 +150,29 @@ def test_the_readme_example_method_runs(tmp_path, tiny_bert, mirror, monkeypatch
 
 
 def test_every_picture_is_linked_and_every_link_has_its_picture():
-    linked = set(re.findall(r"\((results/figures/[^)]+)\)", (ROOT / "RESULTS.md").read_text()))
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*/*.md")]
+    found = [
+        (page.parent / link) for page in pages for link in re.findall(r"\(([^()]*figures/[^)]+)\)", page.read_text())
+    ]
+    linked = {room(path.resolve()) for path in found}
     assert linked == {room(path) for path in (ROOT / "results" / "figures").rglob("*.*")}
+
+
+def test_every_link_between_documents_leads_somewhere():
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*/*.md")]:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)#\s]*)(#[^)\s]*)?\)", text):
+            path, anchor = page.parent / link[0] if link[0] else page, link[1]
+            if link[0].startswith(("http", "mailto")):
+                continue
+            assert path.exists(), f"{page}: {link[0]}"
+            if anchor and path.suffix == ".md":
+                heads = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+                slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+                assert anchor[1:] in slugs, f"{page}: {link[0]}{anchor}"
+
+
+def test_results_are_one_screen_a_study():
+    lines = (ROOT / "RESULTS.md").read_text().splitlines()
+    assert len(lines) < 420 and max(map(len, lines)) <= 400
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180

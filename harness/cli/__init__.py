@@ -12,6 +12,7 @@ from dpft.harness.cli import (
     auditing,
     checking,
     listing,
+    manual,
     measuring,
     memory,
     noise,
@@ -27,6 +28,8 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 def main() -> None:
     """Entry point; `ending.ended` has the exit codes."""
+    if "_DPFT_COMPLETE" in os.environ:  # a shell asks for names, and takes whatever is printed for one
+        cli.main(prog_name="dpft")
     sys.exit(ended(lambda: cli.main(standalone_mode=False)))
 
 
@@ -64,5 +67,6 @@ for command in (
     noise.noise,
     auditing.audit,
     writing.new,
+    manual.commands,
 ):
     cli.add_command(one_line_texts(command))

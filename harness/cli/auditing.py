@@ -35,7 +35,7 @@ from dpft.harness.errors import BadInput
 @click.option("--only", help="Of --planted: names of bugs, separated by commas.")
 @click.option("-o", "--output", type=WHERE, help="Markdown file with markers for the table.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when --output is not up to date.")
-@click.option("--quiet", is_flag=True)
+@click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def audit(method, one_run, repeat, planted, only, output, check, quiet, as_json, **asked):
     """Attack METHOD as it really runs: a lower bound on epsilon, and checks of noise, sensitivity, sampling and leaks.

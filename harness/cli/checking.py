@@ -37,7 +37,7 @@ SHARE = Finite(min=0)
 @click.option("--memory-margin", "memory", type=SHARE, help="Also gate peak memory, likewise.")
 @click.option("--data-dir", type=WHERE, envvar="DPFT_DATA", help="Local mirror of data sets, to confirm.")
 @click.option("--device", default="auto", show_default=True, help="Where runs that confirm a suspicion are made.")
-@click.option("--quiet", is_flag=True)
+@click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
 @skip_damaged
 def check(folder, baseline, bless, golden, as_json, quiet, data_dir, device, passed_over, **rule):

@@ -6,12 +6,13 @@ import json
 
 import click
 
+from dpft.harness.cli.helping import completing
 from dpft.harness.cli.options import data_dir_option, pairs
 
 
 @click.command("list")
 @click.argument("kind", type=click.Choice(["methods", "decoders", "clippings", "tasks", "suites", "boards"]))
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead.")
 def list_(kind, as_json):
     """List what there is."""
     from dpft.harness.runs.catalogue import listing, trouble
@@ -28,10 +29,10 @@ def list_(kind, as_json):
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completing("methods", "tasks", "suites"))
 @click.option("--set", "given", multiple=True, callback=pairs, metavar="KEY=VALUE", help="A setting of a task.")
 @data_dir_option
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead.")
 def describe(name, given, data_dir, as_json):
     """Say what a method, decoder, clipping rule, task or suite is: reference, what it releases, defaults, runs.
 

@@ -42,7 +42,7 @@ from dpft.harness.runs.spec import NOISE_STREAM
 )
 @click.option("--draws", type=Whole(1, 2**40), default=2**28, show_default=True, help="Of --tail, from each library.")
 @click.option("-o", "--output", type=WHERE, help="Markdown file with markers for the table of --tail.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead.")
 def noise(epsilon, dimension, examples, batch_size, steps, delta, search, published, tail, draws, output, as_json):
     """Noise that mechanisms need at one certified budget; with --published, what a published way of drawing it leaks."""
     delta = 1 / (2 * examples) if delta is None else delta

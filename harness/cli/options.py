@@ -12,10 +12,16 @@ import click
 
 from dpft.harness.border.documents import Misfit, fitted, parsed
 from dpft.harness.border.values import WHOLE, Filled, shown
+from dpft.harness.cli.helping import completing
 
 
 class Finite(click.FloatRange):
     """A number that is one: NaN passes every bound, and infinity those that are not there."""
+
+    name = "number"
+
+    def _describe_range(self) -> str:
+        return "" if (self.min, self.max) == (None, None) else super()._describe_range()
 
     def convert(self, value, parameter, context):
         try:
@@ -31,8 +37,13 @@ class Finite(click.FloatRange):
 class Whole(click.IntRange):
     """A whole number of at most 63 bits, and not less than `min`, default 1."""
 
+    name = "count"
+
     def __init__(self, min: int = 1, max: int = WHOLE):
         super().__init__(min, max)
+
+    def _describe_range(self) -> str:
+        return ""  # of the help: that a count is not negative goes without saying, and what is wrong is said below
 
     def convert(self, value, parameter, context):
         try:
@@ -132,12 +143,17 @@ data_dir_option = click.option("--data-dir", type=WHERE, envvar="DPFT_DATA", hel
 def spec_options(command):
     """The options that say what to run, collected into one dict `overrides`."""
     options = [
-        click.option("--task", type=WORD),
+        click.option("--task", type=WORD, shell_complete=completing("tasks"), help="`dpft list tasks`."),
         click.option("--model", type=WORD, help="Packaged name, local folder or hub id."),
-        click.option("--method", callback=grid(WORD), help="One, or several separated by commas."),
+        click.option(
+            "--method",
+            callback=grid(WORD),
+            shell_complete=completing("methods"),
+            help="One, or several separated by commas.",
+        ),
         click.option("--epsilon", callback=grid(FINITE), help="Target epsilon; several separated by commas."),
         click.option("--delta", type=FINITE, help="Default 1/(2N)."),
-        click.option("--steps", type=Whole()),
+        click.option("--steps", type=Whole(), help="Logical steps T."),
         click.option("--batch-size", type=Whole(), help="Expected batch size of Poisson sampling."),
         click.option("--lr", callback=grid(FINITE), help="One, or several separated by commas."),
         click.option("--clip-norm", callback=grid(FINITE), help="One, or several separated by commas."),
@@ -145,9 +161,13 @@ def spec_options(command):
         click.option(
             "--set", "more", multiple=True, callback=pairs, metavar="KEY=VALUE", help="Any other setting (repeatable)."
         ),
-        click.option("--precision", type=click.Choice(["fp32", "bf16"])),
+        click.option(
+            "--precision", type=click.Choice(["fp32", "bf16"]), help="Of forward and backward passes; sums are fp32."
+        ),
         data_dir_option,
-        click.option("--results", type=WHERE, default=Path("results/runs"), show_default=True),
+        click.option(
+            "--results", type=WHERE, default=Path("results/runs"), show_default=True, help="Folder of records."
+        ),
     ]
     keys = (
         "task",

@@ -19,6 +19,7 @@ FILE = Where(dir_okay=False)
 @click.argument("folder", type=WHERE, default=Path("results/runs"))
 @click.option("-o", "--output", type=WHERE, help="Markdown file with markers; default: print.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when --output is not up to date.")
+@click.option("--task", help="Only runs of this task.")
 @click.option("--curves", is_flag=True, help="Also the metric by step.")
 @click.option("--all-lr", is_flag=True, help="Every learning rate of a grid, not only the best of each method.")
 @click.option("--view", type=click.Choice(VIEWS), default=VIEWS[0], show_default=True, help="What is held equal.")
@@ -33,13 +34,16 @@ FILE = Where(dir_okay=False)
 @click.option(
     "--theory", is_flag=True, help="Only what random matrix theory predicts of spectra, beside what was seen."
 )
+@click.option("--brief", "only", flag_value="brief", help="Only one screen: six columns, all budgets in one table.")
 @click.option("--methods", "only", flag_value="overview", help="Only one line a method: what it asks, costs, claims.")
 @click.option("--predictions", "only", flag_value="predictions", help="Only what was predicted of these runs.")
 @click.option("--board", metavar="NAME", help="Only the verdicts of this leaderboard (`dpft list boards`).")
 @click.option("--html", type=FILE, help="Also write one self-contained page of all runs.")
 @click.option("--section", help="Name in the markers, where a file has several: <!-- dpft report NAME: begin -->.")
 @skip_damaged
-def report(folder, output, check, figures, latex, csv, theory, only, board, html, section, passed_over, **options):
+def report(
+    folder, output, check, task, figures, latex, csv, theory, only, board, html, section, passed_over, **options
+):
     """Print the tables of the runs in FOLDER, or put them between the markers of a markdown file."""
     from dpft.harness import report as reporting
     from dpft.harness.records.store import Store
@@ -49,7 +53,7 @@ def report(folder, output, check, figures, latex, csv, theory, only, board, html
         raise BadInput("--check needs a file to compare with; give it with -o.")
     if theory + (only is not None) + (board is not None) > 1:
         raise BadInput(
-            "--theory, --methods, --predictions and --board are reports of their own; leave out all but one."
+            "--theory, --brief, --methods, --predictions and --board are reports of their own; leave out all but one."
         )
     store, pictures = Store(folder, passed_over), None
     if html is not None:
@@ -77,8 +81,8 @@ def report(folder, output, check, figures, latex, csv, theory, only, board, html
     else:
         view = reporting.View(options["view"], options["memory_cap"])
         chosen = reporting.Options(options["curves"], options["all_lr"], options["public"], view, options["baseline"])
-        made = reporting.Report(reporting.summaries(store), store, chosen)
-        parts = list(made.parts(pictures)) if only is None else getattr(made, only)()
+        made = reporting.Report(_of(task, reporting.summaries(store)), store, chosen)
+        parts = list(made.parts(pictures)) if only is None else getattr(made, only)(pictures)
         if csv is not None and not check:
             made.csv(csv)
             click.echo(f"{csv} was written.", err=True)
@@ -94,9 +98,19 @@ def report(folder, output, check, figures, latex, csv, theory, only, board, html
     return 1 if check and not fresh else 0
 
 
+def _of(task: str | None, records: list[dict]) -> list[dict]:
+    """The records of one task, or all."""
+    from dpft.harness.errors import unknown
+
+    known = {record["spec"]["task"] for record in records}
+    if task is not None and task not in known:
+        raise unknown("task among these runs", task, known)
+    return [record for record in records if task in (None, record["spec"]["task"])]
+
+
 @click.command()
 @click.argument("folder", type=WHERE, default=Path("results/runs"))
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead.")
 @skip_damaged
 def verify(folder, as_json, passed_over):
     """Recompute whatever follows from something else in every record of FOLDER; exit 1 on any mismatch.

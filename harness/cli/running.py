@@ -12,12 +12,13 @@ from typing import Any
 import click
 
 from dpft.harness.cli import contests
+from dpft.harness.cli.helping import Grouped, completing
 from dpft.harness.cli.options import FINITE, Finite, Whole, skip_damaged, spec_options
 from dpft.harness.errors import BadInput
 
 
-@click.command()
-@click.argument("suite", required=False)
+@click.command(cls=Grouped)
+@click.argument("suite", required=False, shell_complete=completing("suites", "boards"))
 @spec_options
 @click.option("--engine", default="factored", show_default=True, help="factored, opacus or reference.")
 @click.option(
@@ -51,7 +52,7 @@ from dpft.harness.errors import BadInput
 @click.option("--overwrite", is_flag=True, help="Make runs again that are there already.")
 @click.option("--replay", metavar="ID", help="Make run ID of --results again and compare; exit 1 when it differs.")
 @click.option("--budget", metavar="TIME", help="Of a leaderboard: begin no run after this time, as 3h or 90m.")
-@click.option("--quiet", is_flag=True)
+@click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON document instead of the table.")
 @skip_damaged
 def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, jobs, executor, timeout,
@@ -175,14 +176,14 @@ def _shard(text: str) -> tuple[int, int]:
     return index, count
 
 
-@click.command()
-@click.argument("suite", required=False)
+@click.command(cls=Grouped)
+@click.argument("suite", required=False, shell_complete=completing("suites", "boards"))
 @spec_options
 @click.option(
     "--tries", type=FINITE, metavar="MEAN", help="Also what releasing the best of a random number of tries costs."
 )
 @click.option("--what-if", is_flag=True, help="Instead: what more data, batch, steps or epsilon would buy in noise.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead.")
 @skip_damaged
 def plan(suite, overrides, data_dir, results, tries, what_if, as_json, passed_over):
     """Show every run of SUITE: what it will spend, whether it is there, what it should cost, and what would stop it.
@@ -227,8 +228,8 @@ def plan(suite, overrides, data_dir, results, tries, what_if, as_json, passed_ov
     return 2 if problems else 0
 
 
-@click.command()
-@click.argument("suite", required=False)
+@click.command(cls=Grouped)
+@click.argument("suite", required=False, shell_complete=completing("suites", "boards"))
 @spec_options
 @click.option("--dry-run", is_flag=True, help="Only say what would be fetched.")
 def prepare(suite, overrides, data_dir, results, dry_run):

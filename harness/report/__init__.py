@@ -14,6 +14,7 @@ from dpft.harness.errors import BadInput, unknown
 from dpft.harness.records.schema import bulk
 from dpft.harness.records.store import Store, atomic
 from dpft.harness.report import (
+    brief,
     decoders,
     export,
     figures,
@@ -107,13 +108,21 @@ class Report:
         if lines:
             yield "Not in a table:\n\n" + "\n".join(lines)
 
-    def overview(self) -> list[Part]:
+    def brief(self, pictures: Figures | None = None) -> list[Part]:
+        """One screen: at most six columns, all budgets of a setting in one table, one picture each."""
+        return list(brief.parts(self.groups, self.options.baseline, pictures))
+
+    def overview(self, pictures: Figures | None = None) -> list[Part]:
         """One line a method: what trains, what is asked, what it costs, what was claimed and found."""
         return methods.overview(self.groups, self.options.baseline)
 
-    def predictions(self) -> list[Part]:
+    def predictions(self, pictures: Figures | None = None) -> list[Part]:
         """What was predicted of these runs, and whether it held."""
         return predictions.answers(self.groups)
+
+    def frame(self):
+        """One row per run, as a polars.DataFrame; see `export.frame`."""
+        return export.frame(self.records, self.groups, self.curves, self.options.public)
 
     def csv(self, path: Path) -> None:
         """One line per run, the groups' thresholds among them."""

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpft.harness.records.store import atomic
 from dpft.harness.report.reading import Curves
 from dpft.harness.report.tables import certified, target_of
 from dpft.harness.report.views import Group, hardware
 
+if TYPE_CHECKING:
+    import polars
+
 THRESHOLD = ("threshold", "threshold_reached", "steps_to_threshold", "epsilon_at_threshold")
 
 
 def csv(records: list[dict[str, Any]], groups: list[Group], curves: Curves, public: bool, path: Path) -> None:
-    """Write `path`: spec, budget, result, cost and hardware of every run, failed ones too; empty where there is nothing.
+    """Write `frame` to `path`."""
+    made = frame(records, groups, curves, public)
+    with atomic(path) as temporary:
+        made.write_csv(temporary)
+
+
+def frame(records: list[dict[str, Any]], groups: list[Group], curves: Curves, public: bool) -> polars.DataFrame:
+    """Spec, budget, result, cost and hardware of every run, failed ones too, a row each; empty where there is nothing.
 
     threshold, steps_to_threshold, epsilon_at_threshold: those of the run's table (`dpft report`), empty when not reached;
     threshold_reached: `yes`, `no`, or `–` where the evaluations cannot tell. verified: `no` for runs that are not ranked because
@@ -36,9 +46,7 @@ def csv(records: list[dict[str, Any]], groups: list[Group], curves: Curves, publ
                     "epsilon_at_threshold": one.epsilon if there else None,
                 }
     lines = [_line(record, reached.get(record["run_id"], {}), public) for record in records]
-    frame = polars.DataFrame(lines, infer_schema_length=None)
-    with atomic(path) as temporary:
-        frame.write_csv(temporary)
+    return polars.DataFrame(lines, infer_schema_length=None)
 
 
 def _line(record: dict[str, Any], reached: dict[str, Any], public: bool) -> dict[str, Any]:

@@ -30,6 +30,11 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dpft",
 }
+NEUTRAL = {  # one picture for light and dark pages
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), "#767676"),
+    "grid.color": "#76767640",
+    "savefig.transparent": True,
+}
 
 
 @dataclass(frozen=True)
@@ -40,26 +45,34 @@ class Figures:
     link: str
 
     def draw(
-        self, name: str, draw: Callable, grid: tuple[int, int] = (1, 1), size: tuple[float, float] | None = None
+        self,
+        name: str,
+        draw: Callable,
+        grid: tuple[int, int] = (1, 1),
+        size: tuple[float, float] | None = None,
+        neutral: bool = False,
     ) -> str:
-        """Make the picture `name` with `draw(axes)`, axes an array of the shape `grid`; returns the link to it."""
+        """Make the picture `name` with `draw(axes)`, axes an array of the shape `grid`; returns the link to it.
+
+        neutral: no background, and lines and text that show on light and on dark ones.
+        """
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with canvas(grid, size) as (figure, axes), atomic(self.folder / name) as temporary:
+            with canvas(grid, size, neutral) as (figure, axes), atomic(self.folder / name) as temporary:
                 draw(axes)
                 figure.savefig(temporary, format="svg", metadata={"Date": None})
         return f"{self.link}/{name}"
 
 
 @contextmanager
-def canvas(grid: tuple[int, int], size: tuple[float, float] | None):
+def canvas(grid: tuple[int, int], size: tuple[float, float] | None, neutral: bool = False):
     """A figure and its axes in the style of all pictures, closed afterwards."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE | (NEUTRAL if neutral else {})):
         size = size or (max(6.4, 3.2 * grid[1]), max(3.8, 2.6 * grid[0]))
         figure, axes = pyplot.subplots(*grid, figsize=size, squeeze=False, layout="constrained")
         try:

@@ -15,7 +15,7 @@ from dpft.harness.report import origins
 from dpft.harness.report.text import told
 from dpft.harness.runs import registry
 
-BASELINES = ("dp-sgd", "dp-adam")  # the target of steps-to-threshold is the best of these, as SPECTRAL.md's rule says
+BASELINES = ("dp-sgd", "dp-adam")  # the target of steps-to-threshold is the best of these
 SETTING = ("task", "task_version", "task_options", "model", "head", "max_length", "split")
 
 

@@ -32,7 +32,7 @@ def comparison(group: Group, curves: Curves, public: bool = False) -> list[Part]
     parts: list[Part] = [f"### {group.title}", Table(cells)]
     privacies = [r["privacy"] for row in group.private for r in row.records if r["privacy"] and not r.get("rejected")]
     if privacies:
-        parts.append(_budget(privacies, group.view.steps_free))
+        parts.append(budget(privacies, group.view.steps_free))
     shared = budgets.line(group.rows, group.names)
     if shared is not None:
         parts.append(shared)
@@ -154,10 +154,12 @@ def _accountants(privacies: list[dict[str, Any]]) -> str:
     )
 
 
-def _budget(privacies: list[dict[str, Any]], steps_free: bool) -> str:
+def budget(privacies: list[dict[str, Any]], steps_free: bool, only: bool = True) -> str:
+    """What the rows of a table have spent, and how it is counted. only: no other epsilon stands beside it."""
     privacy = privacies[0]
     promised = f"δ = {privacy['delta']:.3g}" if privacy["delta"] else "δ = 0 (pure)"
-    text = f"Budget: ε = {privacy['target']:g}, {promised}; {privacy['adjacency']}; Poisson sampling, "
+    spent = f"ε = {privacy['target']:g}, {promised}" if only else promised
+    text = f"Budget: {spent}; {privacy['adjacency']}; Poisson sampling, "
     if steps_free:
         text += f"N = {privacy['num_examples']:,}"
     else:
@@ -213,9 +215,10 @@ def _unnumbered(group: Group) -> str:
     return f"Unnumbered rows are controls{' and other learning rates of a method that has a rank' if others else ''}. "
 
 
-def spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean and standard deviation."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def median(values: Sequence[float | None], form: str) -> str:

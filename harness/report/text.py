@@ -40,14 +40,16 @@ def told(value: object) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """One dict per line, column -> text; all lines have the same columns."""
+    """One dict per line, column -> text; all lines have the same columns. names_left: the first column is of names."""
 
     cells: list[dict[str, str]]
+    names_left: bool = False
 
     def markdown(self) -> str:
         from tabulate import tabulate
 
-        return tabulate(self.cells, headers="keys", tablefmt="github", disable_numparse=True, stralign="right")
+        aligned = ["left" if self.names_left else "right", *["right"] * (len(self.cells[0]) - 1)] if self.cells else ()
+        return tabulate(self.cells, headers="keys", tablefmt="github", disable_numparse=True, colalign=aligned)
 
     def latex(self) -> str:
         from tabulate import tabulate

@@ -276,10 +276,10 @@ def test_a_spoilt_run_is_damage(blessed, dpft, change):
     assert code == 2 and "is damaged" in err
 
 
-def test_the_workflow_of_the_readme_runs(clean, dpft, blessed, tmp_path, monkeypatch):
+def test_the_workflow_of_the_documents_runs(clean, dpft, blessed, tmp_path, monkeypatch):
     """Its two commands, as written, in a folder with a suite and a baseline; the runs are there already."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (workflow,) = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL))
+    page = (Path(__file__).parents[2] / "docs/regression.md").read_text()
+    (workflow,) = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
     commands = [step["run"] for step in workflow["jobs"]["check"]["steps"] if step.get("run", "").startswith("dpft")]
     run, check = (command.partition(" >> ")[0].split()[1:] for command in commands)
     settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in {**SIZE, "seed": SEEDS}.items())

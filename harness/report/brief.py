@@ -1,0 +1,147 @@
+"""One screen a study: at most six columns, one line a method, what is equal everywhere said once in the caption."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dpft.harness.report.figures import Figures, stems
+from dpft.harness.report.glance import picture
+from dpft.harness.report.labels import labels
+from dpft.harness.report.pairs import Verdicts, verdicts
+from dpft.harness.report.rows import Row
+from dpft.harness.report.tables import budget, spread
+from dpft.harness.report.text import Part, Table, told
+from dpft.harness.report.views import Group
+
+MOST, LINES = 6, 20  # columns, rows
+SIGNS = {"better": "▲", "worse": "▼", "the same": "≈"}
+
+
+def parts(groups: list[Group], baseline: str | None, pictures: Figures | None) -> Iterator[Part]:
+    """For every task and model one table of all its budgets, and a picture of the largest of them."""
+    if not groups:
+        yield "There are no runs yet; make some with `dpft run`."
+    names = dict(zip(map(id, groups), stems(groups), strict=True))
+    for several in settings(groups):
+        made = {id(group): verdicts(group, baseline) for group in several}
+        yield f"**{_title(several)}**"
+        yield Table(list(_cells(several, made)), names_left=True)
+        yield " ".join(_caption(several, made))
+        if pictures is not None:
+            drawn = picture([(_epsilon(group), _first(group)) for group in several], several[0].result["metric"])
+            if drawn is not None:
+                title, draw = drawn
+                name = f"{names[id(several[-1])]}-brief.svg"
+                yield f"![{title}]({pictures.draw(name, draw, size=(6.4, 3.4), neutral=True)})"
+
+
+def settings(groups: list[Group]) -> list[list[Group]]:
+    """Groups that differ in their budget alone, the smallest epsilon first."""
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        found.setdefault(_title([group]), []).append(group)
+    return [sorted(several, key=_epsilon) for several in found.values()]
+
+
+def _title(several: list[Group]) -> str:
+    spec = several[0].spec
+    own = "".join(f", {told(key)}={told(value)}" for key, value in spec["task_options"].items() if key != "content")
+    half = "" if spec["split"] == "whole" else f", {spec['split']} half"
+    stream = "" if several[0].stream is None else f", noise stream {several[0].stream}"
+    return f"{spec['task']}{own}, {told(spec['model'])}{half}{stream}"
+
+
+def _epsilon(group: Group) -> float:
+    return group.private[0].spec["epsilon"] if group.private else float("inf")
+
+
+def _first(group: Group) -> dict[str, Row]:
+    """Short name -> the row of each method that has a rank or is a control; other rates of a ranked method are left out."""
+    ranked = {row.method for row, rank in zip(group.rows, group.ranks, strict=True) if rank is not None}
+    kept = [
+        (name, row)
+        for name, row, rank in zip(group.names, group.rows, group.ranks, strict=True)
+        if rank is not None or row.method not in ranked
+    ]
+    names, rows = [name for name, _ in kept], [row for _, row in kept]
+    return dict(zip(labels(rows, names), rows, strict=True))
+
+
+def _cells(several: list[Group], made: dict[int, Verdicts | None]) -> Iterator[dict[str, str]]:
+    firsts = [_first(group) for group in several]
+    metric = several[0].result["metric"]
+    order = dict.fromkeys(name for first in reversed(firsts) for name in first)
+    costs = len(several) + 3 <= MOST
+    base = next((row for first in reversed(firsts) for row in first.values() if row.baseline), None)
+    kept = _few(list(order), firsts[-1])
+    for name in kept:
+        cells = {"method": name}
+        for group, first in zip(several, firsts, strict=True):
+            column = metric if len(several) == 1 else f"ε {_epsilon(group):g}"
+            cells[column] = _value(first.get(name), group, made[id(group)])
+        if costs:
+            row = next(first[name] for first in reversed(firsts) if name in first)
+            cells["memory"] = _ratio(row.peak_bytes, base and base.peak_bytes)
+            cells["step time"] = _ratio(
+                *((row.step_cpu_s, base.step_cpu_s) if _timed(row, base) else _walls(row, base))
+            )
+        yield cells
+
+
+def _few(names: list[str], first: dict[str, Row]) -> list[str]:
+    """The best of many, the controls, and the baseline."""
+    if len(names) <= LINES:
+        return names
+    kept = [name for name in names if name in first and (first[name].baseline or not first[name].competes)]
+    rest = [name for name in names if name not in kept][: LINES - len(kept)]
+    return [name for name in names if name in kept or name in rest]
+
+
+def _timed(row: Row, base: Row | None) -> bool:
+    return base is not None and None not in (row.step_cpu_s, base.step_cpu_s)
+
+
+def _walls(row: Row, base: Row | None) -> tuple[float | None, float | None]:
+    return row.step_s, base.step_s if base is not None else None
+
+
+def _value(row: Row | None, group: Group, found: Verdicts | None) -> str:
+    if row is None:
+        return "–"
+    text = spread([r["result"]["final"] for r in row.records], digits=3)
+    full = next(name for name, other in zip(group.names, group.rows, strict=True) if other is row)
+    if found is not None and full in found.found:
+        sign = next((mark for word, mark in SIGNS.items() if found.found[full].verdict.startswith(word)), "")
+        text += f" {sign}" if sign else ""
+    return text
+
+
+def _ratio(value: float | None, base: float | None) -> str:
+    return "–" if value is None or not base else f"{value / base:.2f}"
+
+
+def _caption(several: list[Group], made: dict[int, Verdicts | None]) -> Iterator[str]:
+    """The budget, whether verdicts are in, and what the columns are ratios of."""
+    group = several[-1]
+    privacies = [r["privacy"] for row in group.private for r in row.records if r["privacy"] and not r.get("rejected")]
+    if privacies:
+        yield budget(privacies, group.view.steps_free, only=len(several) == 1)
+    if len(several) > 1:
+        yield f"Columns: {group.result['metric']} at ε."
+    seeds = sorted({len(row.records) for one in several for row in one.rows})
+    yield f"Seeds: {seeds[0] if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'}."
+    known = [one for one in made.values() if one is not None]
+    said = [comparison.verdict for one in known for comparison in one.found.values()]
+    if said and not any(verdict.startswith(tuple(SIGNS)) for verdict in said):
+        reason = f" ({said[0].partition(': ')[2]})" if len(set(said)) == 1 and ": " in said[0] else ""
+        yield f"None of {len(said)} differences to {known[0].baseline.method} can be told from chance{reason}."
+    elif said:
+        yield f"▲ better, ▼ worse than {known[0].baseline.method}, ≈ the same; no sign: cannot tell."
+    reasons = {one.reason for one in several if one.reason}
+    for reason in sorted(reasons):
+        yield f"Not ranked: {reason}"
+    rows = max(len(_first(one)) for one in several)
+    if rows > LINES:
+        yield f"The best of {rows} rows; all of them in the full tables."
+    if len(several) + 3 <= MOST and any(row.baseline for row in group.rows):
+        yield "Memory and time over dp-adam's."
