@@ -6,6 +6,7 @@ import json
 
 import click
 
+from dpft.harness.cli import showing
 from dpft.harness.cli.helping import completing
 from dpft.harness.cli.options import data_dir_option, pairs
 
@@ -23,9 +24,7 @@ def list_(kind, as_json):
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
-    from tabulate import tabulate
-
-    click.echo(tabulate(rows, headers="keys", tablefmt="simple"))
+    click.echo(showing.rows(rows))
 
 
 @click.command()

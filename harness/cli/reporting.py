@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from dpft.harness.cli import showing
 from dpft.harness.cli.options import WHERE, Finite, Where, skip_damaged
 from dpft.harness.errors import BadInput
 
@@ -91,7 +92,7 @@ def report(
             temporary.write_text(reporting.latex(parts), encoding="utf-8")
         click.echo(f"{latex} was written.", err=True)
     if output is None:
-        click.echo(markdown(parts))
+        showing.show(parts)
         return 0
     fresh = reporting.write(markdown(parts), output, check, reporting.markers(section))
     click.echo(f"{output} {'is up to date' if fresh else 'is stale' if check else 'was rewritten'}.", err=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from dpft.harness.cli import contests
+from dpft.harness.cli import contests, showing
 from dpft.harness.cli.helping import Grouped, completing
 from dpft.harness.cli.options import FINITE, Finite, Whole, skip_damaged, spec_options
 from dpft.harness.errors import BadInput
@@ -110,7 +110,7 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     if as_json:
         click.echo(json.dumps(records, indent=1, allow_nan=False))
     elif not (single and failed):
-        click.echo(report.markdown(records, store))
+        showing.show(list(report.Report(records, store, report.Options()).parts()))
     if failed:
         click.echo(
             f"dpft: {failed[0]['error']}" if single else f"dpft: {len(failed)} of {len(records)} runs failed.", err=True
@@ -190,8 +190,6 @@ def plan(suite, overrides, data_dir, results, tries, what_if, as_json, passed_ov
 
     Trains nothing and loads no weights. Exit code 2 where something would fail.
     """
-    from tabulate import tabulate
-
     from dpft.harness.privacy.selection import check_tries
     from dpft.harness.records.store import Store
     from dpft.harness.runs.forecast import overview, stopped, table, to_fetch
@@ -202,7 +200,7 @@ def plan(suite, overrides, data_dir, results, tries, what_if, as_json, passed_ov
     store = Store(results, passed_over)
     if contests.is_board(suite):
         rows = contests.plan(suite, overrides, store)
-        click.echo(json.dumps(rows, indent=1) if as_json else tabulate(rows, headers="keys", tablefmt="github"))
+        click.echo(json.dumps(rows, indent=1) if as_json else showing.grid(rows))
         return 0
     runs = _runs(suite, overrides, data_dir)
     if what_if:
@@ -219,7 +217,7 @@ def plan(suite, overrides, data_dir, results, tries, what_if, as_json, passed_ov
     if as_json:
         click.echo(json.dumps(rows, indent=1, allow_nan=False))
     else:
-        click.echo(tabulate(table(rows), headers="keys", tablefmt="github"))
+        click.echo(showing.grid(table(rows)))
         for line in (*to_fetch(found.fetches), *stopped(problems, len(rows))):
             click.echo(f"\n{line}")
     if problems:
