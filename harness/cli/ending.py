@@ -16,12 +16,12 @@ from dpft.harness.border.values import one_line
 from dpft.harness.errors import BadInput
 from dpft.harness.execution import interrupts, jobs
 
-BAD, CRASHED = 2, 70
+BAD, CRASHED, CLOSED = 2, 70, 128 + signal.SIGPIPE
 
 
 def ended(command: Callable[[], int | None]) -> int:
     """The exit code of `command()`: its own (0, or 1 where the answer is no), 2 for bad input and for what the system refused, 70
-    for a fault of dpft, of which a report is written, 130 for SIGINT, 143 for SIGTERM."""
+    for a fault of dpft, of which a report is written, 130 for SIGINT, 143 for SIGTERM, 141 where nobody reads on."""
     try:
         with interrupts.handled():
             return command() or 0
@@ -46,6 +46,10 @@ def ended(command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt as stop:
         return _interrupted(stop)
     except SystemExit as error:
+        if isinstance(
+            error.__context__, BrokenPipeError
+        ):  # the reader has enough (`dpft list tasks | head -3`); so click ends
+            return CLOSED
         return _say(f"{_place(error)} ends the program with sys.exit, which nothing may here; take that out.", BAD)
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":  # a panic of polars

@@ -1,5 +1,8 @@
 """How commands end: 2 for bad input, 70 for a fault of ours with a report, never 1, and no traceback."""
 
+import subprocess
+import sys
+
 import click
 import pytest
 
@@ -24,11 +27,11 @@ def raising(error):
         (MemoryError(), 2, "not enough memory"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (click.Abort(), 130, "interrupted"),
-        (SystemExit(0), 2, "test_ending.py:13 ends the program with sys.exit"),
+        (SystemExit(0), 2, "test_ending.py:16 ends the program with sys.exit"),
         (
             RecursionError("deep"),
             70,
-            "This is a fault of dpft, not of what you asked (RecursionError in test_ending.py:13)",
+            "This is a fault of dpft, not of what you asked (RecursionError in test_ending.py:16)",
         ),
     ],
 )
@@ -118,3 +121,11 @@ def test_a_plug_in_that_exits_does_not_end_dpft_with_its_code(dpft, tmp_path, pl
     )
     code, out, err = dpft("--plugin", path, "plan", "--task", "low-rank", "--method", "quits")
     assert (code, out) == (2, "") and "quits.py" in err and "sys.exit" in err and len(err.splitlines()) == 1
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly():
+    """`dpft list tasks | head -1`, before: a sentence about sys.exit and code 2."""
+    code = "from dpft.harness import cli; import sys; sys.argv = ['dpft', 'describe', 'demo', '--json']; cli.main()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
