@@ -64,7 +64,7 @@ class Arm:
         return kind.control or not kind.private
 
     def points(self) -> list[dict[str, Any]]:
-        return points(self.settings["method"], self.trials)
+        return points(self.settings["method"], self.trials, self.settings.get("lr"))
 
     def tried(self, point: dict[str, Any], seed: int) -> RunSpec:
         """A run of tuning; seed counts from 0."""

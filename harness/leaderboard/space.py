@@ -12,20 +12,20 @@ DIGITS = 2  # significant ones of a searched value
 SEED = 0  # of the scrambling; all methods have the same points
 
 
-def space(method: str) -> dict[str, tuple[float, float]]:
-    """Setting -> (least, greatest), each on a logarithmic scale."""
+def space(method: str, lr: float | None = None) -> dict[str, tuple[float, float]]:
+    """Setting -> (least, greatest), each on a logarithmic scale. lr: where to look, instead of about the method's own."""
     kind = registry.method(method)
-    lr = kind.defaults.get("lr", 1e-3)
+    lr = lr or kind.defaults.get("lr", 1e-3)
     return {"lr": (lr / WIDTH, lr * WIDTH), **kind.space}
 
 
-def points(method: str, trials: int) -> list[dict[str, Any]]:
-    """`trials` choices of settings: the method's defaults first, then points of a scrambled Halton sequence."""
+def points(method: str, trials: int, lr: float | None = None) -> list[dict[str, Any]]:
+    """`trials` choices of settings: the method's defaults (or `lr`) first, then points of a scrambled Halton sequence."""
     if trials <= 1:
         return [{}]
     from scipy.stats import qmc
 
-    searched = space(method)
+    searched = space(method, lr)
     unit = qmc.Halton(len(searched), scramble=True, rng=SEED).random(trials - 1)
     return [{}] + [
         {
