@@ -176,3 +176,32 @@ def test_results_are_one_screen_a_study():
     lines = (ROOT / "RESULTS.md").read_text().splitlines()
     assert len(lines) < 420 and max(map(len, lines)) <= 400
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+def test_the_record_in_the_documents_is_a_part_of_a_committed_one():
+    import json
+
+    from dpft.harness.records.store import Store
+
+    (text,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs/records.md").read_text(), re.DOTALL)
+    shown = json.loads(text)
+    record = json.loads(Store(ROOT / "results/official").text(shown["run_id"]))
+
+    def part(some, whole):
+        if isinstance(some, dict):
+            return all(key in whole and part(value, whole[key]) for key, value in some.items())
+        return some == whole
+
+    assert part(shown, record)
+
+
+def test_the_readme_counts_the_planted_bugs_that_are_found():
+    rows = [
+        line
+        for line in (ROOT / "docs/audit.md").read_text().splitlines()
+        if line.startswith("| ") and line.count("|") == 6
+    ]
+    verdicts = [line.split("|")[5].strip() for line in rows[1:]]
+    found = sum(verdict == "**violation**" for verdict in verdicts)
+    said = re.search(r"Of (\d+)\s+planted bugs it finds (\d+)", (ROOT / "README.md").read_text())
+    assert verdicts[0] == "consistent" and said.groups() == (str(len(verdicts) - 1), str(found))
