@@ -29,9 +29,9 @@ SHARE = Finite(min=0)
 @click.option(
     "--margin",
     type=SHARE,
-    default=0.01,
+    default=0.05,
     show_default=True,
-    help="Mean loss that is put up with, in units of the metric.",
+    help="Mean loss that is put up with, as a share of the way from chance to the best of the baseline.",
 )
 @click.option("--time-margin", "time", type=SHARE, help="Also gate step time: .2 puts up with 20%. Same hardware only.")
 @click.option("--memory-margin", "memory", type=SHARE, help="Also gate peak memory, likewise.")

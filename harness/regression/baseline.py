@@ -65,6 +65,7 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True):
     metric: Plain
     higher_is_better: bool
     runs: Annotated[dict[Digits, BlessedRun], msgspec.Meta(min_length=1)]
+    chance: Number | None = None
 
 
 class Blessed(msgspec.Struct):
@@ -76,13 +77,17 @@ class Blessed(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Configuration:
-    """One spec without its seed, its runs by seed, and by seed why others have no result."""
+    """One spec without its seed, its runs by seed, and by seed why others have no result.
+
+    chance: the metric of an uninformed model; None in baselines that are older than it.
+    """
 
     spec: dict[str, Any]
     metric: str
     higher_is_better: bool
     runs: dict[int, Run] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
+    chance: float | None = None
 
     @property
     def key(self) -> str:
@@ -98,10 +103,12 @@ def configurations(records: Iterable[dict[str, Any]]) -> dict[str, Configuration
         spec = completed(record["spec"])
         seed, result = spec.pop("seed"), record["result"]
         metric, higher = (result["metric"], result["higher_is_better"]) if result else ("", True)
-        new = Configuration(spec, metric, higher)
+        chance = result["chance"] if result else None
+        new = Configuration(spec, metric, higher, chance=chance)
         one = found.get(new.key)
         if one is None or (result and not one.metric):
-            one = found[new.key] = Configuration(spec, metric, higher, *((one.runs, one.failed) if one else ({}, {})))
+            known = (one.runs, one.failed) if one else ({}, {})
+            one = found[new.key] = Configuration(spec, metric, higher, *known, chance)
         if result is None:
             one.failed[seed] = f"{record['status']}: {record['error']}"
         else:
@@ -152,7 +159,13 @@ def bless(path: Path, records: Iterable[dict[str, Any]]) -> tuple[int, list[str]
             runs[str(seed)] = {**numbers, "environment": environments.index(environment)}
         if runs:
             entries.append(
-                {"spec": one.spec, "metric": one.metric, "higher_is_better": one.higher_is_better, "runs": runs}
+                {
+                    "spec": one.spec,
+                    "metric": one.metric,
+                    "higher_is_better": one.higher_is_better,
+                    "chance": one.chance,
+                    "runs": runs,
+                }
             )
     if not entries:
         raise BadInput("There is no finished run to bless; make some with `dpft run`.")
@@ -184,7 +197,7 @@ def _configuration(entry: Entry, environments: list[Environment], where: str) ->
     spec = completed({**entry.spec, "seed": 0})
     fitted_spec(spec, f"{where}.spec")
     del spec["seed"]
-    return Configuration(spec, entry.metric, entry.higher_is_better, runs)
+    return Configuration(spec, entry.metric, entry.higher_is_better, runs, chance=entry.chance)
 
 
 def write(path: Path, kind: str, content: dict[str, Any]) -> None:

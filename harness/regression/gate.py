@@ -9,6 +9,7 @@ at most level squared. A baseline with too few seeds for two halves is tested on
 
 from __future__ import annotations
 
+import json
 import math
 import statistics as plain
 from collections.abc import Callable, Mapping, Sequence
@@ -21,14 +22,22 @@ from dpft.harness.regression.baseline import Configuration, Run
 
 CODES = {"fine": 0, "not confirmed": 0, "new": 0, "regression": 1, "failed": 1}  # verdict -> exit code; any other: 2
 MAIN = "metric"
+SETTING = ("task", "task_version", "task_options", "model", "head", "split")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """level: of each one-sided test; margin: in units of the metric; time, memory: as shares of the baseline, None: no gate."""
+    """What counts as worse.
+
+    Attributes:
+        level: of each one-sided test.
+        margin: of the metric, as a share of the way from chance to the best of the same setting in the baseline. (In units of the
+            metric, .01 is nothing where accuracies lie .4 apart, and a sixth of everything where r2 does not pass .06.)
+        time, memory: as shares of the baseline; None: no gate.
+    """
 
     level: float = statistics.LEVEL
-    margin: float = 0.01
+    margin: float = 0.05
     time: float | None = None
     memory: float | None = None
 
@@ -102,10 +111,13 @@ def check(
     Raises BadInput when the two share nothing at all.
     """
     fresh = [one for key, one in now.items() if key not in baseline]
+    ways = _ways(list(baseline.values()))
     found = []
     for key, old in baseline.items():
         if key in now:
-            found.append(_configuration(old, now[key], rule, confirm))
+            found.append(
+                _configuration(old, now[key], replace(rule, margin=rule.margin * ways[_setting(old)]), confirm)
+            )
         else:
             found.append(_absent(old, fresh))
     shared = any(
@@ -115,6 +127,22 @@ def check(
         raise BadInput("No run here has a configuration and seed of the baseline; give the folder of the same suite.")
     explained = {id(_nearest(old, fresh)) for key, old in baseline.items() if key not in now}
     return found + [Outcome(one.spec, "new", "not in the baseline") for one in fresh if id(one) not in explained]
+
+
+def _setting(one: Configuration) -> str:
+    return json.dumps([one.spec.get(key) for key in SETTING], sort_keys=True)
+
+
+def _ways(blessed: Sequence[Configuration]) -> dict[str, float]:
+    """Setting -> how far it is from chance to the best mean of its configurations, controls among them."""
+    found: dict[str, float] = {}
+    for one in blessed:
+        if one.chance is None:
+            raise BadInput("The baseline is older than the margin it is to be held to: it lacks chance; bless it anew.")
+        sign = 1 if one.higher_is_better else -1
+        way = sign * (plain.mean(run.final for run in one.runs.values()) - one.chance)
+        found[_setting(one)] = max(found.get(_setting(one), 0.0), way)
+    return found
 
 
 def _nearest(old: Configuration, fresh: Sequence[Configuration]) -> Configuration | None:

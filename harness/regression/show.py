@@ -61,7 +61,8 @@ def _notes(outcomes: Sequence[Outcome], rule: Rule) -> str:
     ]
     also = f"; {' or '.join(gates)} likewise" if gates else ""
     return (
-        f"- Regression: on paired seeds the metric is worse by more than {rule.margin:g} on average and a one-sided exact "
+        f"- Regression: on paired seeds the metric is worse by more than {rule.margin:.0%} of the way from chance to the best "
+        f"of its setting, on average, and a one-sided exact "
         f"sign-flip test rejects at {rule.level:g}{also}; with {2 * rule.fewest} seeds or more it must happen on both "
         "halves of them.\n"
         f"- Probability of a false alarm in this table: at most {min(1.0, sum(one.rate for one in outcomes)):.2g} "

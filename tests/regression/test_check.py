@@ -150,8 +150,27 @@ def test_fewer_than_five_seeds_cannot_tell(ten):
     assert outcome.reason == "4 seeds: 5 are the fewest that can show a loss at level 0.05"
     assert judged(ten, [], 4).verdict == "fine", "equal results need no test"
     assert judged(ten, SEEDS, 4, level=0.1).verdict == "regression"
-    assert judged(ten, SEEDS, 5, margin=0.2).verdict == "fine", "within the margin"
+    assert judged(ten, SEEDS, 5, margin=20.0).verdict == "fine", "within the margin"
     assert judged(ten, SEEDS[:4], 5).verdict == "fine", "four of five seeds are no evidence at .05"
+
+
+def test_the_margin_is_a_share_of_the_way_from_chance_to_the_best(ten):
+    """A tenth of all that is learnt is lost: less than .01 here, which used to pass."""
+    way = sum(run.final for run in ten.runs.values()) / len(ten.runs) - ten.chance
+    assert 0 < way < 0.1
+    (outcome,) = gate.check({"": ten}, {"": worse(ten, SEEDS, loss=way / 10)}, gate.Rule(), confirm=None)
+    assert outcome.verdict == "regression"
+    best = dataclasses.replace(worse(ten, SEEDS, loss=-4 * way), spec={**ten.spec, "method": "better"})
+    both, now = {"a": ten, "b": best}, {"a": worse(ten, SEEDS, loss=way / 10), "b": best}
+    assert [one.verdict for one in gate.check(both, now, gate.Rule(), confirm=None)] == ["fine", "fine"], (
+        "5% of five ways"
+    )
+
+
+def test_a_baseline_without_chance_is_blessed_anew(blessed, dpft):
+    spoil(blessed, lambda d: d["configurations"][0].pop("chance"))
+    code, _, err = dpft("check", blessed.folder, "--baseline", blessed)
+    assert code == 2 and "it lacks chance; bless it anew" in err
 
 
 def test_a_suspicion_that_the_other_half_does_not_share_passes(ten):
