@@ -38,7 +38,11 @@ FILE = Where(dir_okay=False)
 @click.option("--brief", "only", flag_value="brief", help="Only one screen: six columns, all budgets in one table.")
 @click.option("--methods", "only", flag_value="overview", help="Only one line a method: what it asks, costs, claims.")
 @click.option("--predictions", "only", flag_value="predictions", help="Only what was predicted of these runs.")
-@click.option("--board", metavar="NAME", help="Only the verdicts of this leaderboard (`dpft list boards`).")
+@click.option(
+    "--board",
+    metavar="NAME",
+    help="Only the verdicts of this leaderboard (`dpft list boards`); with --brief a sentence each.",
+)
 @click.option("--html", type=FILE, help="Also write one self-contained page of all runs.")
 @click.option("--section", help="Name in the markers, where a file has several: <!-- dpft report NAME: begin -->.")
 @skip_damaged
@@ -52,9 +56,10 @@ def report(
 
     if check and output is None:
         raise BadInput("--check needs a file to compare with; give it with -o.")
-    if theory + (only is not None) + (board is not None) > 1:
+    if theory + (only is not None) + (board is not None) > 1 and (board is None or only != "brief" or theory):
         raise BadInput(
-            "--theory, --brief, --methods, --predictions and --board are reports of their own; leave out all but one."
+            "--theory, --brief, --methods, --predictions and --board are reports of their own; leave out all but one "
+            "(--board and --brief go together)."
         )
     store, pictures = Store(folder, passed_over), None
     if html is not None:
@@ -72,7 +77,8 @@ def report(
         from dpft.harness.leaderboard import driver
         from dpft.harness.report import leaderboards as verdicts
 
-        parts = verdicts.parts(boards.load(board), driver.looking(store))
+        make = verdicts.parts if only is None else verdicts.answers
+        parts = make(boards.load(board), driver.looking(store))
     elif theory:
         if options["public"] or csv is not None:
             raise BadInput(

@@ -11,6 +11,8 @@ from dpft.harness.leaderboard.state import Look, Standing, baseline, judged, lea
 from dpft.harness.report.text import Part, Table
 from dpft.harness.statistics.sequential import LEVEL
 
+MANY = 6  # names in a sentence
+
 
 def parts(board: Board, look: Look) -> list[Part]:
     """All contests; those without a finished test say so."""
@@ -18,6 +20,19 @@ def parts(board: Board, look: Look) -> list[Part]:
     for contest in board.contests:
         found += [f"### {contest.title}", *_contest(contest, board.rules, look)]
     return [*found, _reading(board.rules)]
+
+
+def answers(board: Board, look: Look) -> list[Part]:
+    """Which method to use, a sentence for every contest."""
+    lines = []
+    for contest in board.contests:
+        found = standings(contest, board.rules, look)
+        seeds = max((len(one.finals) for one in found), default=0)
+        lines.append(
+            f"- **{contest.title}**: {answer(contest, board.rules, found)}"
+            + (f" Up to {seeds} seeds." if seeds else "")
+        )
+    return ["\n".join(lines)]
 
 
 def answer(contest: Contest, rules: Rules, found: list[Standing]) -> str:
@@ -29,7 +44,7 @@ def answer(contest: Contest, rules: Rules, found: list[Standing]) -> str:
     without = plain(found)
     text += f"; non-private {_share(without.mean, without)})" if without is not None else ")"
     if level_with:
-        text += f"; not shown to be worse: {', '.join(one.arm.name for one in level_with)}"
+        text += f"; not shown to be worse: {_some([one.arm.name for one in level_with])}"
         cheapest = min([first, *level_with], key=step_time)
         text += f"; the cheapest of these is **{cheapest.arm.name}**"
     else:
@@ -39,6 +54,10 @@ def answer(contest: Contest, rules: Rules, found: list[Standing]) -> str:
     verdicts = sum(one.verdict is not None for one in found)
     text += f" ({_settings(cheapest)}). Against {rules.baseline} {verdicts - len(open_)} of {verdicts} verdicts are in."
     return text
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names if len(names) <= MANY else [*names[: MANY - 1], f"{len(names) - MANY + 1} more"])
 
 
 def _contest(contest: Contest, rules: Rules, look: Look) -> list[Part]:

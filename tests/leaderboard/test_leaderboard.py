@@ -171,11 +171,20 @@ def test_spaces_are_equally_wide_and_points_are_the_same_for_all():
     assert space.points("dp-adam", 1) == [{}]
 
 
+def test_an_arm_says_about_which_rate_to_search():
+    first, *others = space.points("dp-adam", 6, 0.005)
+    assert first == {} and all(0.0005 * 0.95 <= p["lr"] <= 0.05 * 1.05 for p in others)
+    arm = next(a for a in boards.load("vision").contests[0].arms if a.name == "dp-adam")
+    assert arm.points() == [first, *others] and arm.tested({}, 0).lr == 0.005
+
+
 def test_the_answer_is_a_sentence_that_follows_from_the_records():
     made = finished(TINY, lambda spec: 0.9 if spec.method == "non-private" else quality(spec))
     text = markdown(verdicts.parts(TINY, made.look))
     assert "**rmt** leads" in text and "all others are worse" in text and "non-private 0.900" in text
     assert "**better**" in text and "1 of 1 verdicts are in" in text
+    (short,) = verdicts.answers(TINY, made.look)
+    assert short.startswith("- **low-rank") and "**rmt** leads" in short and "seeds." in short and "\n" not in short
     level = markdown(verdicts.parts(TINY, finished(TINY, lambda spec: 0.6 + wobble(spec)).look))
     assert "not shown to be worse" in level and "the same within 0.02" in level
     assert "Nothing has been tested yet" in markdown(verdicts.parts(TINY, Outcomes(quality).look))
