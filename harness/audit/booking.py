@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpft.harness.audit.observe import Observation
+from dpft.harness.privacy.samplings import of_event
 
 CLOSE = 1e-9  # relative: of noise multipliers that are the same but for rounding
 
@@ -61,7 +62,8 @@ def booking_of(seen: Observation) -> Booking:
             booked[release["name"]] += event["step_to"] - event["step_from"]
     planned = [
         math.isclose(event["noise_multiplier"], seen.privacy.noise_multiplier, rel_tol=CLOSE)
-        and event["sampling_probability"] == seen.privacy.sampling_probability
+        and event["sampling_probability"] == seen.privacy.probability
+        and of_event(event) == seen.privacy.sampling
         for event in seen.events
     ]
     return Booking(

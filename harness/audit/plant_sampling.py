@@ -12,7 +12,7 @@ from dpft.harness.audit.patches import released, wrapped
 from dpft.harness.privacy import Release
 from dpft.harness.train import batches, loop
 from dpft.harness.train.answer import Answers
-from dpft.harness.train.sampling import PoissonSampler
+from dpft.harness.train.sampling import Sampler
 from dpft.methods.clipping.quantile import Quantile
 
 
@@ -27,7 +27,7 @@ def shuffled():
         self.left = left[size:]
         return sorted(left[:size])
 
-    return patch.object(PoissonSampler, "sample", sample)
+    return patch.object(Sampler, "sample", sample)
 
 
 def fixed_size():
@@ -37,7 +37,7 @@ def fixed_size():
         size = round(self.num_examples * self.sampling_probability)
         return sorted(torch.randperm(self.num_examples, generator=self.generator)[:size].tolist())
 
-    return patch.object(PoissonSampler, "sample", sample)
+    return patch.object(Sampler, "sample", sample)
 
 
 def with_replacement():
@@ -47,7 +47,7 @@ def with_replacement():
         size = round(self.num_examples * self.sampling_probability)
         return sorted(torch.randint(self.num_examples, (size,), generator=self.generator).tolist())
 
-    return patch.object(PoissonSampler, "sample", sample)
+    return patch.object(Sampler, "sample", sample)
 
 
 def doubled_rate():
@@ -55,7 +55,7 @@ def doubled_rate():
         draws = torch.rand(self.num_examples, dtype=torch.float64, generator=self.generator)
         return (draws < 2 * self.sampling_probability).nonzero().flatten().tolist()
 
-    return patch.object(PoissonSampler, "sample", sample)
+    return patch.object(Sampler, "sample", sample)
 
 
 def capped():

@@ -1,11 +1,11 @@
 """Privacy accounting: the ledger of what was released, its epsilon, the certificate of a run and its verification.
 
-Example-level, zero-out neighbours with public N, Poisson sampling, Gaussian noise or noise of random scale. Nothing here
-imports torch, and the accounting libraries are imported when first used.
+Example-level, zero-out neighbours with public N, Poisson sampling or what samplings.py has, Gaussian noise or noise of random
+scale. Nothing here imports torch, and the accounting libraries are imported when first used.
 """
 
 from dpft.harness.privacy.accountant import calibrate, tolerance
-from dpft.harness.privacy.certificate import ADJACENCY, SAMPLING, certify, matched
+from dpft.harness.privacy.certificate import ADJACENCY, certify, matched
 from dpft.harness.privacy.curve import epsilon_curve
 from dpft.harness.privacy.ledger import Ledger, Release, merged_noise_multiplier
 from dpft.harness.privacy.recompute import verify_record
@@ -13,7 +13,6 @@ from dpft.harness.privacy.spent import epsilon
 
 __all__ = [
     "ADJACENCY",
-    "SAMPLING",
     "Ledger",
     "Release",
     "calibrate",

@@ -11,10 +11,11 @@ from typing import Any
 
 from dpft.harness.cache import cached
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy import mixtures, noise_kinds, pure, tail
+from dpft.harness.privacy import mixtures, noise_kinds, pure, sampled, tail
 from dpft.harness.privacy.accountant import Unmet, bracket, calibrate, check_numbers, library_version, tolerance
 from dpft.harness.privacy.curve import epsilon_curve
 from dpft.harness.privacy.ledger import Release
+from dpft.harness.privacy.samplings import POISSON, Poisson
 from dpft.harness.privacy.scale_law import ScaleLaw, parse
 from dpft.harness.privacy.shares import Kinds, cache_key, least
 from dpft.harness.privacy.spent import certified, kinds_of, mixture_epsilon
@@ -47,6 +48,7 @@ class Noise:
 class Wanted:
     """The budget that noise is calibrated to; delta 0: pure epsilon.
 
+    sampling_probability, steps: of an example where it may be drawn, and how often it may be (harness/privacy/samplings.py).
     noise_stream: how it will be drawn (harness/train/noise.py). shares: of the kinds of steps, as `shares.counted` gives them;
     empty: one release a step. Raises ValueError where those are of another number of steps.
     """
@@ -57,6 +59,7 @@ class Wanted:
     steps: int
     noise_stream: int = 1
     shares: Kinds = ()
+    sampling: Poisson = POISSON
 
     def __post_init__(self) -> None:
         if self.shares and sum(number for number, _ in self.shares) != self.steps:
@@ -81,6 +84,7 @@ class Wanted:
             "dp_accounting": version("dp-accounting"),
             **tail.cache_key(self.noise_stream),
             **cache_key(self.shares),
+            **({} if self.sampling.poisson else {"sampling": self.sampling.to_dict()}),
         }
 
 
@@ -131,9 +135,35 @@ def _grid(mechanism: str) -> Iterator[str]:
 
 
 def _gaussian(wanted: Wanted) -> float:
-    return calibrate(
+    sigma = calibrate(
         wanted.target, wanted.delta, wanted.sampling_probability, wanted.steps, wanted.noise_stream, wanted.shares
     )
+    if wanted.sampling.poisson:
+        return sigma
+
+    def at(tried: float) -> tuple[float, float, float]:
+        left, steps = wanted.delta_for(Noise("gaussian", tried)), wanted.steps
+        kinds = ((wanted.sampling_probability, least(tried, wanted.shares), steps),)
+        return _values(sampled.estimate(wanted.sampling, kinds, left, wanted.target), wanted)
+
+    return cached("noise", wanted.key, _positive, lambda: _bracketed(at, sigma, wanted))
+
+
+def _values(estimate: float, wanted: Wanted) -> tuple[float, float, float]:
+    return estimate, estimate, estimate + tolerance(wanted.target, wanted.delta)[0]
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < math.inf
+
+
+def _bracketed(at: Any, start: float, wanted: Wanted) -> float:
+    try:
+        return bracket(at, start, wanted.target)
+    except Unmet as unmet:
+        raise CannotRun(
+            f"{unmet} (q={wanted.sampling_probability:g}, T={wanted.steps}, delta={wanted.delta:g})."
+        ) from None
 
 
 def _spherical(wanted: Wanted, mechanism: str, law: str | None, dimension: int | None) -> Noise:
@@ -151,14 +181,10 @@ def _spherical(wanted: Wanted, mechanism: str, law: str | None, dimension: int |
     def at(multiplier: float) -> tuple[float, float, float]:
         tried = noise(multiplier)
         kind = (*_kind(tried, wanted), wanted.steps)
-        estimate = mixture_epsilon((kind,), wanted.delta_for(tried), wanted.target)
-        return estimate, estimate, estimate + tolerance(wanted.target, wanted.delta)[0]
-
-    def valid(value: Any) -> bool:
-        return isinstance(value, float) and 0 < value < math.inf
+        return _values(mixture_epsilon((kind,), wanted.delta_for(tried), wanted.target), wanted)
 
     inputs = {**wanted.key, "mechanism": mechanism, "law": law, "dimension": dimension}
-    return noise(cached("noise", inputs, valid, lambda: _least(at, wanted, mechanism, law, dimension)))
+    return noise(cached("noise", inputs, _positive, lambda: _least(at, wanted, mechanism, law, dimension)))
 
 
 def _to_spread(mechanism: str, law: str, dimension: int, multiplier: float) -> ScaleLaw:
@@ -172,12 +198,7 @@ def _least(at: Any, wanted: Wanted, mechanism: str, law: str | None, dimension: 
     sigma = _gaussian(wanted)
     found = None if law is None else noise_kinds.family_law(mechanism, law)
     ratio = 1.0 if found is None else math.sqrt(found.mean_square * found.inverse_mean_square)
-    try:
-        return bracket(at, sigma * ratio, wanted.target)
-    except Unmet as unmet:
-        raise CannotRun(
-            f"{unmet} (q={wanted.sampling_probability:g}, T={wanted.steps}, delta={wanted.delta:g})."
-        ) from None
+    return _bracketed(at, sigma * ratio, wanted)
 
 
 def _kind(noise: Noise, wanted: Wanted) -> tuple[float, tuple[str, float]]:
@@ -189,12 +210,12 @@ def _kind(noise: Noise, wanted: Wanted) -> tuple[float, tuple[str, float]]:
 
 
 def curve_of(noise: Noise, wanted: Wanted) -> list[float]:
-    """Upper epsilon after 0, 1, ..., T steps; as `epsilon_curve`, for any noise that can be certified."""
+    """Upper epsilon after 0, 1, ..., `wanted.steps` steps; as `epsilon_curve`, for whatever can be certified."""
     if wanted.delta == 0:
         return pure.curve(wanted.sampling_probability, noise.noise_multiplier, wanted.steps)
     sigma = noise_kinds.covering_gaussian(noise.mechanism, noise.noise_multiplier, noise.parameters)
     q, steps, delta, target = wanted.sampling_probability, wanted.steps, wanted.delta_for(noise), wanted.target
-    if sigma is not None:
+    if sigma is not None and wanted.sampling.poisson:
         return epsilon_curve(least(sigma, wanted.shares), q, steps, delta, target)
     points = _points(_kind(noise, wanted), wanted, delta)
     values = [0.0]
@@ -208,9 +229,13 @@ def _points(kind: tuple[float, tuple[str, float]], wanted: Wanted, delta: float)
     """(steps, upper epsilon) at growing step counts; the last is what `epsilon` says of the whole ledger."""
     steps = wanted.steps
     counts = sorted({math.ceil(steps * (i / CURVE_POINTS) ** 2) for i in range(1, CURVE_POINTS)} | {steps})
-    last = certified(mixture_epsilon(((*kind, steps),), delta, wanted.target), delta, wanted.target)
     error = tolerance(wanted.target, delta)[0]
-    parts = mixtures.distributions(((*kind, steps),), delta, error)
-    values = [mixtures.composed_epsilon(parts, [count], delta) + error for count in counts[:-1]]
-    bounds = list(itertools.accumulate(reversed([*values, last]), min))
-    return tuple(zip(counts, reversed(bounds), strict=True))
+    if wanted.sampling.poisson:
+        parts = mixtures.distributions(((*kind, steps),), delta, error)
+        spent = [mixtures.composed_epsilon(parts, [count], delta) for count in counts]
+    else:
+        (q, (_, sigma)) = kind
+        whole = ((q, least(sigma, wanted.shares), steps),)
+        spent = [sampled.up_to(wanted.sampling, whole, [count], delta, wanted.target) for count in counts]
+    values = [*(value + error for value in spent[:-1]), certified(spent[-1], delta, wanted.target)]
+    return tuple(zip(counts, reversed(list(itertools.accumulate(reversed(values), min))), strict=True))

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy import pure, tail
+from dpft.harness.privacy import mixtures, pure, sampled, tail
 from dpft.harness.privacy.accountant import SLACK, Composition, check_numbers, guarded, tolerance
 from dpft.harness.privacy.ledger import Ledger
 from dpft.harness.privacy.spent import covering, epsilon, fisher_epsilon, kinds_of, mixture_check
 
-ADJACENCY, SAMPLING = "zero-out, public N", "poisson"
+ADJACENCY = "zero-out, public N"
 # what must be equal for two rows to be ranked together
 SAME = ("num_examples", "sampling_probability", "steps_planned", "delta", "adjacency", "sampling", "target")
 
@@ -50,10 +50,14 @@ def certify(events: Sequence[dict[str, Any]], delta: float, target: float, noise
 def cross_checks(ledger: Ledger, delta: float, target: float, opacus: bool = True) -> dict[str, float | None]:
     """{"pld", "opacus_prv"}, and "fisher" where not all noise is Gaussian; each None where it cannot be had.
 
-    pld: a second accountant (for noise of random scale our own FFT); fisher: what no certificate may be under.
+    pld: a second accountant (for noise of random scale our own FFT; for batches that are no Poisson samples dp-accounting's own
+    event); fisher: what no certificate may be under.
     """
     if delta == 0:
         return {"pld": pure.by_distributions(ledger, target), "opacus_prv": None}
+    if not ledger.sampling.poisson:
+        own = sampled.composition(ledger)
+        return {"pld": sampled.second(ledger.sampling, own, delta, target), "opacus_prv": None}
     kinds = covering(ledger)
     if kinds is not None:
         checks = {"pld": pld_epsilon(kinds, delta, target), "opacus_prv": None}
@@ -97,7 +101,7 @@ def pld_epsilon(kinds: Composition, delta: float, target: float) -> float | None
     if not kinds:
         return 0.0
     eps_error = tolerance(target, delta)[0]
-    interval = min(eps_error / 10, 2 * eps_error / math.sqrt(sum(steps for _, _, steps in kinds)))
+    interval = mixtures.interval(eps_error, sum(steps for _, _, steps in kinds))
     try:
         with guarded(kinds, delta):
             from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, SelfComposedDpEvent

@@ -4,11 +4,12 @@ import math
 import numbers
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpft.harness.errors import BadInput
 from dpft.harness.privacy import noise_kinds
+from dpft.harness.privacy.samplings import POISSON, Poisson, of_event
 
 EVENT_KEYS = ("step_from", "step_to", "sampling_probability", "mechanism", "noise_multiplier", "releases")
 RELEASE_KEYS = ("name", "mechanism", "noise_multiplier", "sensitivity_ratio")
@@ -73,15 +74,19 @@ class _Event:
     step_to: int
     sampling_probability: float
     releases: tuple[Release, ...]
+    sampling: Poisson = POISSON
 
     def same_kind(self, other: "_Event") -> bool:
-        return (self.sampling_probability, self.releases) == (other.sampling_probability, other.releases)
+        return all(
+            getattr(self, key) == getattr(other, key) for key in ("sampling_probability", "releases", "sampling")
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "step_from": self.step_from,
             "step_to": self.step_to,
             "sampling_probability": self.sampling_probability,
+            **({"sampling": self.sampling.to_dict()} if self.sampling != POISSON else {}),
             "mechanism": self.releases[0].mechanism,
             "noise_multiplier": merged_noise_multiplier(self.releases),
             "releases": [release.to_dict() for release in self.releases],
@@ -94,16 +99,28 @@ class Ledger:
     def __init__(self) -> None:
         self._events: list[_Event] = []
 
-    def append(self, step: int, sampling_probability: float, releases: Sequence[Release]) -> None:
+    def append(
+        self, step: int, sampling_probability: float, releases: Sequence[Release], sampling: Poisson = POISSON
+    ) -> None:
         """Book step number `step` (the one about to be taken) before its noise is used.
 
-        Raises ValueError unless `step` is the number of steps so far, q is in (0, 1] and there is a release.
+        Raises ValueError unless `step` is the number of steps so far, q is in (0, 1] and there is a release, and where the
+        sampling is not that of the steps before, or not accounted for with such releases.
         """
         if step != self.steps:
             raise ValueError(
                 f"step {step} cannot be booked: the ledger holds {self.steps} steps, so the next is {self.steps}"
             )
-        self._extend(_Event(self.steps, self.steps + 1, _probability(sampling_probability), tuple(releases)))
+        self._extend(_Event(self.steps, self.steps + 1, _probability(sampling_probability), tuple(releases), sampling))
+
+    @property
+    def sampling(self) -> Poisson:
+        """How all its batches were drawn."""
+        return self._events[0].sampling if self._events else POISSON
+
+    def participations(self, event: Mapping[str, Any]) -> int:
+        """In how many steps of one of its events an example may have been, at most."""
+        return self.sampling.participations(event["step_to"] - event["step_from"])
 
     @property
     def steps(self) -> int:
@@ -147,16 +164,20 @@ class Ledger:
 
     def _extend(self, event: _Event) -> None:
         merged_noise_multiplier(event.releases)
+        event.sampling.check(event.sampling_probability, event.releases)
+        if self._events and not self._events[-1].same_kind(event):
+            self.sampling.follow(event.sampling)
         if self._events and self._events[-1].same_kind(event):
             last = self._events[-1]
-            event = _Event(last.step_from, event.step_to, last.sampling_probability, last.releases)
+            event = replace(last, step_to=event.step_to)
             self._events[-1] = event
         else:
             self._events.append(event)
 
 
 def _parse(content: Any, steps: int) -> _Event:
-    _keys(content, EVENT_KEYS, "the event")
+    drawn = isinstance(content, dict) and "sampling" in content
+    _keys(content, (*EVENT_KEYS, "sampling") if drawn else EVENT_KEYS, "the event")
     bounds = (content["step_from"], content["step_to"])
     if any(type(bound) is not int for bound in bounds) or bounds[0] != steps or bounds[1] <= bounds[0]:
         raise ValueError(f"steps {bounds[0]!r} to {bounds[1]!r} do not continue from step {steps}")
@@ -172,7 +193,7 @@ def _parse(content: Any, steps: int) -> _Event:
         raise ValueError(f"its noise_multiplier is {declared:g}, but its releases merge to {merged:g}")
     if content["mechanism"] != releases[0].mechanism:
         raise ValueError(f"its mechanism is {content['mechanism']!r}, but its releases have {releases[0].mechanism!r}")
-    return _Event(*bounds, _probability(content["sampling_probability"]), releases)
+    return _Event(*bounds, _probability(content["sampling_probability"]), releases, of_event(content))
 
 
 def _keys(content: Any, expected: tuple[str, ...], what: str) -> None:

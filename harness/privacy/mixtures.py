@@ -165,16 +165,21 @@ def atoms_of(mechanism: tuple[str, float]) -> tuple[Any, Any, float]:
 def distributions(kinds: Kinds, delta: float, eps_error: float) -> list[tuple[Any, Any]]:
     """(remove, add) one-step pessimistic loss distributions of each kind, on one grid. Raises CannotRun beyond MAX_CELLS."""
     steps = sum(count for _, _, count in kinds)
-    interval = min(eps_error / 10, 2 * eps_error / math.sqrt(steps))
-    found = []
+    width, found = interval(eps_error, steps), []
     for q, mechanism, _ in kinds:
         atoms = atoms_of(mechanism)
         base, tail = base_delta(*atoms), 1e-3 * delta / steps + 2 * q * atoms[2] + 4e-15
-        found.append(tuple(_distribution(sampled_delta(base, q, remove), interval, tail) for remove in (True, False)))
+        found.append(tuple(distribution(sampled_delta(base, q, remove), width, tail) for remove in (True, False)))
     return found
 
 
-def _distribution(divergence: Callable[[Any], Any], interval: float, tail: float) -> Any:
+def interval(eps_error: float, steps: int) -> float:
+    """The cells of a grid on which `steps` steps err by a tenth of `eps_error` or less: the error grows like its square."""
+    return min(eps_error / 10, 2 * eps_error / math.sqrt(steps))
+
+
+def distribution(divergence: Callable[[Any], Any], interval: float, tail: float) -> Any:
+    """Pessimistic loss distribution of one step, from its hockey-stick divergence as a function of eps [n]."""
     import numpy
     from dp_accounting.pld import pld_pmf
 

@@ -7,8 +7,9 @@ from typing import Any
 from dpft.harness.errors import BadInput
 from dpft.harness.privacy import pure, shape, tail
 from dpft.harness.privacy.accountant import CLOSE, tolerance
-from dpft.harness.privacy.certificate import ADJACENCY, SAMPLING, cross_checks, disagreement
+from dpft.harness.privacy.certificate import ADJACENCY, cross_checks, disagreement
 from dpft.harness.privacy.ledger import Ledger
+from dpft.harness.privacy.samplings import SAMPLINGS, made
 from dpft.harness.privacy.shape import is_number
 from dpft.harness.privacy.spent import epsilon
 
@@ -40,7 +41,11 @@ def verify_record(
         events = Ledger.from_events(privacy["ledger"]).events
     except BadInput as problem:
         return [*findings, str(problem)]
-    findings += [*_events(record, privacy, events), *_epsilon(privacy, events, is_foreign(record))]
+    findings += [
+        *_sampling(record, privacy, events),
+        *_events(record, privacy, events),
+        *_epsilon(privacy, events, is_foreign(record)),
+    ]
     return [*findings, *_threshold(record, privacy, events, curve_epsilon)]
 
 
@@ -64,8 +69,8 @@ def _declared(privacy: dict[str, Any]) -> Iterator[str]:
     """Declared quantities against each other."""
     if privacy.get("adjacency", ADJACENCY) != ADJACENCY:
         yield f"adjacency is {privacy['adjacency']!r}; only {ADJACENCY!r} is certified."
-    if privacy.get("sampling", SAMPLING) != SAMPLING:
-        yield f"sampling is {privacy['sampling']!r}; only {SAMPLING!r} is certified."
+    if privacy.get("sampling", "poisson") not in list(SAMPLINGS):
+        yield f"sampling is {privacy['sampling']!r}; only {', '.join(SAMPLINGS)} are certified."
     examples, batch, q = (privacy.get(key) for key in ("num_examples", "expected_batch_size", "sampling_probability"))
     if None not in (examples, batch, q) and not math.isclose(q, batch / examples, rel_tol=REL):
         yield f"sampling_probability {q!r} is not expected_batch_size / num_examples = {batch!r} / {examples}."
@@ -96,6 +101,8 @@ def _asked(record: dict[str, Any], privacy: dict[str, Any]) -> Iterator[str]:
         rule = "1 / (2 num_examples)" if wanted is None else "the spec"
         yield f"delta is {privacy['delta']!r}, but {rule} gives {delta!r}."
     yield from _noise(record, privacy, spec.get("mechanism", "gaussian"))
+    if privacy["sampling"] != spec.get("sampler", "poisson"):
+        yield f"sampling is {privacy['sampling']!r}, but the spec asks for sampler {spec.get('sampler', 'poisson')!r}."
     if privacy.get("noise_stream", 1) != spec.get("noise_stream", 1):
         yield f"noise_stream is {privacy.get('noise_stream', 1)!r}, but the spec asks for {spec.get('noise_stream', 1)!r}."
     if record.get("status") == "done" and privacy["steps_run"] != privacy["steps_planned"]:
@@ -143,6 +150,11 @@ def _events(record: dict[str, Any], privacy: dict[str, Any], events: list[dict[s
     booked, run = events[-1]["step_to"] if events else 0, privacy.get("steps_run")
     if run is not None and booked != run:
         yield f"The ledger books {booked} steps, but steps_run is {run}."
+    probability = privacy.get("sampling_probability")
+    declared_of = {
+        **privacy,
+        "sampling_probability": probability and Ledger.from_events(events).sampling.probability(probability),
+    }
     kinds = {key: {event[key] for event in events} for key in ("sampling_probability", "noise_multiplier")}
     kinds |= {
         "expected_batch_size": kinds["sampling_probability"],
@@ -154,7 +166,7 @@ def _events(record: dict[str, Any], privacy: dict[str, Any], events: list[dict[s
     for event in events:
         where = f"Steps {event['step_from']} to {event['step_to']} of the ledger"
         for key in ("sampling_probability", "noise_multiplier"):
-            declared = privacy.get(key)
+            declared = declared_of.get(key)
             if declared is not None and not math.isclose(event[key], declared, rel_tol=REL):
                 yield f"{where} have {key} {event[key]!r}, but the record declares {declared!r}."
         made, declared = len(event["releases"]), privacy.get("releases_per_step")
@@ -168,6 +180,26 @@ def _events(record: dict[str, Any], privacy: dict[str, Any], events: list[dict[s
             yield f"{where} must have releases of sensitivity_ratio 1, not {ratios!r}."
         if not foreign and len(set(names)) < len(names):
             yield f"{where} release the same name twice: {', '.join(names)}."
+
+
+def _sampling(record: dict[str, Any], privacy: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[str]:
+    """How the ledger says that batches were drawn, against what is declared and asked for."""
+    found = Ledger.from_events(events).sampling
+    declared = privacy.get("sampling", "poisson")
+    if events and found.kind != declared:
+        yield f"sampling is {declared!r}, but the ledger's batches are {found.kind}."
+        return
+    spec = record.get("spec")
+    if is_foreign(record) or not isinstance(spec, dict) or not events:
+        return
+    settings = [spec.get(key) for key in ("batch_size", "truncated_batch_size")]
+    try:
+        asked = made(declared, privacy["num_examples"], *settings, spec.get("bands", 1))
+    except (BadInput, TypeError, ValueError) as problem:
+        yield f"The spec's batches cannot be drawn: {problem}"
+        return
+    if asked != found:
+        yield f"The ledger's sampling is {found.to_dict()!r}, but the spec's settings give {asked.to_dict()!r}."
 
 
 def _threshold(

@@ -1,7 +1,8 @@
 """What a ledger's events cost: epsilon, its lower bound by Fisher information, and a second accountant's value.
 
 Events whose noise a Gaussian covers go to the PRV accountant, with PLD and Opacus as checks; where one has noise of random
-scale, all of them go to harness/privacy/mixtures.py, with our own FFT as the check.
+scale, all of them go to harness/privacy/mixtures.py, with our own FFT as the check; where batches are no Poisson samples, to
+harness/privacy/sampled.py, with dp-accounting as the check.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy import mixtures, noise_kinds, pure
+from dpft.harness.privacy import mixtures, noise_kinds, pure, sampled
 from dpft.harness.privacy.accountant import MAX_EPSILON, Composition, check_numbers, guarded, prv_epsilon, tolerance
 from dpft.harness.privacy.ledger import Ledger
 
@@ -23,14 +24,19 @@ def epsilon(events: Sequence[dict[str, Any]], delta: float, target: float) -> tu
     """(lower, estimate, upper) epsilon of a ledger's events at `delta`, heterogeneous events composed in one call.
 
     With other noise than Gaussian, `lower` is what the Gaussian of the same Fisher information costs, and `upper` what is
-    certified. `target` only sets the tolerances. Raises BadInput for a malformed ledger, CannotRun where the accountant
-    cannot certify (sigma < .3, epsilon > 20, delta below its resolution, a grid over 2e7 cells, any failure inside it). At
-    delta 0 all three are the pure epsilon (harness/privacy/pure.py).
+    certified; with other batches than Poisson's, `lower` is what Poisson costs that holds an example as often. `target` only sets
+    the tolerances. Raises BadInput for a malformed ledger, CannotRun where the accountant cannot certify (sigma < .3, epsilon >
+    20, delta below its resolution, a grid over 2e7 cells, any failure inside it). At delta 0 all three are the pure epsilon
+    (harness/privacy/pure.py).
     """
     ledger, delta, target = Ledger.from_events(list(events)), float(delta), float(target)
     if delta == 0:
         exact = pure.epsilon(ledger)
         return exact, exact, exact
+    if not ledger.sampling.poisson:
+        kinds = sampled.composition(ledger)
+        found = sampled.estimate(ledger.sampling, kinds, delta, target)
+        return min(sampled.lower(ledger.sampling, kinds, delta, target), found), found, certified(found, delta, target)
     covered = covering(ledger)
     if covered is not None:
         lower, estimate, upper = prv_epsilon(covered, delta, target)
@@ -45,7 +51,10 @@ def epsilon(events: Sequence[dict[str, Any]], delta: float, target: float) -> tu
 
 
 def covering(ledger: Ledger) -> Composition | None:
-    """(q, sigma, steps) of the Gaussians that cover the ledger's events; None where one has noise of random scale."""
+    """(q, sigma, steps) of the Poisson-sampled Gaussians that cover the ledger's events, of rounds one for each; None where one
+    has noise of random scale, or batches are no Poisson samples."""
+    if not ledger.sampling.poisson:
+        return None
     return _counted(ledger, noise_kinds.covering_gaussian)
 
 
@@ -56,7 +65,7 @@ def _counted(ledger: Ledger, of_release: Any) -> Composition | None:
         if sigma is None:
             return None
         kind = (event["sampling_probability"], sigma)
-        counts[kind] = counts.get(kind, 0) + event["step_to"] - event["step_from"]
+        counts[kind] = counts.get(kind, 0) + ledger.participations(event)
     found: list[tuple[float, float, int]] = []
     for (q, sigma), steps in sorted(counts.items()):
         if found and found[-1][0] == q and sigma <= found[-1][1] * (1 + SAME_NOISE):
@@ -85,7 +94,7 @@ def kinds_of(ledger: Ledger) -> mixtures.Kinds:
             law = noise_kinds.law_of(release["mechanism"], release["noise_multiplier"], release["parameters"])
             mechanism = (str(law), release["parameters"]["dimension"])
         kind = (event["sampling_probability"], mechanism)
-        counts[kind] = counts.get(kind, 0) + event["step_to"] - event["step_from"]
+        counts[kind] = counts.get(kind, 0) + ledger.participations(event)
     return tuple((q, mechanism, steps) for (q, mechanism), steps in sorted(counts.items()))
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dpft.harness.privacy import noise_kinds
+from dpft.harness.privacy.samplings import of_event
 from dpft.harness.privacy.shares import Kinds, of_kind
 
 # The largest standard draw by stream (harness/train/noise.py). 2: at least this on every device. A Gaussian pair lies in a
@@ -35,7 +36,8 @@ def cache_key(noise_stream: int) -> dict[str, Any]:
 def missing(events: Sequence[Mapping[str, Any]], delta: float, noise_stream: int) -> float:
     """What must be added to the delta of a ledger's events, an upper bound; 0 for stream 1, whose `shortfall` is told instead.
 
-    Per sampled batch and release q times the mass beyond, and the normalisation of the law within its reach, both over all steps.
+    Per sampled batch and release q times the mass beyond, and the normalisation of the law within its reach, both over all steps
+    in which an example may be (a round, whose noise has the coordinates of all its steps, counts once).
     Releases are counted before they are summed, so that neither their order nor their names change the last digit.
     """
     if noise_stream == 1:
@@ -51,13 +53,14 @@ def _alike(events: Iterable[Mapping[str, Any]]) -> dict[tuple, tuple[int, Mappin
     """(number of releases, one of them) by all that they cost depends on."""
     found: dict[tuple, tuple[int, Mapping[str, Any]]] = {}
     for event in events:
+        steps = of_event(event).participations(event["step_to"] - event["step_from"])
         for release in event["releases"]:
             parameters = tuple(sorted(release.get("parameters", {}).items()))
             if noise_kinds.of_one_number(release["mechanism"], dict(parameters)):
                 continue  # its draws have no end
             key = (event["sampling_probability"], release["mechanism"], release["noise_multiplier"], parameters)
             before, _ = found.get(key, (0, release))
-            found[key] = (before + event["step_to"] - event["step_from"], release)
+            found[key] = (before + steps, release)
     return found
 
 

@@ -107,7 +107,7 @@ class Row:
 
 
 def groups(records: list[dict[str, Any]]) -> list[list[Row]]:
-    """Rows that may stand in one table: one setting, one budget, one stream of noise; what is not private stands in all.
+    """Rows that may stand in one table: one setting, budget, stream of noise and sampler; what is not private stands in all.
 
     records: finished runs, and those that ended without a result, which rows count and are no rows by themselves.
     """
@@ -135,9 +135,10 @@ def _seed(record: dict[str, Any]) -> int:
     return record["spec"]["seed"]
 
 
-def _budget(row: Row) -> tuple[float, bool, int]:
-    """Pure epsilon is another promise than that of the same number with a delta."""
-    return row.spec["epsilon"], row.spec.get("delta") == 0, origins.noise_stream(row.spec)
+def _budget(row: Row) -> tuple[float, bool, int, str]:
+    """Pure epsilon is another promise than that of the same number with a delta, and other samplers have other batches."""
+    spec = row.spec
+    return spec["epsilon"], spec.get("delta") == 0, origins.noise_stream(spec), spec.get("sampler", "poisson")
 
 
 def _row(records: list[dict[str, Any]]) -> Row:

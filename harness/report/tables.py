@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from dpft.harness.privacy.samplings import of_event
 from dpft.harness.report import budgets
 from dpft.harness.report.reading import Curves, Target
 from dpft.harness.report.rows import Row, over
@@ -159,7 +160,7 @@ def budget(privacies: list[dict[str, Any]], steps_free: bool, only: bool = True)
     privacy = privacies[0]
     promised = f"δ = {privacy['delta']:.3g}" if privacy["delta"] else "δ = 0 (pure)"
     spent = f"ε = {privacy['target']:g}, {promised}" if only else promised
-    text = f"Budget: {spent}; {privacy['adjacency']}; Poisson sampling, "
+    text = f"Budget: {spent}; {privacy['adjacency']}; {_drawn(privacies)}, "
     if steps_free:
         text += f"N = {privacy['num_examples']:,}"
     else:
@@ -168,6 +169,12 @@ def budget(privacies: list[dict[str, Any]], steps_free: bool, only: bool = True)
             f"T = {privacy['steps_planned']:,} steps"
         )
     return f"{text}; {_accountants(privacies)}."
+
+
+def _drawn(privacies: list[dict[str, Any]]) -> str:
+    """How the batches of the rows were drawn; rows of one table have one kind of sampling, with numbers of their own."""
+    said = {of_event(event).told() for privacy in privacies for event in privacy["ledger"][:1]}
+    return " or ".join(sorted(said, key=lambda text: (len(text), text)))
 
 
 def examples_of(spec: dict[str, Any]) -> str:

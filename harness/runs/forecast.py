@@ -111,16 +111,20 @@ def to_fetch(fetches: list[Fetch]) -> list[str]:
 
 def _choice(spec: RunSpec, found: PrivacyPlan, tries: float) -> dict[str, Any]:
     """What the best of about `tries` runs costs, by the law of their number that costs least, and what each may cost."""
-    noise, q = found.noise, found.sampling_probability
+    noise, q, turns = found.noise, found.probability, found.sampling.participations(spec.steps)
     if found.delta == 0:
         return {"problem": "No charge for a choice is known at delta 0; leave out delta, or --tries."}
+    if not found.sampling.poisson:
+        return {
+            "problem": f"No charge for a choice is known with {found.sampling.told()}; leave out --tries, or sampler."
+        }
     sigma = noise.noise_multiplier
     if noise.mechanism != "gaussian":
         sigma = covering_gaussian(noise.mechanism, sigma, noise.parameters)
     if sigma is None:
         return {"problem": f"No charge for a choice is known with noise of mechanism {noise.mechanism}."}
-    law, epsilon = selection.cheapest(((q, sigma, spec.steps),), found.delta, tries)
-    each = selection.epsilon_each(spec.epsilon, found.delta, q, spec.steps, tries)
+    law, epsilon = selection.cheapest(((q, sigma, turns),), found.delta, tries)
+    each = selection.epsilon_each(spec.epsilon, found.delta, q, turns, tries)
     return {"law of tries": law, "epsilon of the best": round(epsilon, 3), "epsilon for each": round(each - 5e-4, 3)}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.privacy.accountant import check_numbers
 from dpft.harness.privacy.calibration import Noise, Wanted, curve_of, fit
+from dpft.harness.privacy.samplings import POISSON, Poisson, made
 from dpft.harness.privacy.shares import counted, noise_multipliers
 from dpft.harness.runs import registry
 from dpft.harness.runs.releases import Schedule, schedule
@@ -22,7 +23,8 @@ class PrivacyPlan:
 
     Attributes:
         num_examples: the public N.
-        sampling_probability: q, of every example in every step.
+        sampling_probability: B/N, of every example in every step, on average over the steps.
+        sampling: how batches are drawn, and so with what probability where an example may be.
         delta: 0 for pure epsilon; None where the run is not private, as `noise` and `epsilon_curve`.
         noise: of a whole step; what its releases have of it, `releases` says.
         epsilon_curve: certified upper epsilon after 0..T steps.
@@ -37,6 +39,12 @@ class PrivacyPlan:
     epsilon_curve: list[float] | None
     shares: Schedule = ()
     releases: Schedule = ()
+    sampling: Poisson = POISSON
+
+    @property
+    def probability(self) -> float:
+        """With what probability an example is drawn in a step in which it may be: what the ledger books."""
+        return self.sampling.probability(self.sampling_probability)
 
     @property
     def noise_multiplier(self) -> float | None:
@@ -70,26 +78,30 @@ def plan(
         raise CannotRun(
             f"The batch size {spec.batch_size} is larger than the {n} training examples; choose a smaller one."
         )
-    q = spec.batch_size / n
+    sampling = made(spec.sampler, n, spec.batch_size, spec.truncated_batch_size, spec.bands)
+    share = spec.batch_size / n
+    q, turns = sampling.probability(share), sampling.participations(spec.steps)
     if spec.epsilon is None:
-        return PrivacyPlan(n, q, None, None, None, _shares(spec))
+        return PrivacyPlan(n, share, None, None, None, _shares(spec), sampling=sampling)
     delta = spec.delta if spec.delta is not None else 1 / (2 * n)
     if delta >= 1 / n:
         raise CannotRun(
             f"delta = {delta:g} is not below 1/N = {1 / n:g}, so it protects nobody; choose 1/(2N) or less."
         )
     if delta > 0:
-        check_numbers(((q, 1.0, spec.steps),), delta, spec.epsilon)
+        check_numbers(((q, 1.0, turns),), delta, spec.epsilon)
     shares = _shares(spec)
     kinds = counted((last - first, share) for first, last, share in shares)
-    wanted = Wanted(spec.epsilon, delta, q, spec.steps, spec.noise_stream, kinds)
+    wanted = Wanted(spec.epsilon, delta, q, turns, spec.noise_stream, kinds, sampling)
     spherical = spec.mechanism != "gaussian" and spec.noise_shape == "spherical"
     if spherical and dimension is None:
         raise CannotRun(f"Noise of mechanism {spec.mechanism} can be calibrated only where the model is known.")
     noise = fit(wanted, spec.mechanism, spec.noise_shape, spec.noise_law, dimension() if spherical else None)
     sigma = noise.noise_multiplier
     releases = tuple((first, last, noise_multipliers(sigma, share)) for first, last, share in shares)
-    return PrivacyPlan(n, q, delta, noise, curve_of(noise, wanted), shares, releases)
+    spent = curve_of(noise, wanted)
+    curve = [spent[sampling.participations(step)] for step in range(spec.steps + 1)]
+    return PrivacyPlan(n, share, delta, noise, curve, shares, releases, sampling)
 
 
 def _shares(spec: RunSpec) -> Schedule:
@@ -101,5 +113,12 @@ def _shares(spec: RunSpec) -> Schedule:
         raise BadInput(
             f"Step {first} of {spec.method} releases {' and '.join(names)}; only Gaussian noise can be shared, so leave out "
             f"mechanism={spec.mechanism}."
+        )
+    if several and (spec.sampler == "truncated" or spec.bands > 1):
+        first, names = several[0]
+        setting = f"bands={spec.bands}" if spec.bands > 1 else "sampler=truncated"
+        raise BadInput(
+            f"Step {first} of {spec.method} releases {' and '.join(names)}; with {setting} a step may release "
+            "one sum, so leave out one of them."
         )
     return found

@@ -15,6 +15,7 @@ from dpft.harness.border.values import Filled, Name, Seed
 from dpft.harness.errors import BadInput, unknown
 from dpft.harness.privacy.noise_kinds import MECHANISMS, family_law
 from dpft.harness.privacy.noise_kinds import SHAPES as NOISE_SHAPES
+from dpft.harness.privacy.samplings import SAMPLINGS
 from dpft.tasks.base import BATCH_NORMS, HEADS, SPLITS
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -35,6 +36,7 @@ Warmup = Annotated[int, Meta(ge=0, le=10**7)]
 Examples = Annotated[int, Meta(ge=1, le=10**9)]
 Length = Annotated[int, Meta(ge=1, le=10**6)]
 Views = Annotated[int, Meta(ge=1, le=1000)]
+Bands = Annotated[int, Meta(ge=1, le=1000)]
 Version = Annotated[int, Meta(ge=0, le=10**6)]
 
 
@@ -47,7 +49,9 @@ class RunSpec:
 
     epsilon, clip_norm: null for methods that are not private; delta null: 1/(2N) of the task's training set; 0: pure
     epsilon, where the noise has one (harness/privacy/pure.py).
-    batch_size: expected batch size B of Poisson sampling; the sampling probability is B/N.
+    batch_size: expected batch size B; an example is in a step's batch with probability B/N, over all steps.
+    sampler: how batches are drawn (harness/privacy/samplings.py); truncated_batch_size: where `truncated` cuts them, null:
+    far out; bands: public groups of `cyclic`, which take turns, and steps over which its noise is correlated.
     eval_examples: validation examples used for the curve (the final value always uses all); null: all.
     clipping: rule by which a gradient is clipped (methods/clipping), and clip_groups: what is clipped together
     (harness/engine/clipping.py).
@@ -95,6 +99,9 @@ class RunSpec:
     views: Views = 1
     batch_norm: Name = "refuse"
     split: Name = "whole"
+    sampler: Name = "poisson"
+    truncated_batch_size: Examples | None = None
+    bands: Bands = 1
     options: dict[str, Any] = field(default_factory=dict)
     task_options: dict[str, Any] = field(default_factory=dict)
 
@@ -178,16 +185,30 @@ def check_values(spec: RunSpec) -> None:
         ("noise_shape", NOISE_SHAPES),
         ("batch_norm", BATCH_NORMS),
         ("split", SPLITS),
+        ("sampler", SAMPLINGS),
     ):
         if getattr(spec, key) not in allowed:
             raise unknown(key, getattr(spec, key), allowed)
     if spec.warmup_steps >= spec.steps:
         raise BadInput(f"warmup_steps ({spec.warmup_steps}) must be fewer than steps ({spec.steps}); lower it.")
     _check_noise(spec)
+    _check_sampler(spec)
     if spec.delta == 0 and (spec.mechanism, spec.noise_shape) != ("laplace", "coordinates"):
         raise BadInput(
             f"Noise of mechanism {spec.mechanism} has no pure epsilon (delta = 0) here; set mechanism=laplace and "
             "noise_shape=coordinates, or leave delta out."
+        )
+
+
+def _check_sampler(spec: RunSpec) -> None:
+    for key, sampler in (("truncated_batch_size", "truncated"), ("bands", "cyclic")):
+        if getattr(spec, key) not in (None, 1) and spec.sampler != sampler:
+            raise BadInput(
+                f"{key} belongs to sampler {sampler}, not to {spec.sampler}; set sampler={sampler}, or leave it out."
+            )
+    if spec.mechanism != "gaussian" and spec.sampler != "poisson":
+        raise BadInput(
+            f"Sampler {spec.sampler} is certified with Gaussian noise only; leave out mechanism={spec.mechanism}, or the sampler."
         )
 
 

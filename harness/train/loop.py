@@ -126,7 +126,8 @@ def _book(setup: Setup, run: Run, declared: dict[str, float]) -> None:
     step, curve = run.progress.step + run.progress.lost, setup.plan.epsilon_curve
     if step >= setup.spec.steps or curve[step + 1] > setup.spec.epsilon:
         raise RuntimeError(f"Step {step} is outside the certified plan.")
-    run.progress.ledger.append(step, setup.sampler.sampling_probability, setup.mechanism.entries(declared))
+    entries, sampler = setup.mechanism.entries(declared), setup.sampler
+    run.progress.ledger.append(step, sampler.sampling_probability, entries, sampler.sampling)
     if setup.secure_noise and setup.checkpoint_path is not None:
         journal.note(journal.path_of(setup.checkpoint_path))
 
@@ -140,7 +141,8 @@ def _charge_lost(setup: Setup, run: Run) -> None:
         while progress.ledger.steps < made:  # what the method asked in the steps that it took after the checkpoint
             step = progress.step + progress.ledger.steps - first
             entries = setup.mechanism.entries(shares(setup.method, step))
-            progress.ledger.append(progress.ledger.steps, setup.sampler.sampling_probability, entries)
+            sampler = setup.sampler
+            progress.ledger.append(progress.ledger.steps, sampler.sampling_probability, entries, sampler.sampling)
             progress.lost += 1
         if progress.lost:
             setup.note(

@@ -21,7 +21,7 @@ from dpft.harness.runs.releases import kind_starts
 from dpft.harness.runs.spec import RunSpec
 from dpft.harness.train.core import Core
 from dpft.harness.train.mechanism import Mechanism
-from dpft.harness.train.sampling import PoissonSampler
+from dpft.harness.train.sampling import Sampler
 from dpft.methods.base import Method
 from dpft.tasks.base import Prepared, Task
 
@@ -55,7 +55,7 @@ class Setup:
     head: frozenset[str]
     engine: Engine
     clock: Clock
-    sampler: PoissonSampler
+    sampler: Sampler
     mechanism: Mechanism
     device: torch.device
     max_tokens: int

@@ -39,7 +39,7 @@ def _save(setup: Setup, run: Run, optimizer) -> None:
     tensors |= {f"rule|{k}": t for k, t in setup.method.rule.state_dict().items()}
     tensors |= {f"buffer|{k}": t for k, t in buffers.tensors(setup.prepared.model).items()}
     if not setup.secure_noise:
-        tensors["sampler"] = setup.sampler.generator.get_state()
+        tensors["sampler"] = setup.sampler.state()
         tensors["noise"] = setup.mechanism.state()
     plain = {section: dict(vars(held)) for section, held in vars(run).items()}
     plain["progress"]["ledger"] = run.progress.ledger.events
@@ -97,7 +97,7 @@ def restore(setup: Setup, run: Run, optimizer) -> None:
     setup.method.rule.load_state_dict(groups["rule"])
     buffers.restore(setup.prepared.model, groups["buffer"])
     if not setup.secure_noise:
-        setup.sampler.generator.set_state(tensors["sampler"])
+        setup.sampler.set_state(tensors["sampler"])
         setup.mechanism.set_state(tensors["noise"])
     plain["progress"]["ledger"] = Ledger.from_events(plain["progress"]["ledger"])
     for section in fields(run):

@@ -34,7 +34,7 @@ from dpft.harness.train.core import encodings_of
 from dpft.harness.train.mechanism import Mechanism
 from dpft.harness.train.noise import secret_source, source, stream
 from dpft.harness.train.parts import OutOfTime, Run, Setup
-from dpft.harness.train.sampling import PoissonSampler
+from dpft.harness.train.sampling import sampler
 from dpft.harness.train.settings import MAX_TOKENS, Settings, exact_fp32, keep_freed_memory
 from dpft.tasks import halves, model_files
 from dpft.tasks.base import ModelSpec
@@ -180,8 +180,13 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
         head=head,
         engine=engine,
         clock=clock,
-        sampler=PoissonSampler(
-            len(prepared.train), spec.batch_size, spec.task, spec.seed, secret_source() if secure else None
+        sampler=sampler(
+            privacy_plan.sampling,
+            len(prepared.train),
+            spec.batch_size,
+            spec.task,
+            spec.seed,
+            secret_source() if secure else None,
         ),
         mechanism=Mechanism(
             privacy_plan.noise,

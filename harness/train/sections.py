@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from dpft.harness.privacy import ADJACENCY, SAMPLING, certify
+from dpft.harness.privacy import ADJACENCY, certify
 from dpft.harness.probes import spectra
 from dpft.harness.runs import registry
 from dpft.harness.runs.plan import PrivacyPlan
@@ -28,7 +28,7 @@ def privacy(
         "target": spec.epsilon,
         "delta": privacy_plan.delta,
         "adjacency": ADJACENCY,
-        "sampling": SAMPLING,
+        "sampling": privacy_plan.sampling.kind,
         "num_examples": privacy_plan.num_examples,
         "sampling_probability": privacy_plan.sampling_probability,
         "expected_batch_size": spec.batch_size,

@@ -32,7 +32,7 @@ def test_subsampling_of_laplace_noise_in_both_directions():
         1.0, value_discretization_interval=1e-4, sampling_prob=0.01
     )
     for remove, known, other in ((True, 1.1237, theirs._pmf_remove), (False, 1.0711, theirs._pmf_add)):
-        step = mixtures._distribution(mixtures.sampled_delta(laplace_divergence, 0.01, remove), 1e-4, 1e-12)
+        step = mixtures.distribution(mixtures.sampled_delta(laplace_divergence, 0.01, remove), 1e-4, 1e-12)
         found = step.self_compose(1000).get_epsilon_for_delta(1e-5)
         assert found == pytest.approx(known, abs=2e-4)
         assert found == pytest.approx(other.self_compose(1000).get_epsilon_for_delta(1e-5), abs=2e-4)

@@ -16,8 +16,8 @@ from dpft.harness.records.verifying.curves import Rows
 
 
 def findings(record: dict[str, Any], rows: Rows) -> Iterator[str]:
-    """Of a private run that is done, whose steps all have one noise multiplier, whatever shares it; noise of random scale is left
-    to the steps that `verify_record` looks at, because its whole curve takes minutes."""
+    """Of a private run that is done, whose steps all have one noise multiplier, whatever shares it; noise of random scale, and
+    batches that are no Poisson samples, are left to the steps that `verify_record` looks at: their whole curve takes minutes."""
     privacy = record["privacy"]
     if privacy is None or privacy.get("steps_lost"):
         return
@@ -33,7 +33,9 @@ def findings(record: dict[str, Any], rows: Rows) -> Iterator[str]:
             (event,) = ledger.events
             spent = pure.curve(q, event["noise_multiplier"], privacy["steps_planned"])
         else:
-            spent = epsilon_curve(sigma, q, privacy["steps_planned"], left, target)
+            turns = ledger.sampling.participations
+            rounds = epsilon_curve(sigma, q, turns(privacy["steps_planned"]), left, target)
+            spent = [rounds[turns(step)] for step in range(privacy["steps_planned"] + 1)]
     except BadInput:
         return  # said of the whole ledger
     for row, value in zip(rows, spent[1:], strict=False):
