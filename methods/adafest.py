@@ -36,6 +36,7 @@ class AdaFEST(TableRows):
     name = "dp-adafest"
     summary = "full fine-tuning; of the token table the rows that enough examples of the batch touch"
     reference = "arXiv:2311.08357"
+    one_space = False
     claim = "gradients 10^6 times smaller at comparable accuracy (arXiv:2311.08357, abstract)"
     asks: ClassVar = (Values, Gradients)
     options: ClassVar = {**TableRows.options, "noise_ratio": 5.0, "tau": 4.0}

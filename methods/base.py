@@ -26,17 +26,17 @@ __all__ = ["Gradients", "Method", "Nothing", "Values", "freeze_all_but"]  # one 
 class Method:
     """Base class of all methods: DP-SGD on whatever `prepare` leaves trainable.
 
-    Class attributes: `name` (registry key), `version` (raise it when results change: it is part of the run id), `summary`,
-    `reference` (arXiv id), `claim` (one published result, its setting, and where to read it; a subclass has its own or none),
-    `private` (False: no clipping, no noise, never ranked), `control` (shown beside the methods, never ranked), `asks` (the
-    kinds of questions that it may ask), `defaults` (settings of RunSpec; `decoder` may be among them), `options` (the method's
-    own settings with their defaults), `decoder_options` (other defaults for its decoder's options; they hold as long as the run
-    keeps that decoder), `choices` and `ranges` (of its own options, as decoders have them), `space` (setting -> least and
-    greatest value that leaderboards search, besides a factor of ten around the default lr). `withholds`: of what requires a
-    gradient, matrices may never move, because releases choose which do. `needs_public`: it learns from public examples of the
-    task, which are in `public` before `prepare`. `preconditions`: its updates are finished directions, so plain SGD with the
-    run's lr applies them. `numbers`: how many each step releases, where no model decides that. Of the run it knows `spec`,
-    `steps` and `noise_multiplier` (sigma of a whole step, 0 without noise), from before `prepare` on; `rule` clips.
+    Class attributes: `name` (registry key), `version` (raise it when results change; part of the run id), `summary`, `reference`
+    (arXiv id), `claim` (one published result, its setting, and where to read it; a subclass has its own or none), `private`
+    (False: no clipping, no noise, never ranked), `control` (shown beside the methods, never ranked), `asks` (kinds of its
+    questions), `defaults` (settings of RunSpec; `decoder` may be among them), `options` (the method's own settings with their
+    defaults), `decoder_options` (other defaults for its decoder's options; they hold as long as the run keeps that decoder),
+    `choices` and `ranges` (of its own options, as decoders have them), `space` (setting -> least and greatest value that
+    leaderboards search, besides a factor of ten around the default lr). `withholds`: of what requires a gradient, matrices may
+    never move, because releases choose which do. `needs_public`: it learns from public examples of the task, which are in
+    `public` before `prepare`. `preconditions`: its updates are finished directions, so plain SGD with the run's lr applies them.
+    `one_space`: its encodings never change. `numbers`: how many each step releases, where no model decides that. Of the run it
+    knows `spec`, `steps` and `noise_multiplier` (sigma of a whole step, 0 without noise), from before `prepare` on; `rule` clips.
     """
 
     name: ClassVar[str]
@@ -55,6 +55,7 @@ class Method:
     space: ClassVar[dict[str, tuple[float, float]]] = {}
     withholds: ClassVar[bool] = False
     needs_public: ClassVar[bool] = False
+    one_space: ClassVar[bool] = True
     preconditions: bool = False
     numbers: int | None = None
     spec: RunSpec
@@ -93,8 +94,7 @@ class Method:
         return model
 
     def kind(self, step: int) -> str:
-        """What kind of step it is, a function of its number alone; where another kind begins, the harness looks again at what
-        training takes and whether the engine is right. Most methods have one."""
+        """What kind of step it is, by its number alone; where another begins, memory and engine are looked at anew. Most: one."""
         return ""
 
     def releases(self, step: int) -> Mapping[str, float]:

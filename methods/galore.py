@@ -28,6 +28,7 @@ class DPGaLore(Subspace):
     name = "dp-galore"
     summary = "dp-adam with moments in the leading singular subspace of a past release"
     reference = "arXiv:2506.15588"
+    one_space = False
     options: ClassVar = {**Subspace.options, "lift_scale": 1.0}
     ranges: ClassVar = {**Subspace.ranges, "lift_scale": (1e-12, float("inf"))}
 

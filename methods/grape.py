@@ -32,6 +32,7 @@ class DPGRAPE(Subspace):
     name = "dp-grape"
     summary = "dp-adam on randomly projected gradients, noise and moments in the subspace"
     reference = "arXiv:2506.15588"
+    one_space = False
     claim = "over 70% less memory than DP-Adam at similar accuracy, RoBERTa-large (arXiv:2506.15588, abstract)"
     options: ClassVar = {
         **Subspace.options,

@@ -50,6 +50,7 @@ class DPKFC(DPAdam):
     name = "dp-kfc"
     summary = "dp-adam on gradients whitened before the clip by Kronecker factors of public probes"
     reference = "arXiv:2605.13418"
+    one_space = False
     claim = "StackOverflow, BERT, eps 8: 98.2 public, 96.5 tokens, none 94.6 (github.com/molinamarcvdb/DP-KFC, docs)"
     needs_public = True
     options: ClassVar = DPAdam.options | dict(probe="public", examples=256, damping=0.1, refresh=50, lift=False)

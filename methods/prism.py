@@ -44,6 +44,7 @@ class Prism(DPLoRA):
     name = "prism"
     summary = "low-rank adapters and head; clip, noise and step on the product of the factors"
     reference = "arXiv:2606.00944"
+    one_space = False
     claim = "mean of GLUE and Math-10K .690 at eps 6; LoRA+ .674 (arXiv:2606.00944, quoted by papernotes.org)"
     options: ClassVar = {**DPLoRA.options, "rank": 16, "start": "spectral", "noise_floor": 0.5}
     choices: ClassVar = {"start": ("spectral", "zero")}

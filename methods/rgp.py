@@ -45,6 +45,7 @@ class RGP(DPAdam):
     name = "rgp"
     summary = "dp-adam on matrices and head, gradients seen through two thin carriers of each matrix's history"
     reference = "arXiv:2106.09352"
+    one_space = False
     claim = "SST-2 94.2 at eps 8, RoBERTa-large (github.com/dayu11/Differentially-Private-Deep-Learning, language)"
     options: ClassVar = {**DPAdam.options, "rank": 1, "carriers": "history", "block": "twice"}
     choices: ClassVar = {"carriers": ("history", "weights"), "block": ("twice", "once")}

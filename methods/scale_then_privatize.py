@@ -47,6 +47,7 @@ class ScaleThenPrivatize(DPAdam):
     name = "scale-then-privatize"
     summary = "dp-adam that clips and noises gradients over the root of the released second moment"
     reference = "arXiv:2507.01129"
+    one_space = False
     options: ClassVar = {**DPAdam.options, "prior": 10.0}
     ranges: ClassVar = {"prior": (1e-6, float("inf"))}
 

@@ -142,6 +142,11 @@ def _step(question: Question, model: nn.Module, mode: FakeTensorMode | None):
         raise unknown("method", question.method, {*registry.methods(), *ROWS})
     spec = resolve({"task": "sentences", "method": question.method, "batch_size": question.batch, **question.options})
     method = registry.instance(spec)
+    if spec.bands > 1:
+        raise CannotRun(
+            "Noise that is correlated over steps holds bands - 1 more sums of gradients, which a prediction leaves out; take it "
+            "without bands and add them."
+        )
     if max(kind_starts(method)) > 1:
         raise CannotRun(
             f"{question.method} has kinds of steps, each with a memory of its own; see peak_bytes in the record of a run."

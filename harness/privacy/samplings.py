@@ -200,7 +200,7 @@ def made(kind: str, num_examples: int, batch_size: int, truncated_batch_size: in
 
 
 # Standard deviations of the batch size from its mean to the default cut.
-FAR = 4.0
+FAR = 5.0
 
 
 def default_cap(num_examples: int, batch_size: int) -> int:

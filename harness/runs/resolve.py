@@ -11,7 +11,9 @@ from dpft.harness.border.documents import Misfit, fitted, parsed
 from dpft.harness.border.values import Number, Text, Whole, shown
 from dpft.harness.errors import BadInput, unknown
 from dpft.harness.plugins.contract import SETTINGS
+from dpft.harness.query.queries import Values
 from dpft.harness.runs import registry
+from dpft.harness.runs.releases import kind_starts
 from dpft.harness.runs.spec import NOISE_STREAM, RunSpec, check_values, typed
 
 DEFAULTS: dict[str, Any] = {
@@ -73,6 +75,7 @@ def resolve(settings: dict[str, Any], data_dir: Path | None = None) -> RunSpec:
     made = registry.make(spec.method, spec.decoder, spec.options, spec.clipping)
     made.validate(spec)
     made.rule.validate(spec, made.asks)
+    check_bands(spec)
     for part, setting in ((made, "method"), (made.rule, "clipping")):
         if part.needs_public and not chosen.public:
             raise BadInput(
@@ -90,6 +93,25 @@ def check(spec: RunSpec) -> None:
             raise BadInput(f"{key} must be a positive number, not None: {spec.method} is private; give one.")
     if (spec.views, spec.batch_norm) != (1, "refuse") and not registry.task(spec.task).images:
         raise BadInput(f"views and batch_norm are settings of image tasks, which {spec.task} is not; leave them out.")
+
+
+def check_bands(spec: RunSpec) -> None:
+    """That noise correlated over steps means something: every step asks one question for gradients, in one space and under one
+    bound, so that what the noise of one step takes away from that of another is there. Raises BadInput."""
+    if spec.bands == 1 or spec.epsilon is None:
+        return
+    method = registry.instance(spec)
+    reasons = {
+        f"there are only {spec.steps} steps": spec.bands > spec.steps,
+        f"{spec.method} asks for numbers": Values in method.asks,
+        f"{spec.method} asks for gradients in a space that changes from step to step": not method.one_space,
+        f"{spec.method} has several kinds of steps": len(kind_starts(method)) > 1,
+        f"clipping {spec.clipping} moves the bound from step to step": method.rule.adaptive,
+        f"decoder {spec.decoder} takes the noise of steps for independent": spec.decoder != "mean",
+    }
+    for reason, true in reasons.items():
+        if true:
+            raise BadInput(f"Noise cannot be correlated over {spec.bands} steps: {reason}; leave out bands.")
 
 
 def of_task_option(key: str, value: Any, default: Any) -> Any:

@@ -64,6 +64,7 @@ class Answers:
             raise BadInput(f"The method and the clipping rule both ask for {clash[0]!r}; rename one of them.")
         amended |= more
         self._admit(amended)
+        self._core.mechanism.asked(self._core.asker, amended)
         self._watcher.asked(amended)
         with self._watcher.passing():
             sums, found = self._sums(amended)

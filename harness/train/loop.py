@@ -107,6 +107,7 @@ def _step(setup: Setup, run: Run, optimizer, indices: list[int], begun: int) -> 
     with setup.clock("decode"):
         update = setup.method.step(answers, step)
     answers.charge()
+    setup.mechanism.stepped(setup.core.asker, step + 1)
     hooks.check_update(setup.method, update, setup.parameters)
     watcher.decoded(update)
     with setup.clock("optimizer"):

@@ -8,12 +8,15 @@ from collections.abc import Mapping
 import torch
 
 from dpft.harness.engine.fakes import has_values
+from dpft.harness.errors import CannotRun
 from dpft.harness.privacy import Release
 from dpft.harness.privacy.calibration import Noise
 from dpft.harness.privacy.noise_kinds import law_of, of_one_number
 from dpft.harness.privacy.scale_law import Term
 from dpft.harness.privacy.shares import noise_multiplier
 from dpft.harness.query.noisy_sum import NoisySum
+from dpft.harness.query.queries import Query
+from dpft.harness.train.correlated import Correlated
 from dpft.harness.train.noise import Source, endless_laplace, gamma
 from dpft.harness.train.old_noise import LegacyStream
 
@@ -24,15 +27,16 @@ class Mechanism:
     """Adds noise with standard deviation noise_multiplier * clip_norm to every coordinate of a sum with L2 sensitivity clip_norm.
 
     What noise, `noise` says (harness/privacy/noise_kinds.py); None releases the sum as it is (non-private runs only). source:
-    where the draws come from (harness/train/noise.py), in the order of the names.
+    where the draws come from (harness/train/noise.py), in the order of the names. bands: of how many steps the noise is
+    correlated (harness/train/correlated.py); the sum of a step then has more noise, and that of many steps less.
     """
 
-    def __init__(self, noise: Noise | None, clip_norm: float, expected_batch_size: int, source: Source):
+    def __init__(self, noise: Noise | None, clip_norm: float, expected_batch_size: int, source: Source, bands: int = 1):
         self.noise = noise
         self.noise_multiplier = 0.0 if noise is None else noise.noise_multiplier
         self.clip_norm = clip_norm
         self.expected_batch_size = expected_batch_size
-        self._source = source
+        self._source = source if bands == 1 else Correlated(source, bands)
 
     def release(
         self, clipped_sum: dict[str, torch.Tensor], clip_norm: float | None = None, share: float = 1.0
@@ -58,7 +62,7 @@ class Mechanism:
             torch._foreach_div_(list(clipped_sum.values()), size)
         tensors = dict(clipped_sum)
         beside = tensors.pop(BESIDE, None)
-        return NoisySum(tensors, multiplier, bound, size, beside)
+        return NoisySum(tensors, multiplier * self._source.spread, bound, size, beside)
 
     def entries(self, shares: Mapping[str, float]) -> list[Release]:
         """What the ledger is told of the releases of one step, by name, with their shares of the budget."""
@@ -95,6 +99,26 @@ class Mechanism:
         booked, found = self.noise.parameters.get("dimension"), sum(t.numel() for t in clipped_sum.values())
         if booked not in (None, found):
             raise RuntimeError(f"The release has {found} coordinates, but its noise was certified for {booked}.")
+
+    def asked(self, asker: str, queries: Mapping[str, Query]) -> None:
+        """Before the noise of a step is drawn. Raises CannotRun for a question whose noise cannot go with earlier noise."""
+        if isinstance(self._source, Correlated):
+            self._source.same_space(asker, queries)
+
+    def stepped(self, asker: str, steps: int) -> None:
+        """After `steps` steps. Raises CannotRun where correlated noise was not drawn once in each."""
+        if isinstance(self._source, Correlated) and self.noise is not None and self._source.made != steps:
+            raise CannotRun(
+                f"{asker} does not ask once in every step, so their noise cannot be correlated; leave out bands."
+            )
+
+    def kept(self) -> dict[str, torch.Tensor]:
+        """Earlier noise that later noise depends on, for a checkpoint."""
+        return self._source.kept() if isinstance(self._source, Correlated) else {}
+
+    def set_kept(self, kept: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        if isinstance(self._source, Correlated):
+            self._source.set_kept(kept, device)
 
     def state(self) -> torch.Tensor:
         """Where the source is, for a checkpoint."""

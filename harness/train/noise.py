@@ -45,6 +45,8 @@ class KeyStream:
     none of the others. key: 32 bytes. Tensors on other devices get their noise from the CPU.
     """
 
+    spread = 1.0  # standard deviation of its Gaussian draws
+
     def __init__(self, key: bytes):
         if len(key) != 32:
             raise ValueError(f"a key has 32 bytes, not {len(key)}")
@@ -100,6 +102,8 @@ class DeviceStream:
 
     The smallest u of a Gaussian is 2^-106: it has the 53 bits of one draw and below them those of a second.
     """
+
+    spread = 1.0  # standard deviation of its Gaussian draws
 
     def __init__(self, generator: torch.Generator):
         self._generator = generator

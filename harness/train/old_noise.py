@@ -10,6 +10,8 @@ import torch
 class LegacyStream:
     """The noise of stream 1: PyTorch's fp32 draws, block by block from four generators on a CPU, one on a GPU."""
 
+    spread = 1.0  # standard deviation of its Gaussian draws
+
     def __init__(self, generator: torch.Generator):
         device = generator.device
         self._block = 1 << (15 if device.type == "cpu" else 24)

@@ -41,6 +41,7 @@ def _save(setup: Setup, run: Run, optimizer) -> None:
     if not setup.secure_noise:
         tensors["sampler"] = setup.sampler.state()
         tensors["noise"] = setup.mechanism.state()
+        tensors |= {f"earlier|{k}": t for k, t in setup.mechanism.kept().items()}
     plain = {section: dict(vars(held)) for section, held in vars(run).items()}
     plain["progress"]["ledger"] = run.progress.ledger.events
     plain["cost"]["earlier_seconds"] += time.perf_counter() - setup.begun
@@ -84,7 +85,8 @@ def restore(setup: Setup, run: Run, optimizer) -> None:
     if other := [what for what, then in _made_of(setup).items() if was.get(what) != then]:
         return _anew(setup, f"was made with other {' and '.join(other)}")
     tensors, plain = found
-    groups: dict[str, Sums] = {"parameter": {}, "optimizer": {}, "method": {}, "rule": {}, "buffer": {}}
+    kinds = ("parameter", "optimizer", "method", "rule", "buffer", "earlier")
+    groups: dict[str, Sums] = {kind: {} for kind in kinds}
     for key, tensor in tensors.items():
         kind, _, rest = key.partition("|")
         if rest:
@@ -99,6 +101,7 @@ def restore(setup: Setup, run: Run, optimizer) -> None:
     if not setup.secure_noise:
         setup.sampler.set_state(tensors["sampler"])
         setup.mechanism.set_state(tensors["noise"])
+        setup.mechanism.set_kept(groups["earlier"], setup.device)
     plain["progress"]["ledger"] = Ledger.from_events(plain["progress"]["ledger"])
     for section in fields(run):
         for key, value in plain[section.name].items():

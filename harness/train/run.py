@@ -157,6 +157,11 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multip
 def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoint_path: Path | None) -> Setup:
     """Model, data, engine, sampler and mechanism of a run. Raises CannotRun or Skipped with one sentence."""
     device, secure = torch.device(settings.device), settings.secure_noise
+    if secure and spec.bands > 1:
+        raise CannotRun(
+            "Noise that is correlated over steps goes on from earlier noise, which a checkpoint of secure noise must not hold; "
+            "leave out --secure-noise, or bands."
+        )
     sigma = privacy_plan.noise_multiplier or 0.0
     method, prepared, parameters, head = _model(spec, settings, device, sigma)
     task, model = registry.task(spec.task)(spec.task_options), prepared.model
@@ -193,6 +198,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
             spec.clip_norm or 0.0,
             spec.batch_size,
             secret_source() if secure else source(device, *key, version=spec.noise_stream),
+            spec.bands,
         ),
         device=device,
         max_tokens=settings.max_tokens or MAX_TOKENS[device.type],

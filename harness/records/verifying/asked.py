@@ -8,7 +8,7 @@ from typing import Any
 
 from dpft.harness.errors import BadInput
 from dpft.harness.runs import registry
-from dpft.harness.runs.resolve import check
+from dpft.harness.runs.resolve import check, check_bands
 from dpft.harness.runs.spec import RunSpec, completed, typed, types
 
 
@@ -102,6 +102,7 @@ def _of_method(spec: RunSpec, method: type, decoder: type | None, rule: type | N
         made = registry.make(spec.method, spec.decoder, spec.options, spec.clipping)
         made.validate(spec)
         made.rule.validate(spec, made.asks)
+        check_bands(spec)
     except BadInput as problem:
         yield f"The spec cannot be run: {problem}"
     except Exception as problem:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpft.harness.errors import BadInput
 from dpft.harness.privacy.shape import is_number
+from dpft.harness.privacy.strategy import deviation
 from dpft.harness.records.verifying import known, spending
 from dpft.harness.records.verifying.asked import Asked
 from dpft.harness.records.verifying.curves import Rows
@@ -84,7 +85,8 @@ def _spectra(record: dict[str, Any], asked: Asked) -> Iterator[str]:
         if not shaped or type(step) is not int:
             yield "The spectra in the diagnostics are not matrices by step."
             return
-        known_std = [sigma * scale for sigma in _gradient_noise(privacy, step)]
+        wider = deviation(spec.get("bands", 1), step - 1)  # correlated noise
+        known_std = [sigma * scale * wider for sigma in _gradient_noise(privacy, step)]
         for name, one in matrices.items():
             found = one.get("noise_std")
             if not is_number(found) or not any(math.isclose(found, std, rel_tol=1e-3) for std in known_std):
