@@ -10,6 +10,7 @@ from scipy import stats
 from dpft.harness.audit.observe import Observation
 from dpft.harness.errors import CannotRun
 from dpft.harness.privacy.accountant import COARSER, MIN_SIGMA, build_accountant, evaluate, guarded
+from dpft.harness.privacy.samplings import POISSON
 
 CONFIDENCE = 0.95
 CAP_STEP = 1.15  # how sigma is raised until the accountant takes it
@@ -38,7 +39,7 @@ def measured(seen: Observation) -> Bound:
     Bonferroni. Composed
     as T independent Poisson-sampled Gaussians, which the checks on noise and batches stand for.
     """
-    drawn = seen.member[seen.sampled]
+    drawn = seen.member[seen.sampled][seen.eligible[seen.sampled]]
     q = _rate(int(drawn.sum()), drawn.size)
     kinds = numpy.unique(seen.places)
     wrong = (1 - CONFIDENCE - ON_RATE) / len(kinds) / 2
@@ -48,21 +49,21 @@ def measured(seen: Observation) -> Bound:
         inside, outside = seen.seen[chosen & seen.member], seen.seen[chosen & ~seen.member]
         found.append((_effective(inside, outside, wrong), int(place)))
     sigma, place = min(found)
-    return _composed(q, sigma, seen.spec.steps, seen.spec.delta, seen.spec.epsilon, place)
+    return _composed(q, sigma, _turns(seen), seen.spec.delta, seen.spec.epsilon, place)
 
 
 def within_reach(seen: Observation) -> Bound:
     """What `measured` says of a correct method with the canaries of this run whose every average is exactly what is expected."""
     chosen = (seen.far & seen.sampled[:, None])[:, seen.places < 0]
     return reachable(
-        seen.spec.steps,
+        _turns(seen),
         seen.spec.delta,
         seen.spec.epsilon,
         seen.sampling_probability,
-        float(seen.noise_multiplier.mean()),
+        float(seen.noise_multiplier.mean()) / seen.lead,
         int(chosen.sum()),
         len(numpy.unique(seen.places)),
-        seen.times[seen.sampled].size,
+        int(seen.eligible[seen.sampled].sum()),
     )
 
 
@@ -78,6 +79,11 @@ def reachable(
     gap = 1.0 - stats.t.isf(wrong, inside + outside - 2) * sigma * (1 / inside + 1 / outside) ** 0.5
     high = sigma * (outside / stats.chi2.ppf(wrong, outside)) ** 0.5
     return _composed(rate, high / gap if gap > 0 else numpy.inf, steps, delta, target, -1)
+
+
+def _turns(seen: Observation) -> int:
+    """How often an example may be drawn: so many steps (or rounds of steps) are composed."""
+    return (POISSON if seen.privacy is None else seen.privacy.sampling).participations(seen.spec.steps)
 
 
 def _rate(included: int, drawn: int) -> float:

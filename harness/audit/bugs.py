@@ -42,12 +42,28 @@ RATE, POISSON, TWICE = (
 STEPS, BATCHES = "steps taken are not the planned ones", "batches that are not booked"
 RELEASES, OTHERS = "releases that are not booked", "other examples are trained than were sampled"
 UNDECLARED, KEY = "releases booked are not the declared ones", "noise is not drawn from its own key"
+BANDS: dict[str, Any] = {"sampler": "cyclic", "bands": 2}
+TIGHT: dict[str, Any] = {"sampler": "truncated", "truncated_batch_size": 9}
 LEAK, BUFFERS = "weights do not follow from the releases", "buffers do not follow from the releases"
 
 _noise, _clipping, _sampling, _leaks = plant_noise, plant_clipping, plant_sampling, plant_leaks
 BUGS = (
     Bug("noise-over-batch", "sigma C / B is added to the sum", SMALL, _noise.noise_over_batch),
     Bug("noise-root-two", "noise of half the variance", SMALL, _noise.half_the_variance),
+    Bug(
+        "unscaled-strategy",
+        "correlated noise of a strategy that is not normalised",
+        SMALL,
+        _noise.unscaled_strategy,
+        BANDS,
+    ),
+    Bug(
+        "uncorrelated",
+        "independent noise, booked as correlated (no leak, but wrong)",
+        REPEATED,
+        _noise.uncorrelated,
+        BANDS,
+    ),
     Bug("microbatch-noise", "noise by microbatch, the last one forgotten", SMALL, _noise.noise_per_microbatch),
     Bug("second-release", "two noisy sums of one batch, booked once", SMALL, _noise.second_release),
     Bug("vectors-without-noise", "biases and norms are released as they are", SMALL, _noise.weights_only),
@@ -113,6 +129,8 @@ BUGS = (
     Bug("double-rate", "q is twice what is booked", RATE, _sampling.doubled_rate),
     Bug("shuffled", "shuffled epochs, booked as Poisson", POISSON, _sampling.shuffled),
     Bug("fixed-size", "batches of fixed size, booked as Poisson", POISSON, _sampling.fixed_size),
+    Bug("cyclic", "groups that take turns, booked as Poisson", POISSON, _sampling.cyclic),
+    Bug("uncut", "batches that are booked as cut are whole", POISSON, _sampling.uncut, TIGHT),
     Bug("with-replacement", "batches drawn with replacement", TWICE, _sampling.with_replacement),
     Bug("capped", "batches are cut at 1.1 times the expected size", OTHERS, _sampling.capped),
     Bug("half-booked", "every other step is left out of the ledger", RELEASES, _sampling.half_booked),

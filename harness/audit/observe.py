@@ -15,6 +15,7 @@ from dpft.harness.audit.listening import Counts, Heard, Listener, Step, counted,
 from dpft.harness.audit.noise_notes import FEW, Noise, Notes
 from dpft.harness.audit.subject import Question, aim, built, fingerprints, train
 from dpft.harness.errors import BadInput, CannotRun
+from dpft.harness.privacy.strategy import coefficients
 from dpft.harness.query.noisy_sum import NoisySum
 from dpft.harness.runs.plan import PrivacyPlan
 from dpft.harness.runs.releases import shares
@@ -49,6 +50,9 @@ class Observation:
             the others in it, and by those absent.
         sampling_probability, noise_multiplier: of each step [T], as booked.
         noise: in units of it.
+        eligible: [T, n], who may have been drawn, by the plan.
+        lead: what of an example's gradient is in the row of its own step, once the noise of earlier steps is taken out: the rest
+            is in the rows of the next ones. 1 where noise is not correlated.
         kept: releases for the replays, by step in their order, of the first steps.
         states: fingerprints after each step, and after the run's end.
     """
@@ -72,6 +76,8 @@ class Observation:
     sampling_probability: float
     noise_multiplier: numpy.ndarray
     noise: Noise
+    eligible: numpy.ndarray
+    lead: float = 1.0
     kept: list[list[NoisySum]] = field(default_factory=list)
     states: list[dict[str, str]] = field(default_factory=list)
 
@@ -97,13 +103,14 @@ class Observation:
 
 @dataclass
 class _Diary:
-    """What is written down step by step."""
+    """What is written down step by step. earlier: the noise of the last steps, the last one's first, where it is correlated."""
 
     columns: dict[str, list[Any]] = field(default_factory=lambda: {key: [] for key in _COLUMNS})
     noise: Notes = field(default_factory=Notes)
     kept: list[list[NoisySum]] = field(default_factory=list)
     bytes: int = 0
     strangers: int | None = None
+    earlier: list[torch.Tensor] = field(default_factory=list)
 
 
 _COLUMNS = ("times", "seen", "expected", "norms", "spread")
@@ -137,7 +144,8 @@ def observe(question: Question, progress: Callable[[int, int], None] = lambda do
         except CannotRun as reason:
             raise BadInput(f"The audited run stopped itself: {reason}") from None
         states.append(fingerprints(setup))
-    steps = len(diary.columns["times"])
+        steps = len(diary.columns["times"])
+        eligible = torch.stack([setup.sampler.eligible(step) for step in range(steps)]).numpy()
     q, sigma = _booked(run.progress.ledger.events, steps)
     return Observation(
         spec=spec,
@@ -154,6 +162,8 @@ def observe(question: Question, progress: Callable[[int, int], None] = lambda do
         sampling_probability=q,
         noise_multiplier=sigma,
         noise=diary.noise.collected(),
+        eligible=eligible,
+        lead=coefficients(spec.bands)[0],
         kept=diary.kept,
         states=states,
         **{key: numpy.stack(rows) for key, rows in diary.columns.items()},
@@ -198,6 +208,10 @@ def _note(setup, diary: _Diary, made: Counts, step: Step) -> None:
     flat = torch.cat([nothing[0], *(heard.flat * heard.weight for heard in step.heard)])
     # along a row as it is, not as a unit vector: where a second question follows the first answer, so does the row's length
     batch, expected = times @ found.rows, found.expected
+    strategy = coefficients(setup.spec.bands)
+    white = _whitened(flat - batch, diary.earlier, strategy)
+    if len(strategy) > 1:
+        flat = batch + white / strategy[0]
     others = found.rows @ batch - times * expected
     rows = {
         "times": times.to(torch.int64),
@@ -208,14 +222,24 @@ def _note(setup, diary: _Diary, made: Counts, step: Step) -> None:
     }
     for key, value in rows.items():
         diary.columns[key].append(value.numpy())
-    _note_noise(diary.noise, step.heard, times)
+    _note_noise(diary.noise, step.heard, times, white if len(strategy) > 1 else None)
     if diary.bytes < KEPT:
         diary.kept.append([heard.noisy for heard in step.heard])
         diary.bytes += sum(heard.flat.nbytes for heard in step.heard)
 
 
-def _note_noise(notes: Notes, heard: list[Heard], times: torch.Tensor) -> None:
-    """What is left of each release where no canary of the batch is, in its own standard deviations."""
+def _whitened(noise: torch.Tensor, earlier: list[torch.Tensor], strategy: tuple[float, ...]) -> torch.Tensor:
+    """C w of one step, the independent draws that its noise w and that of the steps before were made of; `earlier` gets w."""
+    if len(strategy) == 1:
+        return noise
+    earlier.insert(0, noise)
+    del earlier[len(strategy) :]
+    return sum(c * w for c, w in zip(strategy, earlier, strict=False))
+
+
+def _note_noise(notes: Notes, heard: list[Heard], times: torch.Tensor, white: torch.Tensor | None = None) -> None:
+    """What is left of each release where no canary of the batch is, in its own standard deviations. white: instead of it, where
+    noise is correlated; it is of all coordinates, and what the batches add has been taken out."""
     sizes, entries, quiet = {}, [], []
     for one in heard:
         added, lone = times @ one.rows.rows, one.rows.rows[times > 0].abs().sum(0) == 0
@@ -223,7 +247,9 @@ def _note_noise(notes: Notes, heard: list[Heard], times: torch.Tensor) -> None:
         for group in (sum(n for name, n in parts.items() if name != BESIDE), parts.get(BESIDE, 0)):
             own = slice(start, start + group)
             noise, still = one.flat[own], lone[own]
-            if still.sum() < FEW:  # numbers, or an encoding that spreads every gradient over all coordinates
+            if white is not None:
+                noise, still = white[own], torch.ones_like(still)
+            elif still.sum() < FEW:  # numbers, or an encoding that spreads every gradient over all coordinates
                 noise, still = noise - added[own], torch.ones_like(still)
             entries.append(noise / one.noise_multiplier)
             quiet.append(still)

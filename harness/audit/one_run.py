@@ -32,7 +32,8 @@ class Guesses:
 @dataclass(frozen=True)
 class OneRun:
     """certificate: upper epsilon of what was booked; epsilon_delta, tradeoff: the best lower bounds of `tried` (2305.08846, and
-    2410.22235 where noise is Gaussian); ceiling: the most that the first could say of so many canaries."""
+    2410.22235 where noise is Gaussian and batches are Poisson's); ceiling: the most that the first could say of so many
+    canaries."""
 
     question: Question
     certificate: float
@@ -75,7 +76,7 @@ def one_run(question: Question, progress: Callable[[str, int, int], None] = lamb
         except Diverged as problem:
             raise BadInput(f"The audited run diverged ({str(problem).rstrip('.')}), so it shows nothing.") from None
         scores = (before - _losses(setup, everyone)) / setup.prepared.model.aims[:, -1]
-        gaussian = setup.mechanism.noise.mechanism == "gaussian"
+        gaussian = setup.mechanism.noise.mechanism == "gaussian" and privacy.sampling.poisson
     certificate = certify(run.progress.ledger.events, spec.delta, spec.epsilon, spec.noise_stream)
     if certificate["epsilon"] is None:
         raise BadInput(f"The run has no certificate to audit: {certificate['error']}")
@@ -89,7 +90,8 @@ def one_run(question: Question, progress: Callable[[str, int, int], None] = lamb
         plain = guessing.by_guesses(spec.delta, count, 2 * half, right, wrong)
         tradeoff = None
         if gaussian:
-            own = (privacy.sampling_probability, privacy.noise_multiplier, spec.steps, spec.delta, spec.epsilon)
+            turns = privacy.sampling.participations(spec.steps)
+            own = (privacy.probability, privacy.noise_multiplier, turns, spec.delta, spec.epsilon)
             tradeoff = guessing.by_tradeoff(*own, count, 2 * half, right, wrong)
         tried.append(Guesses(2 * half, right, plain, tradeoff))
     progress("bounds", len(SHARES), len(SHARES))

@@ -10,6 +10,7 @@ import torch
 
 from dpft.harness.audit.patches import altered_noise, batches, numbers, released, scaled_noise, touched, wrapped
 from dpft.harness.audit.subject import MICROBATCH
+from dpft.harness.train import correlated
 from dpft.methods import projection
 from dpft.methods.sparta import Sparta
 from dpft.methods.token_table import TableRows
@@ -18,6 +19,16 @@ from dpft.methods.zeroth import DPZO
 
 def noise_over_batch():
     return scaled_noise(lambda mechanism: 1 / mechanism.expected_batch_size)
+
+
+def unscaled_strategy():
+    """Correlated noise of a strategy whose columns are longer than 1."""
+    return wrapped(correlated, "coefficients", lambda of: lambda bands: tuple(c / of(bands)[0] for c in of(bands)))
+
+
+def uncorrelated():
+    """Every step draws its noise anew, where it is booked as correlated."""
+    return wrapped(correlated, "coefficients", lambda of: lambda bands: (1.0, *[0.0] * (bands - 1)))
 
 
 def half_the_variance():

@@ -12,7 +12,7 @@ from dpft.harness.audit.patches import released, wrapped
 from dpft.harness.privacy import Release
 from dpft.harness.train import batches, loop
 from dpft.harness.train.answer import Answers
-from dpft.harness.train.sampling import Sampler
+from dpft.harness.train.sampling import Sampler, TruncatedSampler
 from dpft.methods.clipping.quantile import Quantile
 
 
@@ -56,6 +56,23 @@ def doubled_rate():
         return (draws < 2 * self.sampling_probability).nonzero().flatten().tolist()
 
     return patch.object(Sampler, "sample", sample)
+
+
+def cyclic():
+    """Two groups take turns, each at twice the rate; booked as Poisson."""
+
+    def sample(self):
+        self.drawn = getattr(self, "drawn", -1) + 1
+        draws = torch.rand(self.num_examples, dtype=torch.float64, generator=self.generator)
+        turn = torch.arange(self.num_examples) % 2 == self.drawn % 2
+        return ((draws < 2 * self.sampling_probability) & turn).nonzero().flatten().tolist()
+
+    return patch.object(Sampler, "sample", sample)
+
+
+def uncut():
+    """Batches are booked as cut, and are not."""
+    return patch.object(TruncatedSampler, "_chosen", Sampler._chosen)
 
 
 def capped():

@@ -59,6 +59,20 @@ def test_releases_of_several_kinds_are_seen_side_by_side(method, changes):
     assert found.booking.releases == found.booking.releases_booked == releases * SMALL["steps"]
 
 
+@pytest.mark.parametrize(
+    "method, changes",
+    [
+        ("dp-adam", {"sampler": "truncated", "truncated_batch_size": 9}),
+        ("dp-lora", {"sampler": "cyclic", "bands": 2}),
+        ("dp-sgd", {"sampler": "cyclic", "bands": 3, "momentum": 0.9}),
+    ],
+)
+def test_nor_is_another_sampler_or_correlated_noise(method, changes):
+    found = audit(Question(method, changes=changes, **{**SMALL, "sampling_rate": 0.125, "canaries": 48}))
+    assert found.verdict == "consistent", found
+    assert found.sensitivity.worst == pytest.approx(1.0, abs=1e-6)
+
+
 def test_a_second_question_of_a_step_is_audited_with_the_first():
     """Both releases, the rows that the first one chose, and the noise of either."""
     seen = observe(Question("dp-adafest", **SMALL))

@@ -1,6 +1,8 @@
 """The statistics of an audit: valid where nothing is wrong, sharp where something is, and bounds that cover."""
 
+import dataclasses
 import math
+import types
 
 import numpy
 import pytest
@@ -16,6 +18,7 @@ from dpft.harness.audit.observe import Observation
 from dpft.harness.audit.subject import Question
 from dpft.harness.engine import clipping as clipping_of
 from dpft.harness.engine.clipping import Clipping
+from dpft.harness.privacy.samplings import POISSON, Cyclic, Truncated
 
 SIZES = {("gradient", "a"): 30, ("gradient", "b"): 200, ("gradient", "c"): 170, ("count", "values"): 1}
 
@@ -54,6 +57,7 @@ def simulated(rng, steps=40, canaries=32, q=0.25, sigma=2.0, noise=None):
         sampling_probability=q,
         noise_multiplier=numpy.full(steps, sigma),
         noise=noise or noted(rng, steps),
+        eligible=numpy.ones((steps, canaries), dtype=bool),
     )
 
 
@@ -116,11 +120,55 @@ def test_false_alarms_stay_under_the_stated_level():
         assert stats.binom.sf(low - 1, len(found), 0.05) > 1e-4, (check.name, low)
 
 
+def drawn(member, turn=None, sampling=POISSON, q=0.25):
+    """An observation of these batches, [T, n]; turn: who may be in them; q: as booked."""
+    seen = simulated(numpy.random.default_rng(0), *member.shape, noise="none")
+    turn = numpy.ones_like(member) if turn is None else turn
+    privacy = types.SimpleNamespace(sampling=sampling)
+    return dataclasses.replace(
+        seen, times=member.astype(int), eligible=turn, empty=None, privacy=privacy, sampling_probability=q
+    )
+
+
+def _taking_turns(steps, canaries, groups):
+    return numpy.arange(canaries) % groups == numpy.arange(steps)[:, None] % groups
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_groups_that_take_turns_are_known_from_coins_and_coins_from_them(groups):
+    """What is booked is never accused, under the sampling that it is booked as; under another it is at once."""
+    rng, turn, q = numpy.random.default_rng(groups), _taking_turns(60, 64, groups), groups * 0.125
+    honest = [
+        batch_checks._batches(drawn((rng.random((60, 64)) < q) & turn, turn, Cyclic(groups), q)) for _ in range(300)
+    ]
+    for number in (0, 1):
+        assert stats.binom.sf(sum(one[number].p_value < 0.01 for one in honest) - 1, 300, 0.01) > 1e-4
+    as_poisson = batch_checks._batches(drawn((rng.random((60, 64)) < q) & turn, q=0.125))
+    assert (as_poisson[1].p_value < 1e-6) == (groups > 1)
+    if groups > 1:
+        coins = batch_checks._batches(drawn(rng.random((60, 64)) < 0.125, turn, Cyclic(groups), q))
+        assert coins[0].p_value == 0.0
+
+
+def test_cut_batches_are_not_accused_and_whole_ones_are():
+    rng, cut = numpy.random.default_rng(3), Truncated(64, 9)
+    member = [rng.random((60, 64)) < 0.125 for _ in range(60)]
+    kept = [one.copy() for one in member]
+    for one in kept:
+        for row in one:
+            inside = rng.permutation(numpy.flatnonzero(row))
+            row[inside[9:]] = False
+    found = [batch_checks._batches(drawn(one, sampling=cut, q=0.125)) for one in kept]
+    for number in (0, 1):
+        assert stats.binom.sf(sum(one[number].p_value < 0.02 for one in found) - 1, 60, 0.02) > 1e-4
+    assert batch_checks._batches(drawn(member[0], sampling=cut, q=0.125))[1].p_value == 0.0
+
+
 @pytest.mark.parametrize("steps", [2, 5, 19])
 def test_few_batches_are_not_called_regular(steps):
     """Batch sizes of a few steps are equal by chance too often for a smooth law of their spread."""
     rng = numpy.random.default_rng(steps)
-    found = [batch_checks._batches(rng.random((steps, 24)) < 0.25, 0.25)[1].p_value for _ in range(400)]
+    found = [batch_checks._batches(drawn(rng.random((steps, 24)) < 0.25))[1].p_value for _ in range(400)]
     assert stats.binom.sf(sum(p < 1e-3 for p in found) - 1, 400, 1e-3) > 1e-4
 
 
