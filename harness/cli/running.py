@@ -183,9 +183,10 @@ def _shard(text: str) -> tuple[int, int]:
     "--tries", type=FINITE, metavar="MEAN", help="Also what releasing the best of a random number of tries costs."
 )
 @click.option("--what-if", is_flag=True, help="Instead: what more data, batch, steps or epsilon would buy in noise.")
+@click.option("--samplers", is_flag=True, help="Instead: what each way to draw batches costs or buys in noise.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead.")
 @skip_damaged
-def plan(suite, overrides, data_dir, results, tries, what_if, as_json, passed_over):
+def plan(suite, overrides, data_dir, results, tries, what_if, samplers, as_json, passed_over):
     """Show every run of SUITE: what it will spend, whether it is there, what it should cost, and what would stop it.
 
     Trains nothing and loads no weights. Exit code 2 where something would fail.
@@ -203,8 +204,8 @@ def plan(suite, overrides, data_dir, results, tries, what_if, as_json, passed_ov
         click.echo(json.dumps(rows, indent=1) if as_json else showing.grid(rows))
         return 0
     runs = _runs(suite, overrides, data_dir)
-    if what_if:
-        return _what_if(runs, data_dir, as_json)
+    if what_if or samplers:
+        return _noise_of(runs, "--what-if" if what_if else "--samplers", data_dir, as_json)
     rows = overview(runs, store, data_dir, tries)
     pending = [spec for spec, row in zip(runs, rows, strict=True) if not row["state"].startswith(("done", "skipped"))]
     found = rehearse(pending, store, data_dir)
@@ -245,7 +246,7 @@ def prepare(suite, overrides, data_dir, results, dry_run):
     read(runs, data_dir, lambda text: click.echo(text, err=True))
 
 
-def _what_if(runs, data_dir, as_json: bool) -> None:
+def _noise_of(runs, asked: str, data_dir, as_json: bool) -> None:
     from tabulate import tabulate
 
     from dpft.harness.runs import planner
@@ -255,18 +256,21 @@ def _what_if(runs, data_dir, as_json: bool) -> None:
     settings = {(s.task, s.epsilon, s.delta, s.batch_size, s.steps, s.mechanism, s.noise_shape) for s in runs}
     if len(settings) > 1:
         raise BadInput(
-            f"--what-if is about one setting, and these runs have {len(settings)}; name task, method and epsilon."
+            f"{asked} is about one setting, and these runs have {len(settings)}; name task, method and epsilon."
         )
     spec, size = runs[0], sources.train_size(runs[0])
-    rows = planner.alternatives(spec, size, lambda: _dimension(spec, data_dir), data_dir)
+    if asked == "--samplers":
+        rows, table = planner.samplers(spec, size, data_dir), planner.samplers_table
+    else:
+        rows, table = planner.alternatives(spec, size, lambda: _dimension(spec, data_dir), data_dir), planner.table
     if as_json:
         click.echo(json.dumps(rows, indent=1, allow_nan=False))
         return
-    click.echo(tabulate(planner.table(rows), headers="keys", tablefmt="github", disable_numparse=True))
+    click.echo(tabulate(table(rows), headers="keys", tablefmt="github", disable_numparse=True))
     for row in rows:
         if row["problem"]:
-            click.echo(f"{row['change']}: {row['problem']}")
-    click.echo("Noise: of the mean gradient in units of the clip norm, over the plan's. Work: gradients to compute.")
+            click.echo(f"{row.get('change') or row['sampler']}: {row['problem']}")
+    click.echo(planner.NOTES[asked])
 
 
 def _dimension(spec, data_dir) -> int:

@@ -192,8 +192,8 @@ def made(kind: str, num_examples: int, batch_size: int, truncated_batch_size: in
     if kind == "cyclic":
         if groups * batch_size > num_examples:
             raise BadInput(
-                f"A batch of {batch_size} out of one of {groups} groups of {num_examples} examples would need a sampling "
-                f"probability above 1; lower the batch size or bands."
+                f"A batch of {batch_size} from one of {groups} groups of {num_examples} examples would need a sampling "
+                "probability above 1; lower the batch size or bands."
             )
         return Cyclic(groups)
     return POISSON

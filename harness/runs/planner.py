@@ -6,14 +6,17 @@ the number of steps one knows how good a private run can be (2501.18914).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput
+from dpft.harness.privacy.strategy import deviation, prefix_deviation
 from dpft.harness.runs.plan import plan
-from dpft.harness.runs.spec import RunSpec
+from dpft.harness.runs.resolve import check_bands
+from dpft.harness.runs.spec import RunSpec, check_values
 
 CHANGES: tuple[tuple[str, dict[str, float]], ...] = (
     ("as planned", {}),
@@ -65,6 +68,67 @@ def alternatives(
         }
         rows.append(row | figures | times | {"problem": None})
     return rows
+
+
+NOTES = {
+    "--what-if": "Noise: of the mean gradient in units of the clip norm, over the plan's. Work: gradients to compute.",
+    "--samplers": "Price: sigma over Poisson's. Noise of a step, and of the sum of all so far: root mean square, over Poisson's.",
+}
+SAMPLERS: tuple[tuple[str, dict[str, float]], ...] = (
+    ("poisson", {}),
+    ("truncated", {}),
+    ("truncated", {"cut": 1.2}),
+    ("truncated", {"cut": 1.1}),
+    *(("cyclic", {"bands": bands}) for bands in (1, 2, 4, 8, 16)),
+)
+
+
+def samplers(spec: RunSpec, num_examples: int, data_dir: Path | None = None) -> list[dict[str, Any]]:
+    """One row for every way to draw the batches of `spec` at its budget; `cut` in expected batches, none: the default.
+
+    `price`: sigma over that of Poisson sampling. `step`: noise of one step in the root of its mean square over steps, and `sums`:
+    that of the prefix sums of all steps (harness/privacy/strategy.py), both in units of the clip norm over those of Poisson
+    sampling. A row that cannot be has its reason in `problem`. Raises BadInput for a run without privacy.
+    """
+    if spec.epsilon is None:
+        raise BadInput(f"{spec.method} is not private, so samplers cost it nothing; name a private method.")
+    rows: list[dict[str, Any]] = []
+    for sampler, more in SAMPLERS:
+        bands, cut = int(more.get("bands", 1)), more.get("cut")
+        cap = None if cut is None else round(cut * spec.batch_size)
+        other = replace(spec, sampler=sampler, bands=bands, truncated_batch_size=cap)
+        row = {"sampler": sampler, "bands": bands, "cap": cap, "problem": None}
+        try:
+            check_values(other)
+            check_bands(other)
+            made = plan(other, data_dir, None, num_examples)
+        except BadInput as reason:
+            rows.append(row | dict.fromkeys(("sigma", "sigma/B", "price", "step", "sums")) | {"problem": str(reason)})
+            continue
+        row["cap"] = getattr(made.sampling, "truncated_batch_size", None)
+        sigma, least = made.noise_multiplier, rows[0]["sigma"] if rows else made.noise_multiplier
+        deviations = math.fsum(deviation(bands, step) ** 2 for step in range(spec.steps)) / spec.steps
+        sums = prefix_deviation(bands, spec.steps) / prefix_deviation(1, spec.steps)
+        figures = {"price": 1.0, "step": deviations**0.5, "sums": sums}
+        row |= {"sigma": sigma, "sigma/B": sigma / spec.batch_size}
+        rows.append(row | {key: None if least is None else value * sigma / least for key, value in figures.items()})
+    return rows
+
+
+def samplers_table(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The rows for a reader."""
+    return [
+        {
+            "sampler": row["sampler"] + (f", bands {row['bands']}" if row["sampler"] == "cyclic" else ""),
+            "at most": _shown(row["cap"], "{:,}"),
+            "σ": _shown(row["sigma"], "{:.3f}"),
+            "σ/B": _shown(row["sigma/B"], "{:.2e}"),
+            "price": _shown(row["price"], "× {:.4f}"),
+            "noise of a step": _shown(row["step"], "× {:.2f}"),
+            "noise of sums": _shown(row["sums"], "× {:.2f}"),
+        }
+        for row in rows
+    ]
 
 
 def _nothing(reason: str) -> dict[str, Any]:

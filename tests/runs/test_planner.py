@@ -7,7 +7,7 @@ import pytest
 from dpft.harness.errors import BadInput
 from dpft.harness.runs import planner
 from dpft.harness.runs.plan import plan
-from dpft.harness.runs.planner import CHANGES, alternatives, table
+from dpft.harness.runs.planner import CHANGES, alternatives, samplers, samplers_table, table
 from dpft.harness.runs.resolve import resolve
 
 N = 4000
@@ -50,3 +50,27 @@ def test_the_command_prints_it_for_one_setting(dpft, monkeypatch):
     assert code == 0 and "twice the examples" in out and "× 1.00" in out
     code, out, err = dpft("plan", *setting, "--epsilon", "8,3", "--what-if")
     assert code == 2 and "these runs have 2" in err
+
+
+def test_samplers_are_priced_as_planning_them_says(monkeypatch):
+    monkeypatch.setattr(planner, "SAMPLERS", (("poisson", {}), ("truncated", {"cut": 1.1}), ("cyclic", {"bands": 8})))
+    spec = a_spec(epsilon=8.0)
+    poisson, cut, banded = samplers(spec, N)
+    planned = plan(dataclasses.replace(spec, sampler="cyclic", bands=8), None, num_examples=N)
+    assert (
+        banded["sigma"] == planned.noise_multiplier and banded["price"] > 1 and cut["price"] > 1 and cut["cap"] == 220
+    )
+    assert poisson["price"] == poisson["step"] == poisson["sums"] == 1.0
+    assert banded["sums"] < 0.9 < 1.2 < banded["step"], "less noise in sums, more in each step"
+    assert [line["sampler"] for line in samplers_table([poisson, banded])] == ["poisson", "cyclic, bands 8"]
+    monkeypatch.setattr(planner, "SAMPLERS", planner.SAMPLERS[2:])
+    [refused] = samplers(dataclasses.replace(spec, method="dp-grape"), N)
+    assert "in a space that changes" in refused["problem"] and samplers_table([refused])[0]["σ"] == "–"
+    assert "from one of 8 groups" in samplers(dataclasses.replace(spec, batch_size=600), N)[0]["problem"]
+
+
+def test_the_command_prints_samplers(dpft, monkeypatch):
+    monkeypatch.setattr(planner, "SAMPLERS", planner.SAMPLERS[:1] + planner.SAMPLERS[-4:-3])
+    setting = ("--task", "sentences", "--method", "dp-adam", "--batch-size", "256", "--steps", "16", "--epsilon", "8")
+    code, out, err = dpft("plan", *setting, "--samplers")
+    assert code == 0 and "cyclic, bands 2" in out and "× 1.0000" in out and "Price: sigma over Poisson's" in out, err
