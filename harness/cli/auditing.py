@@ -16,7 +16,11 @@ from dpft.harness.errors import BadInput
 @click.option("--delta", type=Finite(0, 1, min_open=True, max_open=True), default=1e-5, show_default=True)
 @click.option("--steps", type=Whole(2, 10**7), default=200, show_default=True)
 @click.option(
-    "--sampling-rate", type=Finite(0, 1, min_open=True), default=0.125, show_default=True, help="q of Poisson sampling."
+    "--sampling-rate",
+    type=Finite(0, 1, min_open=True),
+    default=0.125,
+    show_default=True,
+    help="Expected batch size over canaries.",
 )
 @click.option("--canaries", type=Whole(24, 10**5), default=64, show_default=True, help="All examples are canaries.")
 @click.option("--seed", type=Whole(0), default=0, show_default=True)

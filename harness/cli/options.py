@@ -154,7 +154,7 @@ def spec_options(command):
         click.option("--epsilon", callback=grid(FINITE), help="Target epsilon; several separated by commas."),
         click.option("--delta", type=FINITE, help="Default 1/(2N)."),
         click.option("--steps", type=Whole(), help="Logical steps T."),
-        click.option("--batch-size", type=Whole(), help="Expected batch size of Poisson sampling."),
+        click.option("--batch-size", type=Whole(), help="Expected batch size."),
         click.option("--lr", callback=grid(FINITE), help="One, or several separated by commas."),
         click.option("--clip-norm", callback=grid(FINITE), help="One, or several separated by commas."),
         click.option("--seeds", "seed", callback=grid(Whole(0)), help="Seeds separated by commas."),

@@ -19,7 +19,8 @@ class NoisySum:
 
     Attributes:
         tensors: name -> tensor in the (encoded) shape of the gradient; `values` [size] of a question for numbers.
-        noise_multiplier: standard deviation of the noise of one coordinate of the sum, in units of `clip_norm`.
+        noise_multiplier: standard deviation of the noise of one coordinate of the sum, in units of `clip_norm`; where noise is
+            correlated over steps it is larger than what is accounted for.
         clip_norm: the bound that this release had.
         expected_batch_size: the public B. Dividing by the realised batch size would not be post-processing.
         beside: [size], the numbers that shared the gradient's ball; None where none were asked for.

@@ -36,7 +36,7 @@ class Mechanism:
         self.noise_multiplier = 0.0 if noise is None else noise.noise_multiplier
         self.clip_norm = clip_norm
         self.expected_batch_size = expected_batch_size
-        self._source = source if bands == 1 else Correlated(source, bands)
+        self._source = source if bands == 1 or noise is None else Correlated(source, bands)
 
     def release(
         self, clipped_sum: dict[str, torch.Tensor], clip_norm: float | None = None, share: float = 1.0
@@ -107,7 +107,7 @@ class Mechanism:
 
     def stepped(self, asker: str, steps: int) -> None:
         """After `steps` steps. Raises CannotRun where correlated noise was not drawn once in each."""
-        if isinstance(self._source, Correlated) and self.noise is not None and self._source.made != steps:
+        if isinstance(self._source, Correlated) and self._source.made != steps:
             raise CannotRun(
                 f"{asker} does not ask once in every step, so their noise cannot be correlated; leave out bands."
             )

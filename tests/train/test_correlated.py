@@ -6,9 +6,10 @@ import json
 import numpy
 import pytest
 import torch
-from small_runs import a_spec, quiet, stopped, trained, weights
+from small_runs import a_spec, quiet, stopped, trained, unevaluated, weights
 
 from dpft.harness.errors import BadInput, CannotRun
+from dpft.harness.privacy import certify
 from dpft.harness.privacy.strategy import coefficients, deviation, inverse, prefix_deviation
 from dpft.harness.query.encoding import Encoding
 from dpft.harness.query.queries import Gradients
@@ -152,3 +153,26 @@ def test_a_run_with_bands_is_accounted_and_verified(tiny_bert, settings):
     forged = json.loads(json.dumps(record))
     forged["privacy"]["ledger"][0]["sampling"]["groups"] = 2
     assert any("the spec's settings give" in text for text in verify_run(forged, curve).findings)
+
+
+@pytest.mark.parametrize("method", sorted(registry.methods()))
+def test_every_method_takes_every_sampler_or_says_why_not(method, setup_of):
+    """Four steps on empty batches: what it asks is released and booked, where noise is correlated once a step in one space."""
+    fewer = {"directions": 2} if method == "dp-zo" else {}
+    for more in ({"sampler": "truncated", "truncated_batch_size": 30}, {"sampler": "cyclic", "bands": 2}):
+        try:
+            setup = setup_of(method, **{**CYCLIC, **more, **fewer})
+        except BadInput as reason:
+            assert "leave out bands" in str(reason) or "may release one sum" in str(reason)
+            continue
+        setup.sampler.sample = lambda: []
+        with unevaluated():
+            made = trained(setup, watched=False)
+        assert made.progress.step == 4
+        if setup.private:
+            booked = made.progress.ledger
+            assert (
+                booked.steps == 4 and booked.sampling == setup.plan.sampling and booked.sampling.kind == more["sampler"]
+            )
+            assert certify(booked.events, setup.plan.delta, 3.0, 2)["within_budget"]
+            assert len(setup.mechanism.kept()) == (2 + len(setup.parameters) if "bands" in more else 0)
