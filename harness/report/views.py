@@ -86,6 +86,7 @@ class Group:
         if private:
             text += f", ε ≤ {private[0].spec['epsilon']:g}" + (" (pure)" if private[0].spec.get("delta") == 0 else "")
         text += "" if spec["split"] == "whole" else f", {spec['split']} half"
+        text += "" if self.sampler == "poisson" else f", {self.sampler} batches"
         return text + ("" if self.stream is None else f", noise stream {self.stream}")
 
     @property
@@ -94,7 +95,13 @@ class Group:
         private = self.private
         text = f"{self.spec['task']}-{self.spec['model'].replace('/', '-')}"
         text += "" if self.spec["split"] == "whole" else f"-{self.spec['split']}"
+        text += "" if self.sampler == "poisson" else f"-{self.sampler}"
         return text + ("" if not private else f"-eps{private[0].spec['epsilon']:g}")
+
+    @property
+    def sampler(self) -> str:
+        """How the batches of its private rows were drawn."""
+        return making.sampler(self.private[0]) if self.private else "poisson"
 
 
 def arrange(records: list[dict[str, Any]], view: View, curves: Curves, rates: bool = False) -> list[Group]:

@@ -9,6 +9,7 @@ from typing import Any
 from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.privacy import selection
 from dpft.harness.privacy.noise_kinds import covering_gaussian
+from dpft.harness.privacy.samplings import POISSON
 from dpft.harness.privacy.shares import described
 from dpft.harness.records.store import Store
 from dpft.harness.runs.expected import Expected
@@ -61,7 +62,16 @@ def _state(record: dict[str, Any], spec: RunSpec, sources: Sources) -> str:
 
 
 def _budget(spec: RunSpec, sources: Sources, tries: float | None) -> dict[str, Any]:
-    row = {"epsilon": None, "delta": None, "sigma": None, "q": None, "T": spec.steps, "releases": None, "problem": None}
+    row = {
+        "epsilon": None,
+        "delta": None,
+        "sigma": None,
+        "q": None,
+        "T": spec.steps,
+        "sampling": None,
+        "releases": None,
+    }
+    row["problem"] = None
     try:
         size = sources.train_size(spec)
         found = plan(spec, sources.data_dir, lambda: _dimension(spec, sources.data_dir), size)
@@ -75,16 +85,18 @@ def _budget(spec: RunSpec, sources: Sources, tries: float | None) -> dict[str, A
         "delta": found.delta,
         "sigma": found.noise_multiplier,
         "q": found.sampling_probability,
+        "sampling": found.sampling.told(),
         "releases": [{"from": first, "to": last, "shares": shares} for first, last, shares in found.shares],
     }
 
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows for a reader: what is released is said in words, and only where some run releases more than a gradient a step."""
+    """The rows for a reader: what is released, and how batches are drawn, is said where some run is not as usual in it."""
     said = []
-    rows = [
-        {key: value for key, value in row.items() if key != "problem"} for row in rows
-    ]  # under the table: `stopped`
+    hidden = {"problem"}  # under the table: `stopped`
+    if all(row["sampling"] in (None, POISSON.told()) for row in rows):
+        hidden.add("sampling")
+    rows = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
     for row in rows:
         stretches = row["releases"] or []
         said.append(described((one["to"] - one["from"], one["shares"]) for one in stretches) if stretches else None)

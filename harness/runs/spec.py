@@ -201,8 +201,8 @@ def check_values(spec: RunSpec) -> None:
 
 
 def _check_sampler(spec: RunSpec) -> None:
-    for key, sampler in (("truncated_batch_size", "truncated"), ("bands", "cyclic")):
-        if getattr(spec, key) not in (None, 1) and spec.sampler != sampler:
+    for key, sampler, default in (("truncated_batch_size", "truncated", None), ("bands", "cyclic", 1)):
+        if getattr(spec, key) != default and spec.sampler != sampler:
             raise BadInput(
                 f"{key} belongs to sampler {sampler}, not to {spec.sampler}; set sampler={sampler}, or leave it out."
             )

@@ -8,7 +8,8 @@ from report_cases import ROOT, changed, lines, ranks, records, shorter, store_of
 
 from dpft.harness import report
 from dpft.harness.records.store import Store
-from dpft.harness.report import View, rejections, rows
+from dpft.harness.report import View, rejections, rows, tables, views
+from dpft.harness.report.reading import Curves
 from dpft.harness.runs.spec import completed
 
 
@@ -136,6 +137,32 @@ def test_streams_of_noise_have_tables_of_their_own():
     mixed = rows.ordered([*found[0], *found[1]])
     placed, reason = rows.places(mixed)
     assert set(placed) == {None} and "differ in their noise stream: " in reason
+
+
+def test_samplers_have_tables_of_their_own_and_say_what_they_are(tmp_path):
+    """As they would be written; the same numbers, so that nothing but the sampler keeps them apart."""
+    poisson, cut = three(), []
+    for record in three():
+        new = changed(record, sampler="truncated")
+        drawn = {"kind": "truncated", "num_examples": new["privacy"]["num_examples"], "truncated_batch_size": 337}
+        new["privacy"] |= {
+            "sampling": "truncated",
+            "ledger": [{**e, "sampling": drawn} for e in new["privacy"]["ledger"]],
+        }
+        cut.append(new)
+    every = [{**r, "spec": completed(r["spec"])} for r in [*poisson, *cut]]
+    found = views.arrange(every, View(), Curves(Store(tmp_path), every))
+    private = [group for group in found if group.private]
+    assert [group.sampler for group in private] == ["poisson", "truncated"]
+    assert len({group.title for group in private}) == len({group.stem for group in private}) == 2
+    assert all(set(filter(None, group.ranks)) for group in private), "neither unranks the other"
+    mixed = rows.ordered([*private[0].rows, *private[1].rows])
+    placed, reason = rows.places(mixed)
+    assert set(placed) == {None} and "differ in sampling: " in reason
+    text = text_of(tmp_path / "text", poisson)
+    assert "; Poisson sampling, B = " in text
+    said = tables._budget([row.records[0]["privacy"] for row in private[1].rows], False)
+    assert "; Poisson sampling cut at 337 examples, B = " in said
 
 
 def test_budgets_that_differ_are_matched_with_steps_free_only(tmp_path):
