@@ -17,6 +17,11 @@ def noise_stream(spec: dict[str, Any]) -> int:
     return spec.get("noise_stream", 1)
 
 
+def sampler(spec: dict[str, Any]) -> str:
+    """How batches were drawn; Poisson where the spec is older than others."""
+    return spec.get("sampler", "poisson")
+
+
 def difference(records: Records, names: Sequence[str]) -> str | None:
     """One sentence where private runs cannot be ranked together, as they saw other data, weights or noise; else None."""
     first: dict[str, tuple[str, Any]] = {}  # what -> (name, value) of the first run that says

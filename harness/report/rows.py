@@ -138,12 +138,7 @@ def _seed(record: dict[str, Any]) -> int:
 def _budget(row: Row) -> tuple[float, bool, int, str]:
     """Pure epsilon is another promise than that of the same number with a delta, and other samplers have other batches."""
     spec = row.spec
-    return spec["epsilon"], spec.get("delta") == 0, origins.noise_stream(spec), sampler(row)
-
-
-def sampler(row: Row) -> str:
-    """How its batches were drawn; Poisson where the spec is older than others."""
-    return row.spec.get("sampler", "poisson")
+    return spec["epsilon"], spec.get("delta") == 0, origins.noise_stream(spec), origins.sampler(spec)
 
 
 def _row(records: list[dict[str, Any]]) -> Row:

@@ -101,7 +101,7 @@ class Group:
     @property
     def sampler(self) -> str:
         """How the batches of its private rows were drawn."""
-        return making.sampler(self.private[0]) if self.private else "poisson"
+        return origins.sampler(self.private[0].spec) if self.private else "poisson"
 
 
 def arrange(records: list[dict[str, Any]], view: View, curves: Curves, rates: bool = False) -> list[Group]:

@@ -161,7 +161,7 @@ def test_samplers_have_tables_of_their_own_and_say_what_they_are(tmp_path):
     assert set(placed) == {None} and "differ in sampling: " in reason
     text = text_of(tmp_path / "text", poisson)
     assert "; Poisson sampling, B = " in text
-    said = tables._budget([row.records[0]["privacy"] for row in private[1].rows], False)
+    said = tables.budget([row.records[0]["privacy"] for row in private[1].rows], False)
     assert "; Poisson sampling cut at 337 examples, B = " in said
 
 
