@@ -18,6 +18,15 @@ Batch = dict[str, torch.Tensor]
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
 Sums = dict[str, torch.Tensor]
 
+# Of a batch whose examples are users: [users, rows], what the loss of each row counts in its user's; every other tensor is then
+# [users, rows, ...], and what layers see is [users * rows, ...], a user's rows one after the other.
+WEIGHTS = "row_weights"
+
+
+def rows_each(model: nn.Module, batch: Batch) -> int:
+    """How many rows of one example the layers may see, one after the other: a user's examples, or an image's views."""
+    return batch[WEIGHTS].shape[1] if WEIGHTS in batch else getattr(model, "views", 1)
+
 
 class Engine:
     """Per-example gradients of `parameters` under `loss`, clipped as `clipping` says and summed.

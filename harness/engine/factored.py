@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dpft.harness.engine.agreement import agree
-from dpft.harness.engine.base import Engine, unused
+from dpft.harness.engine.base import Engine, rows_each, unused
 from dpft.harness.engine.clipping import divided
 from dpft.harness.engine.fakes import has_values
 from dpft.harness.engine.hidden import refuse_parameter_hooks
@@ -38,7 +38,7 @@ class FactoredEngine(Engine):
 
     def __init__(self, model, loss, parameters, clock, clipping=None):
         super().__init__(model, loss, parameters, clock, clipping)
-        self._recorder = Recorder(self._done, getattr(model, "views", 1))
+        self._recorder = Recorder(self._done)
         self._rules = {}
         refuse_parameter_hooks(parameters)
         names = {id(p): name for name, p in parameters.items()}
@@ -89,7 +89,8 @@ class FactoredEngine(Engine):
         if self._recorder.idle.issuperset(self.parameters):  # of no parameter is anything asked for
             with self.clock("forward"), torch.no_grad():
                 return self.losses(batch)
-        self._recorder.start(len(next(iter(batch.values()))), next(iter(parameters)).device)
+        size, rows = len(next(iter(batch.values()))), rows_each(self.model, batch)
+        self._recorder.start(size, next(iter(parameters)).device, rows)
         for p in parameters:
             p.requires_grad_(False)
         try:

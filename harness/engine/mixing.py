@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dpft.harness.engine.base import Batch, Engine
+from dpft.harness.engine.base import Batch, Engine, rows_each
 
 Shapes = dict[str, list[torch.Size]]
 
@@ -21,6 +21,13 @@ class _Probe:
     where: str
     zeros: torch.Tensor
     dim: int
+
+    def of(self, chosen: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of what belongs to those examples, each with all its rows; None where there is none."""
+        found = self.zeros.grad
+        if found is None:
+            return None
+        return found.movedim(self.dim, 0).unflatten(0, (len(chosen), -1))[chosen.to(found.device)]
 
 
 def depends_on_others(engine: Engine, batch: Batch) -> str | None:
@@ -41,17 +48,15 @@ def depends_on_others(engine: Engine, batch: Batch) -> str | None:
             engine.losses({key: value[: size - 1] for key, value in batch.items()})
         for chosen in (places % 2 == 0, places == size - 1):
             probes: list[_Probe] = []
-            with _watched(engine.model, size, fewer, probes):
+            with _watched(engine.model, (size, rows_each(engine.model, batch)), fewer, probes):
                 losses = engine.losses(_probed(batch, probes))
             if not losses.requires_grad:
                 return None
             losses[chosen.to(losses.device)].sum().backward()
             for probe in probes:
-                found = probe.zeros.grad
-                if found is not None:
-                    others = found.movedim(probe.dim, 0)[~chosen.to(found.device)]
-                    if bool(((others != 0) & ~others.isnan()).any()):
-                        return probe.where
+                others = probe.of(~chosen)
+                if others is not None and bool(((others != 0) & ~others.isnan()).any()):
+                    return probe.where
     return None
 
 
@@ -65,8 +70,9 @@ def _probed(batch: Batch, probes: list[_Probe]) -> Batch:
 
 
 @contextmanager
-def _watched(model: nn.Module, size: int | None, fewer: Shapes, probes: list[_Probe]) -> Iterator[None]:
-    """Hooks on modules that make floating-point numbers of none: their shapes are noted in `fewer`, or (size) probes added."""
+def _watched(model: nn.Module, size: tuple[int, int] | None, fewer: Shapes, probes: list[_Probe]) -> Iterator[None]:
+    """Hooks on modules that make floating-point numbers of none: their shapes are noted in `fewer`, or (size: how many examples,
+    of how many rows each) probes added."""
     calls: dict[str, int] = {}
 
     def hook_of(path: str):
@@ -98,12 +104,14 @@ def _watched(model: nn.Module, size: int | None, fewer: Shapes, probes: list[_Pr
             handle.remove()
 
 
-def _dimension(before: list[torch.Size], now: torch.Size, size: int) -> int | None:
-    """The dimension that was one smaller with one example fewer, where there is exactly one."""
+def _dimension(before: list[torch.Size], now: torch.Size, size: tuple[int, int]) -> int | None:
+    """The dimension that was one example's rows smaller with one example fewer, where there is exactly one."""
     if not before or len(before[0]) != len(now):
         return None
     grown = [i for i, (a, b) in enumerate(zip(before[0], now, strict=True)) if a != b]
-    return grown[0] if len(grown) == 1 and (before[0][grown[0]], now[grown[0]]) == (size - 1, size) else None
+    examples, rows = size
+    expected = ((examples - 1) * rows, examples * rows)
+    return grown[0] if len(grown) == 1 and (before[0][grown[0]], now[grown[0]]) == expected else None
 
 
 @contextmanager

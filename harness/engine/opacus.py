@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dpft.harness.engine.base import Engine, unused
+from dpft.harness.engine.base import Engine, rows_each, unused
 from dpft.harness.errors import CannotRun
 
 
@@ -29,7 +29,8 @@ class OpacusEngine(Engine):
         with self._listening():
             losses = self._passes(batch)
         with self.clock("clip"):
-            samples = {name: self._take(name, p, len(losses)) for name, p in self.parameters.items()}
+            each = rows_each(self.model, batch)
+            samples = {name: self._take(name, p, len(losses), each) for name, p in self.parameters.items()}
             for name, encoding in encodings.items():
                 samples[name] = encoding.finished(encoding.dense(samples[name]))
             squares = {name: g.flatten(1).square().sum(1, dtype=torch.float64) for name, g in samples.items()}
@@ -66,16 +67,15 @@ class OpacusEngine(Engine):
         finally:
             self.hooks.disable_hooks()
 
-    def _take(self, name, parameter, batch_size):
+    def _take(self, name, parameter, batch_size, each):
         sample, used = getattr(parameter, "grad_sample", None), parameter.grad is not None
         parameter.grad_sample = parameter.grad = None
         if sample is None and used:
             raise CannotRun(f"Opacus has no per-example gradients of {name}; freeze it or use --engine reference.")
         if sample is None:
             raise unused(name)
-        views = getattr(self.model, "views", 1)
-        if not isinstance(sample, list) and views > 1 and len(sample) == batch_size * views:
-            sample = sample.unflatten(0, (batch_size, views)).sum(1)
+        if not isinstance(sample, list) and each > 1 and len(sample) == batch_size * each:
+            sample = sample.unflatten(0, (batch_size, each)).sum(1)
         if isinstance(sample, list) or len(sample) != batch_size:
             raise CannotRun(f"Opacus does not keep the examples of {name} apart; use --engine factored or reference.")
         return sample

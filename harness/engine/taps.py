@@ -59,12 +59,11 @@ class Use:
 class Recorder:
     """Hooks on every layer that owns a trainable parameter; calls `done(use)` when a use has its gradient.
 
-    `start` begins a pass, `stop` ends it; hooks do nothing outside of one. views: how many rows of one example a model may hand
-    its layers, one after the other: then every layer may see [batch * views, ...].
+    `start` begins a pass, `stop` ends it; hooks do nothing outside of one.
     """
 
-    def __init__(self, done: Callable[[Use], None], views: int = 1):
-        self._views = views
+    def __init__(self, done: Callable[[Use], None]):
+        self._each = 1
         self.idle: frozenset[str] = frozenset()  # parameters whose gradients nobody wants in this pass
         self.uses: list[Use] = []
         self.batch_size: int | None = None
@@ -109,8 +108,9 @@ class Recorder:
         """Whether a pass is on, and not the first, gradient-free forward of a reentrant checkpoint."""
         return self.batch_size is not None and torch.is_grad_enabled()
 
-    def start(self, batch_size: int, device: torch.device) -> None:
-        self.uses, self.batch_size = [], batch_size
+    def start(self, batch_size: int, device: torch.device, each: int = 1) -> None:
+        """each: how many rows of one example layers may see, one after the other: [batch * each, ...]."""
+        self.uses, self.batch_size, self._each = [], batch_size, each
         self._anchor = self._anchor.detach().to(device).requires_grad_()
 
     def stop(self) -> None:
@@ -138,13 +138,12 @@ class Recorder:
         A table looked up once for the whole batch (positions of shape [1, T]) is looked up for every example instead:
         its output would be broadcast later, and its gradient summed over the batch.
         """
-        size = self.batch_size
-        if isinstance(use.module, nn.Embedding) and tensors[0].dim() > 1 and len(tensors[0]) == 1 < size:
-            tensors[0] = tensors[0].expand(size, *tensors[0].shape[1:])
-            output = output.expand(size, *output.shape[1:])
+        size, whole = self.batch_size, self.batch_size * self._each
+        if isinstance(use.module, nn.Embedding) and tensors[0].dim() > 1 and len(tensors[0]) == 1 < whole:
+            tensors[0] = tensors[0].expand(whole, *tensors[0].shape[1:])
+            output = output.expand(whole, *output.shape[1:])
         rows = len(tensors[0]) if tensors and tensors[0].dim() else 0
-        seen_flat = use.flattened and rows % size == 0 if self._views == 1 else rows == size * self._views
-        use.flattened = seen_flat and rows != size
+        use.flattened = rows != size and (rows == whole or (use.flattened and rows % whole == 0))
         if (rows != size and not use.flattened) or output.dim() == 0 or len(output) != rows:
             raise CannotRun(
                 f"Layer {use.path} sees {rows} rows for {size} examples, so their gradients cannot be told apart; "

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from dpft.harness.train import by_user
 from dpft.harness.train.parts import Setup
 from dpft.harness.train.sampling import buckets
 
@@ -26,5 +27,9 @@ def microbatches(setup: Setup, indices: Sequence[int], step: int) -> Iterator[Ba
 
 
 def grouped(setup: Setup, indices: Sequence[int]) -> Iterator[list[int]]:
-    """The indices of each microbatch."""
-    return buckets(indices, setup.prepared.train_lengths, setup.max_tokens)
+    """The indices of each microbatch; users with as many examples are together, so that no rows are made up."""
+    alike: dict[int, list[int]] = {}
+    for index in indices:
+        alike.setdefault(by_user.rows_of(setup.prepared.train[index]), []).append(index)
+    for _, own in sorted(alike.items()):
+        yield from buckets(own, setup.prepared.train_lengths, setup.max_tokens)
