@@ -39,6 +39,7 @@ class Data:
         public: rows for the methods that learn from public data, as `Task.public_rows` gives them.
         classes: names of the labels 0, 1, ..., where the data say them and not the task.
         notes: what the owner should know of the data, a sentence each; shown, and in no record.
+        users: whose each training row is, by any name; where the task says who its users are.
     """
 
     train: Sequence[Example]
@@ -47,6 +48,7 @@ class Data:
     public: Sequence[Example] = ()
     classes: Sequence[str] = ()
     notes: Sequence[str] = ()
+    users: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Prepared:
     writing: what a task that generates text needs for it, None for others.
     public: encoded public examples, for a method that needs them.
     chance, threshold: those of the task, where it leaves them to the data.
+    users: whose each training example is, where the raw rows do not say it (`Data.users`).
     """
 
     model: nn.Module
@@ -92,6 +95,7 @@ class Prepared:
     public: Sequence[Example] = ()
     chance: float | None = None
     threshold: float | None = None
+    users: Sequence[str] = ()
 
 
 class Task:
@@ -102,7 +106,8 @@ class Task:
     `higher_is_better`, `chance` (value of that metric for an uninformed model; None: `Prepared.chance`, else measured before
     training), `threshold` (metric value that counts as "learned" when a run stands alone; None: `Prepared.threshold`), `images`
     (examples are images: runs may set `views` and `batch_norm`), `public` (what its public data are, for methods that learn from
-    such; empty: it has none), `options` (its own settings with their defaults; they are part of the run id).
+    such; empty: it has none), `users` (who a user is, of whom a row may be one of several; empty: nobody says whose a row is),
+    `options` (its own settings with their defaults; they are part of the run id).
     """
 
     name: ClassVar[str]
@@ -119,6 +124,7 @@ class Task:
     default_max_length: ClassVar[int] = 128
     images: ClassVar[bool] = False
     public: str = ""
+    users: str = ""
     hub: ClassVar[str | None] = None  # "id/config" on the hub, None when the data come from a package
 
     options: ClassVar[dict[str, Any]] = {}

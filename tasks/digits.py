@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
+from dpft.tasks import grouping
 from dpft.tasks.base import Data, Example
 from dpft.tasks.handwriting import PRIVATE, PUBLIC, of_classes
 from dpft.tasks.images import ImageClassification, fingerprint, rows
@@ -16,7 +18,8 @@ TRAIN, VALIDATION = 800, 277
 class Digits(ImageClassification):
     """Which of the digits 4 to 9; those of 0 to 3 are the public data that `digits-vit` and `digits-resnet` were trained on.
 
-    So pretraining has seen pen strokes, but none of these classes and none of these images.
+    So pretraining has seen pen strokes, but none of these classes and none of these images. Who wrote them is not known;
+    user_rows: how many of them make a made-up user.
     """
 
     name = "digits"
@@ -30,6 +33,16 @@ class Digits(ImageClassification):
     threshold = 0.80
     public = "the digits 0 to 3, which pretrained the models"
     default_model = "digits-vit"
+    options: ClassVar[dict[str, Any]] = grouping.OPTION
+
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        super().__init__(options)
+        if self.settings["user_rows"]:
+            self.users = grouping.said(self.settings["user_rows"])
+
+    def validate(self) -> None:
+        """As `Task.validate`."""
+        grouping.check(self.settings["user_rows"])
 
     def train_size(self, data_dir: Path | None) -> int:
         """Number of private training images; a constant."""
@@ -43,7 +56,9 @@ class Digits(ImageClassification):
         parts = [[i for i, key in enumerate(keys) if (key in held_out) == validation] for validation in (False, True)]
         train, validation = (rows([images[i] for i in part], [labels[i] for i in part]) for part in parts)
         note = f"private classes {PRIVATE}, public pretraining on classes {PUBLIC}\n"
-        return Data(train, validation, fingerprint(train, validation, note=note))
+        made_up, own = self.settings["user_rows"], [key for key in keys if key not in held_out]
+        users = grouping.by_hash(own, made_up) if made_up else ()
+        return Data(train, validation, fingerprint(train, validation, note=note), users=users)
 
     def public_rows(self, data_dir: Path | None) -> Sequence[Example]:
         """The public classes, in the order of their hashes; their labels count from 0, as those of other digits do."""

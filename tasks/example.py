@@ -27,6 +27,7 @@ def found(task: Task, data_dir: Path | None) -> dict[str, Any]:
         **({key: round(value, 4) for key, value in task.judged(data).items()} if data.classes else {}),
         **({"classes": _classes(data)} if isinstance(first.get("label"), int) else {}),
         **({"characters": {key: _lengths([len(row[key]) for row in data.train]) for key in texts}} if texts else {}),
+        **({"examples of each user": _users(data)} if data.users else {}),
         **({"notes": list(data.notes)} if data.notes else {}),
         "example": {key: _shown(value) for key, value in first.items() if key != "index"},
     }
@@ -40,6 +41,12 @@ def _classes(data: Data) -> dict[str, str]:
         labels = [label for label, _ in train.most_common(LISTED)]
     named = {label: f"{label}: {data.classes[label]}" if data.classes else str(label) for label in labels}
     return {named[label]: f"{train[label]} + {validation[label]} for validation" for label in labels}
+
+
+def _users(data: Data) -> str:
+    """How many users there are, and how many training examples each has."""
+    counts = [*Counter(data.users).values()]
+    return f"{_lengths(counts)}, of {len(counts):,} users"
 
 
 def _lengths(lengths: list[int]) -> str:

@@ -6,11 +6,13 @@ import hashlib
 import html
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 from dpft.harness.errors import CannotRun
-from dpft.tasks import lexicon
+from dpft.tasks import grouping, lexicon
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.classification import TextClassification
 from dpft.tasks.hub import Fetch
@@ -26,7 +28,11 @@ FINGERPRINT = "f08a1b7be56b0eff5e9fd7f4f2776d6c37b5c5a84d571832f6c8cc59af48029c"
 
 
 class Sentences(TextClassification):
-    """Sign of the mean human rating (-4..4) of a sentence; ratings within 0.5 of zero are left out."""
+    """Sign of the mean human rating (-4..4) of a sentence; ratings within 0.5 of zero are left out.
+
+    user_rows: 0, and a user is who wrote a text (300 reviews of products and 498 editorials have several sentences, every other
+    sentence is a text by itself); or how many sentences make a made-up user.
+    """
 
     name = "sentences"
     version = 1
@@ -37,6 +43,17 @@ class Sentences(TextClassification):
     threshold = 0.75
     template = "*cls**sent_0*_It_was*mask*.*sep+*"
     label_words = ("terrible", "great")
+    users = "who wrote a review or an editorial; every tweet and every sentence on a film has an author of its own"
+    options: ClassVar[dict[str, Any]] = grouping.OPTION
+
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        super().__init__(options)
+        if self.settings["user_rows"]:
+            self.users = grouping.said(self.settings["user_rows"])
+
+    def validate(self) -> None:
+        """As `Task.validate`."""
+        grouping.check(self.settings["user_rows"])
 
     def train_size(self, data_dir: Path | None) -> int:
         """Number of training sentences; a constant, because the file is pinned by its hash."""
@@ -52,8 +69,15 @@ class Sentences(TextClassification):
 
     def load(self, data_dir: Path | None) -> Data:
         """Fetch (once), check and read the sentences. Raises CannotRun when they cannot be had."""
-        train, validation = split(distinct(rated(content_of(data_dir))))
-        return Data(train, validation, fingerprint(train, validation))
+        content, made_up = content_of(data_dir), self.settings["user_rows"]
+        train, validation = split(distinct(rated(content)))
+        found, texts = (
+            Data(train, validation, fingerprint(train, validation)),
+            [normalised(row["text"]) for row in train],
+        )
+        authors = authors_of(content)
+        users = grouping.by_hash(texts, made_up) if made_up else [authors[text] for text in texts]
+        return replace(found, users=users)
 
     def public_rows(self, data_dir: Path | None) -> Sequence[Example]:
         """Words with their published ratings."""
@@ -65,7 +89,20 @@ def rated(content: bytes) -> list[tuple[str, float]]:
 
     HTML entities are resolved (237 sentences have them: `&lt;3` is a heart; 16 are escaped twice), nothing else changes.
     """
-    sentences = []
+    return [(text, rating) for _, text, rating in _lines(content)]
+
+
+def authors_of(content: bytes) -> dict[str, str]:
+    """Normalised sentence -> what it is from: a review, an editorial, or itself; of several the one that `distinct` keeps."""
+    found: dict[str, str] = {}
+    for where, text, rating in _lines(content):
+        if abs(rating) >= MINIMUM_RATING:
+            found.setdefault(normalised(text), where)
+    return found
+
+
+def _lines(content: bytes) -> Iterator[tuple[str, str, float]]:
+    """(file and number of the text, sentence, mean rating); numbers are `text_sentence` where texts have several sentences."""
     try:
         with tarfile.open(fileobj=io.BytesIO(content)) as outer:
             inner_bytes = outer.extractfile(INNER).read()
@@ -74,11 +111,10 @@ def rated(content: bytes) -> list[tuple[str, float]]:
                 text = decode(inner.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt").read())
                 for line in text.split("\r\n"):
                     if line:
-                        _, rating, sentence = line.split("\t")
-                        sentences.append((html.unescape(html.unescape(sentence)), float(rating)))
+                        number, rating, sentence = line.split("\t")
+                        yield f"{name} {number.split('_')[0]}", html.unescape(html.unescape(sentence)), float(rating)
     except (tarfile.TarError, KeyError, AttributeError, ValueError, EOFError) as error:
         raise CannotRun(f"{SDIST} does not hold the rated sentences ({error}); delete it and run again.") from error
-    return sentences
 
 
 def decode(content: bytes) -> str:

@@ -130,6 +130,7 @@ def _of_task(kind: type[Task], given: dict[str, Any], data_dir: Path | None) -> 
         "data": _data(kind),
         **({"options": kind.options} if kind.options else {}),
         **({"public": task.public} if task.public else {}),
+        **({"users": task.users} if task.users else {}),
         **seen,
     }
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 from dpft.harness.errors import CannotRun
 from dpft.tasks.base import Data, Example, Task
-from dpft.tasks.own import paths
+from dpft.tasks.own import columns, paths, tabular
 
 FEW = 10  # training rows of a class: with fewer, noise drowns it
 
@@ -27,6 +28,11 @@ class OwnFiles(Task):
     source = "the user's own file"
     options: ClassVar[dict[str, Any]] = {"content": ""}
 
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        super().__init__(options)
+        if self.settings.get("user"):
+            self.users = f"whom the column {self.settings['user']} names"
+
     def files(self, data_dir: Path | None) -> dict[str, Path]:
         """The files by what they are called in the digest. Raises CannotRun for one that is not there."""
         raise NotImplementedError
@@ -34,6 +40,11 @@ class OwnFiles(Task):
     def read(self, files: Mapping[str, Path]) -> Data:
         """The rows. Raises CannotRun, naming the file and where in it, for whatever is wrong."""
         raise NotImplementedError
+
+    def owners(self, path: Path) -> list[str]:
+        """The user of every row of a table; nothing where no column says it. Raises CannotRun as `read`."""
+        column = self.settings["user"]
+        return columns.classes(tabular.read(path), column, "users") if column else []
 
     def pinned(self, data_dir: Path | None) -> dict[str, Any]:
         """The digest. The rows are read too: what is wrong is said now, before there is a record that could quote a row."""
@@ -60,6 +71,12 @@ class OwnFiles(Task):
 @lru_cache(maxsize=2)  # every run of a grid asks for the same rows, more than once
 def _read(kind: type[OwnFiles], settings: str, files: tuple[tuple[str, Path], ...], content: str) -> Data:
     return kind(json.loads(settings)).read(dict(files))
+
+
+def with_users(data: Data, rows: Sequence[Example], users: Sequence[str]) -> Data:
+    """`data` with the user of each training row; rows: those very rows, and others, in the order of `users` (none: as it is)."""
+    owner = {id(row): user for row, user in zip(rows, users, strict=bool(users))}
+    return replace(data, users=[owner[id(row)] for row in data.train]) if users else data
 
 
 def notes(

@@ -12,7 +12,7 @@ from dpft.harness.errors import BadInput, CannotRun
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.classification import TextClassification
 from dpft.tasks.own import columns, holdout, paths, tabular
-from dpft.tasks.own.base import OwnFiles, notes
+from dpft.tasks.own.base import OwnFiles, notes, with_users
 
 
 class Classify(OwnFiles, TextClassification):
@@ -20,7 +20,8 @@ class Classify(OwnFiles, TextClassification):
 
     validation: a file with the same columns, or the share of the rows of `file` that is held out (`holdout.held_out`). public:
     a file with the same columns that is nobody's private data, for the methods that learn from such. Labels are names or whole
-    numbers; the classes are those of `file`, in order.
+    numbers; the classes are those of `file`, in order. user: the column of `file` that says whose each row is; a share is
+    then held out user by user.
     """
 
     name = "classify"
@@ -33,6 +34,7 @@ class Classify(OwnFiles, TextClassification):
         "text": "text",
         "label": "label",
         "text2": "",
+        "user": "",
         "validation": "0.1",
         "public": "",
     }
@@ -47,9 +49,9 @@ class Classify(OwnFiles, TextClassification):
         if not self.settings["file"]:
             raise BadInput("The task classify needs a file with texts and labels; give it with --set file=PATH.")
         holdout.fraction(self.settings["validation"])
-        named = [self.settings[key] for key in ("text", "label", "text2") if self.settings[key]]
+        named = [self.settings[key] for key in ("text", "label", "text2", "user") if self.settings[key]]
         if twice := next((name for i, name in enumerate(named) if name in named[:i]), None):
-            raise BadInput(f"The column {twice} cannot be two of text, label and text2; name another one.")
+            raise BadInput(f"The column {twice} cannot be two of text, label, text2 and user; name another one.")
 
     def files(self, data_dir: Path | None) -> dict[str, Path]:
         self.validate()
@@ -66,13 +68,15 @@ class Classify(OwnFiles, TextClassification):
         rows, labels = self._rows(files["file"])
         names = columns.names(labels, str(files["file"]))
         number = {name: label for label, name in enumerate(names)}
-        train = [{**row, "label": number[label]} for row, label in zip(rows, labels, strict=True)]
+        every = train = [{**row, "label": number[label]} for row, label in zip(rows, labels, strict=True)]
+        users = self.owners(files["file"])
         others = {
             key: self._labelled(files[key], number, files["file"]) for key in ("validation", "public") if key in files
         }
         if (validation := others.get("validation")) is None:
             share = holdout.fraction(self.settings["validation"])
-            train, validation = holdout.held_out(train, keys(train), share, str(files["file"]))
+            own = [user.encode() for user in users] or keys(train)
+            train, validation = holdout.held_out(train, own, share, str(files["file"]))
         if leaks := holdout.shared(keys([*train, *validation]), keys(others.get("public", ()))):
             raise CannotRun(
                 f"{leaks} rows of {files['public']} are in the private data, too, and cannot be both; take them out of one."
@@ -80,7 +84,8 @@ class Classify(OwnFiles, TextClassification):
         both = holdout.shared(keys(train), keys(validation))
         found = notes(names, train, validation, both, "texts")
         public = sorted(others.get("public", ()), key=lambda row: hashlib.sha256(row["text"].encode()).hexdigest())
-        return Data(train, validation, fingerprint(train, validation), public, names, found)
+        data = Data(train, validation, fingerprint(train, validation), public, names, found)
+        return with_users(data, every, users)
 
     def identity(self, row: Example) -> str:
         """The texts as the split knows them."""

@@ -28,8 +28,8 @@ def texts(table: Table, columns: Mapping[str, str], words: Collection[str] = ())
     return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
 
 
-def classes(table: Table, column: str) -> list[str]:
-    """The class of every row, by name. Whole numbers may be written 3 or 3.0. Raises CannotRun as `texts`."""
+def classes(table: Table, column: str, what: str = "classes") -> list[str]:
+    """The class (what: the plural) of every row, by name. Whole numbers may be written 3 or 3.0. Raises CannotRun as `texts`."""
     values = [_class(value) for value in _present(table, column)]
     _complete(table, column, [value is None for value in values])
     numbers = [_number(value) for value in values]
@@ -38,7 +38,7 @@ def classes(table: Table, column: str) -> list[str]:
     for i, value in enumerate(values):
         if not WHOLE.fullmatch(value):
             raise CannotRun(
-                f"The column {column} of {table.where} holds the number {short(value)} ({table.place(i)}); classes must be names "
+                f"The column {column} of {table.where} holds the number {short(value)} ({table.place(i)}); {what} must be names "
                 "or whole numbers, so name another one, or round it."
             )
     return [str(int(WHOLE.fullmatch(value)[1])) for value in values]

@@ -10,7 +10,7 @@ from dpft.harness.errors import BadInput, CannotRun
 from dpft.tasks.base import Data, Example, fingerprint
 from dpft.tasks.generation import TextGeneration, split
 from dpft.tasks.own import columns, paths, tabular
-from dpft.tasks.own.base import OwnFiles
+from dpft.tasks.own.base import OwnFiles, with_users
 
 UNPINNED = (".jsonl", ".parquet")  # read before run ids knew of content; their ids stay
 
@@ -18,9 +18,9 @@ UNPINNED = (".jsonl", ".parquet")  # read before run ids knew of content; their 
 class TextFile(OwnFiles, TextGeneration):
     """Base: `file` holds the training rows, `validation_file` those for evaluation.
 
-    Without a `validation_file` one in ten of the different texts (`held_out_by`) is held out. One row is one example: whoever
-    has several rows in the file is protected row by row. Run ids of JSONL and parquet files are older than `content` and know the
-    path alone; there a finished run is held against the fingerprint of the rows.
+    Without a `validation_file` one in ten of the different texts (`held_out_by`) is held out. One row is one example; `user`
+    names the column that says whose it is, for runs that protect users. Run ids of JSONL and parquet files are older than
+    `content` and know the path alone; there a finished run is held against the fingerprint of the rows.
     """
 
     threshold = 3.0
@@ -30,6 +30,7 @@ class TextFile(OwnFiles, TextGeneration):
         "samples": 0,
         "file": "",
         "validation_file": "",
+        "user": "",
     }
     held_out_by: ClassVar[str]
 
@@ -51,15 +52,15 @@ class TextFile(OwnFiles, TextGeneration):
 
     def read(self, files: Mapping[str, Path]) -> Data:
         parts = {key: self.rows(columns.texts(tabular.read(path), self.columns())) for key, path in files.items()}
-        train = parts["file"]
+        train, users = parts["file"], self.owners(files["file"])
         if (validation := parts.get("validation_file")) is not None:
-            return Data(train, validation, fingerprint(train, validation))
+            return with_users(Data(train, validation, fingerprint(train, validation)), train, users)
         found = split(train, self.held_out_by)
         if not found.train:
             raise CannotRun(
                 f"{files['file']} has too few different texts to hold one in ten out; give validation_file=."
             )
-        return found
+        return with_users(found, train, users)
 
     def about(self, data_dir: Path | None) -> dict[str, Any]:
         """The digest, and the columns of `file`."""
