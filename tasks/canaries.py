@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpft.harness.errors import BadInput
+from dpft.tasks import grouping
 from dpft.tasks.base import Data, ModelSpec, Prepared, Task
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Canaries(Task):
     Its gradient is one coordinate (i, p(i)) of each weight, coordinate i of each bias, and in the embedding table coordinate i of
     the rows of its tokens: row i, and of every fourth canary the one after it, too. No two canaries share one, also where a
     method projects one side of the weights. The loss is linear in each layer. The number of canaries, which is the width of the
-    layers, is in the model's name: `canaries-64`.
+    layers, is in the model's name: `canaries-64`. user_rows: how many canaries, one after the other, are one user's.
     """
 
     name = "canaries"
@@ -42,6 +43,16 @@ class Canaries(Task):
     default_model = f"canaries-{COUNT}"
     default_head = "native"
     default_max_length = 1
+    options: ClassVar[dict[str, Any]] = grouping.OPTION
+
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        super().__init__(options)
+        if self.settings["user_rows"]:
+            self.users = f"every {self.settings['user_rows']} canaries"
+
+    def validate(self) -> None:
+        """As `Task.validate`."""
+        grouping.check(self.settings["user_rows"])
 
     def train_size(self, data_dir: Path | None) -> int:
         """The number of canaries of the default model."""
@@ -74,6 +85,7 @@ class Canaries(Task):
             data_fingerprint=data.fingerprint,
             model_fingerprint=hashlib.sha256(spec.model.encode()).hexdigest(),
             public=[dict(examples[i]) for i in data.public if i < count],
+            users=[str(i // rows) for i in range(count)] if (rows := self.settings["user_rows"]) else (),
         )
 
     def public_rows(self, data_dir: Path | None) -> Sequence[int]:

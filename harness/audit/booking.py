@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpft.harness.audit.observe import Observation
+from dpft.harness.privacy import units
 from dpft.harness.privacy.samplings import of_event
 
 CLOSE = 1e-9  # relative: of noise multipliers that are the same but for rounding
@@ -64,6 +65,7 @@ def booking_of(seen: Observation) -> Booking:
         math.isclose(event["noise_multiplier"], seen.privacy.noise_multiplier, rel_tol=CLOSE)
         and event["sampling_probability"] == seen.privacy.probability
         and of_event(event) == seen.privacy.sampling
+        and of_event(event).kind == units.sampling_of(*(getattr(seen.spec, key) for key in units.SETTINGS))
         for event in seen.events
     ]
     return Booking(

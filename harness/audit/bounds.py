@@ -36,11 +36,11 @@ def measured(seen: Observation) -> Bound:
 
     Clopper-Pearson for the sampling rate, Student's t for the mean contribution of a canary (those in the batch less those who
     are not), chi-square for the noise along its direction; for canaries far above the clip norm, at all layers and at each layer,
-    Bonferroni. Composed
-    as T independent Poisson-sampled Gaussians, which the checks on noise and batches stand for.
+    Bonferroni. Where a batch may hold several examples of a user, the user is in it with one of them at least.
+    Composed as T independent Poisson-sampled Gaussians, which the checks on noise and batches stand for.
     """
     drawn = seen.member[seen.sampled][seen.eligible[seen.sampled]]
-    q = _rate(int(drawn.sum()), drawn.size)
+    q = _of_users(_rate(int(drawn.sum()), drawn.size), seen.together)
     kinds = numpy.unique(seen.places)
     wrong = (1 - CONFIDENCE - ON_RATE) / len(kinds) / 2
     found = []
@@ -64,16 +64,25 @@ def within_reach(seen: Observation) -> Bound:
         int(chosen.sum()),
         len(numpy.unique(seen.places)),
         int(seen.eligible[seen.sampled].sum()),
+        seen.together,
     )
 
 
 def reachable(
-    steps: int, delta: float, target: float, q: float, sigma: float, values: int, kinds: int, flips: int | None = None
+    steps: int,
+    delta: float,
+    target: float,
+    q: float,
+    sigma: float,
+    values: int,
+    kinds: int,
+    flips: int | None = None,
+    together: int = 1,
 ) -> Bound:
     """values: what is seen of those canaries that aim at all layers, over all steps; kinds: groups of canaries that are tried;
-    flips: coins that show the sampling rate, as many as values where it is not said."""
+    flips: coins that show the sampling rate, as many as values where it is not said; together: examples of a user."""
     flips = values if flips is None else flips
-    rate = _rate(round(q * flips), flips)
+    rate = _of_users(_rate(round(q * flips), flips), together)
     inside, outside = max(2, round(q * values)), max(2, round((1 - q) * values))
     wrong = (1 - CONFIDENCE - ON_RATE) / kinds / 2
     gap = 1.0 - stats.t.isf(wrong, inside + outside - 2) * sigma * (1 / inside + 1 / outside) ** 0.5
@@ -89,6 +98,11 @@ def _turns(seen: Observation) -> int:
 def _rate(included: int, drawn: int) -> float:
     """Clopper-Pearson's lower limit."""
     return float(stats.beta.ppf(ON_RATE, included, drawn - included + 1)) if included else 0.0
+
+
+def _of_users(rate: float, together: int) -> float:
+    """How often at least one of so many examples is in a batch."""
+    return rate if together == 1 else 1 - (1 - rate) ** together
 
 
 def _effective(inside: numpy.ndarray, outside: numpy.ndarray, wrong: float) -> float:

@@ -46,6 +46,9 @@ BANDS: dict[str, Any] = {"sampler": "cyclic", "bands": 2}
 TIGHT: dict[str, Any] = {"sampler": "truncated", "truncated_batch_size": 9}
 LEAK, BUFFERS = "weights do not follow from the releases", "buffers do not follow from the releases"
 
+WHOLE_USERS = {"unit": "user", "group_size": 4}
+SAMPLED_ROWS = {**WHOLE_USERS, "user_sampling": "els"}
+
 _noise, _clipping, _sampling, _leaks = plant_noise, plant_clipping, plant_sampling, plant_leaks
 BUGS = (
     Bug("noise-over-batch", "sigma C / B is added to the sum", SMALL, _noise.noise_over_batch),
@@ -125,12 +128,14 @@ BUGS = (
     Bug("median-clip", "clipped to min(C, median of the norms)", UNLIKE, _clipping.median_clip),
     Bug("clip-after-sum", "the sum of a microbatch is clipped", FAR, _clipping.clip_after_sum),
     Bug("layer-clip", "every layer is clipped to C", FAR, _clipping.layer_clip, {"clip_groups": "layer"}),
+    Bug("rows-of-users", "each example of a user is clipped by itself", FAR, _clipping.rows_of_users, WHOLE_USERS),
     Bug("bf16-norms", "norms are rounded to bfloat16", FAR, _clipping.half_precision_norms),
     Bug("double-rate", "q is twice what is booked", RATE, _sampling.doubled_rate),
     Bug("shuffled", "shuffled epochs, booked as Poisson", POISSON, _sampling.shuffled),
     Bug("fixed-size", "batches of fixed size, booked as Poisson", POISSON, _sampling.fixed_size),
     Bug("cyclic", "groups that take turns, booked as Poisson", POISSON, _sampling.cyclic),
     Bug("uncut", "batches that are booked as cut are whole", POISSON, _sampling.uncut, TIGHT),
+    Bug("users-as-examples", "users are booked as single examples", FAR, _sampling.users_as_examples, SAMPLED_ROWS),
     Bug("with-replacement", "batches drawn with replacement", TWICE, _sampling.with_replacement),
     Bug("capped", "batches are cut at 1.1 times the expected size", OTHERS, _sampling.capped),
     Bug("half-booked", "every other step is left out of the ledger", RELEASES, _sampling.half_booked),

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from dpft.harness.engine.base import WEIGHTS
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.query.preview import first_questions
 from dpft.harness.query.queries import Bound, Gradients, Nothing, Query, Seen, Values, named
+from dpft.harness.train.batches import batch_of
 from dpft.harness.train.core import encodings_of
 from dpft.harness.train.mechanism import BESIDE
 from dpft.harness.train.parts import Setup
@@ -77,7 +79,7 @@ def first_lengths(setup: Setup, canaries: Sequence[int]) -> torch.Tensor:
 
 def breath(setup: Setup, queries: Mapping[str, Query], canaries: Sequence[int]) -> dict[str, Contributions]:
     """What those canaries are to add to the answers of one call of `ask`, at the present weights."""
-    batch = setup.prepared.collate([setup.prepared.train[i] for i in canaries])
+    batch = batch_of(setup, setup.prepared.train, canaries, step=0)
     found: dict[str, Contributions] = {}
     lengths = clipped = None
     for name, query in named(queries, Gradients).items():
@@ -126,16 +128,17 @@ def _per_example(setup: Setup, query: Gradients, batch, count: int) -> dict[str,
     with _unhooked(model):
         if query.loss is not None:
             with torch.enable_grad():
-                losses = query.loss(setup.task.loss)(model, batch)
+                losses = query.loss(_loss_of(setup))(model, batch)
             weights = list(setup.parameters.values())
             found = torch.autograd.grad(losses, weights, torch.eye(count), is_grads_batched=True)
             return dict(zip(setup.parameters, found, strict=True))
         parameters = {name: p.detach() for name, p in setup.parameters.items()}
         rest = {n: t for n, t in (*model.named_parameters(), *model.named_buffers()) if n not in parameters}
+        together = WEIGHTS in batch  # the rows of a user, as many of each
 
         def loss(values, example):
-            one = {key: value[None] for key, value in example.items()}
-            return functional_call(model, (values, rest), (), one).sum()
+            one = {key: value if together else value[None] for key, value in example.items() if key != WEIGHTS}
+            return functional_call(model, (values, rest), (), one).mean()
 
         return vmap(grad(loss), in_dims=(None, 0))(parameters, batch)
 
@@ -175,8 +178,8 @@ def _numbers(of: Callable[[Seen], torch.Tensor], seen: Seen, count: int) -> torc
 
 def _losses(setup: Setup, points: Sequence[Callable], batch, wrapper=None) -> Callable[[], torch.Tensor]:
     """[n], or [n, points], when first asked for; without gradients and without the engine's hooks."""
-    model = setup.prepared.model
-    loss = setup.task.loss if wrapper is None else wrapper(setup.task.loss)
+    model, own = setup.prepared.model, _loss_of(setup)
+    loss = own if wrapper is None else wrapper(own)
 
     @cache
     def evaluated() -> torch.Tensor:
@@ -195,6 +198,18 @@ def _losses(setup: Setup, points: Sequence[Callable], batch, wrapper=None) -> Ca
             model.train(training)
 
     return evaluated
+
+
+def _loss_of(setup: Setup) -> Callable[..., torch.Tensor]:
+    """The loss of each canary, or of each user: the mean over the user's canaries, of which all users have as many."""
+
+    def loss(model, batch):
+        if WEIGHTS not in batch:
+            return setup.task.loss(model, batch)
+        rows = {key: value.flatten(0, 1) for key, value in batch.items() if key != WEIGHTS}
+        return setup.task.loss(model, rows).view(batch[WEIGHTS].shape).mean(1)
+
+    return loss
 
 
 def _encoded(encoding: Any, gradients: torch.Tensor) -> torch.Tensor:

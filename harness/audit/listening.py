@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 
 from dpft.harness.audit.directions import Contributions, breath
+from dpft.harness.audit.subject import canaries_of
 from dpft.harness.privacy.shares import noise_multiplier
 from dpft.harness.probes import uncounted
 from dpft.harness.query.noisy_sum import NoisySum
@@ -64,6 +65,7 @@ class Listener(Watcher):
 
     def __init__(self, setup: Setup, run: Run, canaries: Callable[[int], Sequence[int]] = lambda step: ()):
         self._setup, self._run, self._canaries = setup, run, canaries
+        self._places = {own[0]: place for place, own in enumerate(canaries_of(setup))}
         self.step, self.names = Step(), Counter()
         self._shares: Mapping[str, float] = {}
         self._asked: dict[str, tuple[float, Contributions | None]] = {}
@@ -86,6 +88,14 @@ class Listener(Watcher):
         bound, rows = self._asked[name]
         own, whole = self._booked(name)
         self.step.heard.append(Heard(name, bound, own, whole / own, rows, copied(noisy)))
+
+    def noted(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+        """The microbatches of one pass, whose examples are noted."""
+        looked: list[int] = []
+        self.step.passes.append(looked)
+        for batch in batches:
+            looked += [self._places[one] for one in batch["canary"].view(len(batch["canary"]), -1)[:, 0].tolist()]
+            yield batch
 
     def taken(self) -> Step:
         """What was heard since the last call."""
@@ -116,7 +126,7 @@ def listening(listener: Listener) -> Iterator[None]:
         def __init__(self, core, shares, batches, book=lambda: None, watcher=None):
             listener.begun(shares)
             both = _Both(watcher or Watcher(), listener)
-            super().__init__(core, shares, lambda: _noted(batches(), listener), book, both)
+            super().__init__(core, shares, lambda: listener.noted(batches()), book, both)
 
     with patch.object(loop, "Answers", Heard):
         yield
@@ -145,15 +155,6 @@ class _Both(Watcher):
     def released(self, name, noisy):
         for one in self._watchers:
             one.released(name, noisy)
-
-
-def _noted(batches: Iterable[dict[str, torch.Tensor]], listener: Listener) -> Iterator[dict[str, torch.Tensor]]:
-    """The microbatches of one pass, whose canaries are noted."""
-    looked: list[int] = []
-    listener.step.passes.append(looked)
-    for batch in batches:
-        looked += batch["canary"].tolist()
-        yield batch
 
 
 @dataclass

@@ -15,6 +15,7 @@ from dpft.harness.audit.listening import Counts, Heard, Listener, Step, counted,
 from dpft.harness.audit.noise_notes import FEW, Noise, Notes
 from dpft.harness.audit.subject import Question, aim, built, fingerprints, train
 from dpft.harness.errors import BadInput, CannotRun
+from dpft.harness.privacy import Ledger
 from dpft.harness.privacy.strategy import coefficients
 from dpft.harness.query.noisy_sum import NoisySum
 from dpft.harness.runs.plan import PrivacyPlan
@@ -94,6 +95,11 @@ class Observation:
     def sampled(self) -> numpy.ndarray:
         """[T], the steps whose batches are the sampler's."""
         return numpy.arange(self.steps) != (-1 if self.empty is None else self.empty)
+
+    @property
+    def together(self) -> int:
+        """How many examples of who is protected a batch may hold, as booked."""
+        return Ledger.from_events(self.events).sampling.together
 
     @property
     def far(self) -> numpy.ndarray:

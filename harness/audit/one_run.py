@@ -64,6 +64,10 @@ def one_run(question: Question, progress: Callable[[str, int, int], None] = lamb
     if question.canaries > MOST:
         raise BadInput(f"--one-run takes at most {MOST} canaries, not {question.canaries}; take fewer.")
     spec = question.spec()
+    if spec.unit != "example":
+        raise BadInput(
+            "--one-run guesses who was in the data example by example, and users have several; leave it out."
+        )
     privacy = question.plan(spec)
     count = question.canaries
     inside = torch.rand(count, generator=stream("cpu", "one-run", question.seed)) < 0.5

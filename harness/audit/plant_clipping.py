@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 
 from dpft.harness.audit.patches import wrapped
-from dpft.harness.engine.base import RunningSums
+from dpft.harness.engine.base import WEIGHTS, RunningSums
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.engine.factored import FactoredEngine
 from dpft.harness.train.row_sum import Rows
@@ -36,6 +36,23 @@ def clip_after_sum():
             for name, tensor in whole.complete().items():
                 total[name].add_(tensor, alpha=min(1.0, clip_norm / max(norm, 1e-30)))
             return losses, norms
+
+        return clipped
+
+    return wrapped(FactoredEngine, "accumulate", make)
+
+
+def rows_of_users():
+    """Each example of a user is clipped by itself, and all are added."""
+
+    def make(accumulate):
+        def clipped(self, batch, total, clip_norm, encodings):
+            if WEIGHTS not in batch:
+                return accumulate(self, batch, total, clip_norm, encodings)
+            users, rows = batch[WEIGHTS].shape
+            flat = {key: value.flatten(0, 1) for key, value in batch.items() if key != WEIGHTS}
+            losses, norms = accumulate(self, flat, total, clip_norm, encodings)
+            return losses.view(users, rows).mean(1), norms.view(users, rows, -1).mean(1)
 
         return clipped
 

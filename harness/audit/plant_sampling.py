@@ -10,10 +10,21 @@ import torch
 
 from dpft.harness.audit.patches import released, wrapped
 from dpft.harness.privacy import Release
+from dpft.harness.privacy.samplings import POISSON
+from dpft.harness.runs import plan
 from dpft.harness.train import batches, loop
 from dpft.harness.train.answer import Answers
 from dpft.harness.train.sampling import Sampler, TruncatedSampler
 from dpft.methods.clipping.quantile import Quantile
+
+
+def users_as_examples():
+    """Several examples of a user may be in a batch, and noise and ledger know of one."""
+
+    def make(made):
+        return lambda kind, *rest: POISSON if kind == "grouped" else made(kind, *rest)
+
+    return wrapped(plan, "made", make)
 
 
 def shuffled():

@@ -22,14 +22,17 @@ LEAST = 8  # and of one that has fewer
 ROUNDING = 2e-5  # of an fp32 sum of some tens of clipped rows, times the batch size and divided by it again
 MATCH = 0.05  # clip norms: an engine in bf16 is off by one hundredth
 
-Pair = tuple[list[int], int]  # the others, ascending, and the one that comes and goes
+Pair = tuple[
+    list[int], list[int]
+]  # the others, and those who come and go: one example, or all of one user's; ascending
 
 
 @dataclass(frozen=True)
 class Sensitivity:
     """worst: the largest distance of two neighbouring sums without noise, of one release or of all of a step side by side, in
-    bounds; others: examples in that batch. off: the largest distance of what one example adds from what it is to add, in
-    bounds; of: that example's gradient norm, in bounds. pairs: how many were compared."""
+    bounds, over as many examples of one user as the ledger says may come together; others: examples in that batch. off: the
+    largest distance of what is added from what is to be added, in bounds; of: the largest gradient norm there, in bounds. pairs:
+    how many were compared."""
 
     worst: float
     others: int
@@ -42,20 +45,22 @@ def sensitivity(question: Question, seen: Observation) -> Sensitivity:
     """The largest of some neighbouring batches of every phase: from an empty one to about twice the expected size.
 
     Both batches of a pair meet the state that the audited run had in that step: the recorded releases are handed out again.
-    Those who come and go have gradients of a tenth of the clip norm to far above.
+    Those who come and go have gradients of a tenth of the clip norm to far above. Where examples of users are sampled, every
+    other time a user comes and goes, with all its examples.
     """
     found = []
     for pairs in _rounds(question, seen):
         batches = {step: others for step, (others, _) in pairs.items()}
         without, _ = _sums(question, seen, batches, {})
-        more = {step: sorted([*others, one]) for step, (others, one) in pairs.items()}
-        with_it, wanted = _sums(question, seen, more, {step: one for step, (_, one) in pairs.items()})
+        more = {step: sorted([*others, *ones]) for step, (others, ones) in pairs.items()}
+        with_it, wanted = _sums(question, seen, more, {step: ones for step, (_, ones) in pairs.items()})
         for step in sorted(without.keys() & with_it.keys()):
             (expected, norm), moved = wanted[step], []
             for (weight, before), (_, after) in zip(without[step], with_it[step], strict=True):
                 moved.append((weight, after - before))
             whole = torch.cat([weight * part for weight, part in moved])
-            worst = max(float(part.norm()) for part in (whole, *(part for _, part in moved)))
+            allowed = min(len(pairs[step][1]), seen.together)
+            worst = max(float(part.norm()) for part in (whole, *(part for _, part in moved))) / allowed
             found.append((worst, len(batches[step]), float((whole - expected).norm()), norm))
     if not found:
         return Sensitivity(0.0, 0, 0.0, 0.0, 0)
@@ -65,7 +70,8 @@ def sensitivity(question: Question, seen: Observation) -> Sensitivity:
 
 def _rounds(question: Question, seen: Observation) -> list[dict[int, Pair]]:
     """Pairs by step, for as many replays as the shortest phase needs."""
-    rng, count = random.Random(question.seed), question.canaries
+    rng, count = random.Random(question.seed), question.records
+    company = question.user_rows if count == question.canaries else 0  # of a user whose examples are sampled one by one
     near = near_canaries(count)
     rest = [i for i in range(count) if i not in near]
     order = [one for both in zip(_cycled(near, rng, count), _cycled(rest, rng, count), strict=True) for one in both]
@@ -81,8 +87,10 @@ def _rounds(question: Question, seen: Observation) -> list[dict[int, Pair]]:
             step = steps[place * len(steps) // min(wanted, len(steps))] if wanted <= len(steps) else steps[place]
             one = order[made % len(order)]
             size = min(count - 1, round(2 * seen.spec.batch_size * pair / wanted))
-            others = sorted(rng.sample([i for i in range(count) if i != one], size))
-            rounds[number] = {**rounds[number], step: (others, one)}
+            whole = company if company and pair % 2 == 0 else 1
+            ones = list(range(one // whole * whole, one // whole * whole + whole))
+            others = sorted(rng.sample([i for i in range(count) if i not in ones], min(size, count - len(ones))))
+            rounds[number] = {**rounds[number], step: (others, ones)}
             made += 1
     return rounds
 
@@ -93,16 +101,16 @@ def _cycled(canaries: list[int], rng: random.Random, count: int) -> list[int]:
 
 
 def _sums(
-    question: Question, seen: Observation, batches: dict[int, list[int]], ones: dict[int, int]
+    question: Question, seen: Observation, batches: dict[int, list[int]], ones: dict[int, list[int]]
 ) -> tuple[dict[int, list[tuple[float, torch.Tensor]]], dict[int, tuple[torch.Tensor, float]]]:
     """By step, of those batches: the weight of each release, and it without noise times the expected batch size, in bounds
-    (float64); and what `ones` are to add to all of them side by side, with their gradient norms, in bounds."""
+    (float64); and what `ones` are to add to all of them side by side, with the largest of their gradient norms, in bounds."""
     sums, added, run = {}, {}, Run()
     with built(question, seen.spec, seen.privacy) as setup:
         aim(setup)
         noiseless = _noiseless(setup.mechanism)
         steps = iter(range(seen.steps + 1))
-        listener = _Noiseless(setup, run, lambda step: [ones[step]] if step in ones else [])
+        listener = _Noiseless(setup, run, lambda step: ones.get(step, []))
 
         def sampled() -> list[int]:
             step = next(steps)
@@ -120,7 +128,7 @@ def _sums(
             ]
             if step in ones:
                 found = joint([(one.rows, one.weight) for one in heard])
-                added[step] = found.rows[0].double(), float(found.norms[0])
+                added[step] = found.rows.double().sum(0), float(found.norms.max())
 
         setup.sampler.sample = sampled
         hand_out(setup, run, seen, lambda *given: listener.clean.append(noiseless(*given)))

@@ -34,7 +34,8 @@ SHOWN = {"dp-adafest": {"tau": 0.5}}
 @dataclass(frozen=True)
 class Question:
     """What is to be audited. epsilon, delta, steps T, sampling_rate q, canaries n: of the run; changes: other settings of the
-    spec, as of `dpft run --set`; seed: of sampler, noise and model, so that an audit repeats exactly.
+    spec, as of `dpft run --set`; seed: of sampler, noise and model, so that an audit repeats exactly. Where the unit is a user,
+    every `group_size` canaries are one.
     """
 
     method: str
@@ -59,17 +60,35 @@ class Question:
             "delta": self.delta,
             "steps": self.steps,
             "eval_every": self.steps,
-            "batch_size": max(1, round(self.sampling_rate * self.canaries)),
+            "batch_size": max(1, round(self.sampling_rate * self.records)),
             "seed": self.seed,
+            "user_rows": self.user_rows or None,
         }
         spec = resolve({**settings, **SHOWN.get(self.method, {}), **self.changes, **more})
         if spec.epsilon is None:
             raise BadInput(f"{self.method} is not private: there is no epsilon to audit; name a private method.")
         return spec
 
+    @property
+    def user_rows(self) -> int:
+        """How many canaries a user has; 0 where there are no users. Raises BadInput where they cannot be dealt out."""
+        rows = self.changes.get("group_size") if self.changes.get("unit") == "user" else 0
+        if rows and (type(rows) is not int or rows < 0 or self.canaries % rows):
+            raise BadInput(
+                f"{self.canaries} canaries cannot be dealt out to users of {rows}; give --canaries a multiple of it."
+            )
+        return rows or 0
+
+    @property
+    def records(self) -> int:
+        """How many training examples there are: canaries, or users where those are sampled whole."""
+        whole = self.user_rows and self.changes.get("user_sampling", "uls") == "uls"
+        return self.canaries // self.user_rows if whole else self.canaries
+
     def plan(self, spec: RunSpec) -> PrivacyPlan:
         """The budget of `spec`, calibrated as for a run on as many examples as there are canaries."""
-        return plan(spec, None, num_examples=self.canaries)
+        users = self.canaries // self.user_rows if self.user_rows else None
+        return plan(spec, None, num_examples=self.canaries, num_users=users)
 
 
 @contextlib.contextmanager
@@ -90,8 +109,13 @@ def built(question: Question, spec: RunSpec, privacy: PrivacyPlan) -> Iterator[S
         torch.set_num_threads(threads)
 
 
+def canaries_of(setup: Setup) -> list[list[int]]:
+    """The numbers of the canaries of every training example: one each, or all of a user's where users are sampled whole."""
+    return [[e["canary"] for e in (own if isinstance(own, list) else [own])] for own in setup.prepared.train]
+
+
 def aim(setup: Setup) -> torch.Tensor:
-    """Point a quarter of the canaries at one trained layer each and the others at all; returns the layer [canaries], -1: all.
+    """Point a quarter of the examples at one trained layer each and the others at all; returns the layer [examples], -1: all.
 
     A layer trains when a parameter inside it does: adapters are inside the layer they adapt. A quarter, of those that aim at all
     layers, have gradients of norms evenly spread (in logarithm) over NEAR at the first step; the others are far above.
@@ -100,15 +124,17 @@ def aim(setup: Setup) -> torch.Tensor:
     live = [i for i, site in enumerate(model.sites) if any(n.startswith(f"{site}.") for n in setup.parameters)]
     if not live:
         raise BadInput("The method trains none of the layers of the canaries' model, so nothing can be audited.")
-    count = len(model.aims)
+    members = torch.tensor(canaries_of(setup))
+    count = len(members)
     places = torch.full((count,), -1)
     if len(live) > 1:
         single = torch.arange(3, count, 4)
         places[single] = torch.tensor(live)[torch.arange(len(single)) % len(live)]
-        model.aims[single] *= torch.nn.functional.one_hot(places[single], len(model.sites)).to(model.aims.dtype)
+        only = torch.nn.functional.one_hot(places[single], len(model.sites)).to(model.aims.dtype)
+        model.aims[members[single]] *= only[:, None]
     near = near_canaries(count)
     wanted = torch.logspace(*(math.log10(edge) for edge in NEAR), len(near), dtype=model.aims.dtype)
-    model.aims[near] *= (wanted / first_lengths(setup, near).clamp_min(1e-30))[:, None]
+    model.aims[members[near]] *= (wanted / first_lengths(setup, near).clamp_min(1e-30))[:, None, None]
     return places
 
 
