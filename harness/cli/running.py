@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from dpft.harness.cli import contests, showing
+from dpft.harness.cli import contests, planning, showing
 from dpft.harness.cli.helping import Grouped, completing
 from dpft.harness.cli.options import FINITE, Finite, Whole, skip_damaged, spec_options
 from dpft.harness.errors import BadInput
@@ -184,9 +184,10 @@ def _shard(text: str) -> tuple[int, int]:
 )
 @click.option("--what-if", is_flag=True, help="Instead: what more data, batch, steps or epsilon would buy in noise.")
 @click.option("--samplers", is_flag=True, help="Instead: what each way to draw batches costs or buys in noise.")
+@click.option("--users", is_flag=True, help="Instead: what protecting users costs, whole or by their examples.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead.")
 @skip_damaged
-def plan(suite, overrides, data_dir, results, tries, what_if, samplers, as_json, passed_over):
+def plan(suite, overrides, data_dir, results, tries, what_if, samplers, users, as_json, passed_over):
     """Show every run of SUITE: what it will spend, whether it is there, what it should cost, and what would stop it.
 
     Trains nothing and loads no weights. Exit code 2 where something would fail.
@@ -206,6 +207,8 @@ def plan(suite, overrides, data_dir, results, tries, what_if, samplers, as_json,
     runs = _runs(suite, overrides, data_dir)
     if what_if or samplers:
         return _noise_of(runs, "--what-if" if what_if else "--samplers", data_dir, as_json)
+    if users:
+        return planning.users(runs, data_dir, as_json)
     rows = overview(runs, store, data_dir, tries)
     pending = [spec for spec, row in zip(runs, rows, strict=True) if not row["state"].startswith(("done", "skipped"))]
     found = rehearse(pending, store, data_dir)
