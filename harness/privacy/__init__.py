@@ -5,14 +5,13 @@ scale. Nothing here imports torch, and the accounting libraries are imported whe
 """
 
 from dpft.harness.privacy.accountant import calibrate, tolerance
-from dpft.harness.privacy.certificate import ADJACENCY, certify, matched
+from dpft.harness.privacy.certificate import certify, matched
 from dpft.harness.privacy.curve import epsilon_curve
 from dpft.harness.privacy.ledger import Ledger, Release, merged_noise_multiplier
 from dpft.harness.privacy.recompute import verify_record
 from dpft.harness.privacy.spent import epsilon
 
 __all__ = [
-    "ADJACENCY",
     "Ledger",
     "Release",
     "calibrate",

@@ -68,7 +68,8 @@ class Wanted:
     def delta_for(self, noise: Noise) -> float:
         """The delta at which epsilon is computed: what is promised, less what the tail of such noise lacks."""
         entry = noise.entry("gradient")
-        return tail.of_noise(entry, self.sampling_probability, self.steps, self.delta, self.noise_stream, self.shares)
+        own = (self.sampling_probability, self.steps, self.delta, self.noise_stream, self.shares, self.sampling)
+        return tail.of_noise(entry, *own)
 
     @property
     def key(self) -> dict[str, Any]:
@@ -146,7 +147,8 @@ def _gaussian(wanted: Wanted) -> float:
         kinds = ((wanted.sampling_probability, least(tried, wanted.shares), steps),)
         return _values(sampled.estimate(wanted.sampling, kinds, left, wanted.target), wanted)
 
-    return cached("noise", wanted.key, _positive, lambda: _bracketed(at, sigma, wanted))
+    start = sigma * wanted.sampling.together  # at least about as much as it takes: too little is slow to account for
+    return cached("noise", wanted.key, _positive, lambda: _bracketed(at, start, wanted))
 
 
 def _values(estimate: float, wanted: Wanted) -> tuple[float, float, float]:

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpft.harness.errors import CannotRun
-from dpft.harness.privacy import mixtures, pure, sampled, tail
+from dpft.harness.privacy import mixtures, pure, sampled, tail, units
 from dpft.harness.privacy.accountant import SLACK, Composition, check_numbers, guarded, tolerance
 from dpft.harness.privacy.ledger import Ledger
 from dpft.harness.privacy.spent import covering, epsilon, fisher_epsilon, kinds_of, mixture_check
 
-ADJACENCY = "zero-out, public N"
 # what must be equal for two rows to be ranked together
 SAME = ("num_examples", "sampling_probability", "steps_planned", "delta", "adjacency", "sampling", "target")
 
@@ -143,9 +142,9 @@ def matched(
 ) -> str | None:
     """None when the rows with these `privacy` sections may be ranked together, else one sentence saying why not.
 
-    Same N, q, planned steps, delta, neighbours, sampling and target in all; in each all planned steps run, one target
-    met: `target * (1 - .025) <= estimate` and `upper <= target`. names: what the rows are called, default "Row 1", ...
-    free: keys that may differ (a budget can be matched with steps free).
+    Same unit, N, q, planned steps, delta, neighbours, sampling and target in all (of users: what `units.compared` says); in each
+    all planned steps run, one target met: `target * (1 - .025) <= estimate` and `upper <= target`. names: what the rows are
+    called, default "Row 1", ... free: keys that may differ (a budget can be matched with steps free).
     """
     names = names or [f"Row {row}" for row in range(1, len(privacies) + 1)]
     for name, privacy in zip(names, privacies, strict=True):
@@ -155,11 +154,11 @@ def matched(
             reason = f"has an incomplete privacy section ({type(problem).__name__}: {problem})"
         if reason:
             return f"{name} {reason}."
-    for key in (key for key in SAME if key not in free):
-        for name, privacy in zip(names, privacies, strict=True):
-            first, other = privacies[0][key], privacy[key]
-            if not _equal(first, other):
-                return f"{names[0]} and {name} differ in {key}: {first!r} against {other!r}."
+    first, *others = [units.compared(privacy, SAME, free) for privacy in privacies]
+    for key in first:
+        for name, other in zip(names[1:], others, strict=True):
+            if key not in other or not units.same(key, first[key], other[key], SLACK):
+                return f"{names[0]} and {name} differ in {key}: {first[key]!r} against {other.get(key)!r}."
     return None
 
 
@@ -183,9 +182,3 @@ def _unmet(privacy: dict[str, Any]) -> str | None:
     if not target * (1 - SLACK) <= estimate:
         return f"leaves budget unused: estimated epsilon {estimate:.6g}, more than {SLACK:.1%} under target {target:g}"
     return None
-
-
-def _equal(first: Any, other: Any) -> bool:
-    if isinstance(first, float) or isinstance(other, float):
-        return math.isclose(first, other, rel_tol=1e-9)
-    return first == other

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpft.harness.errors import BadInput
-from dpft.harness.privacy import pure, shape, tail
+from dpft.harness.privacy import pure, shape, tail, units
 from dpft.harness.privacy.accountant import CLOSE, tolerance
-from dpft.harness.privacy.certificate import ADJACENCY, cross_checks, disagreement
+from dpft.harness.privacy.certificate import cross_checks, disagreement
 from dpft.harness.privacy.ledger import Ledger
 from dpft.harness.privacy.samplings import SAMPLINGS, made
 from dpft.harness.privacy.shape import is_number
@@ -67,15 +67,18 @@ def _public(record: dict[str, Any]) -> Iterator[str]:
 
 def _declared(privacy: dict[str, Any]) -> Iterator[str]:
     """Declared quantities against each other."""
-    if privacy.get("adjacency", ADJACENCY) != ADJACENCY:
-        yield f"adjacency is {privacy['adjacency']!r}; only {ADJACENCY!r} is certified."
+    adjacency = units.ADJACENCY[units.of(privacy)]
+    if privacy.get("adjacency", adjacency) != adjacency:
+        yield f"adjacency is {privacy['adjacency']!r}; only {adjacency!r} is certified."
+    yield from units.declared(privacy)
     if privacy.get("sampling", "poisson") not in list(SAMPLINGS):
         yield f"sampling is {privacy['sampling']!r}; only {', '.join(SAMPLINGS)} are certified."
-    examples, batch, q = (privacy.get(key) for key in ("num_examples", "expected_batch_size", "sampling_probability"))
-    if None not in (examples, batch, q) and not math.isclose(q, batch / examples, rel_tol=REL):
-        yield f"sampling_probability {q!r} is not expected_batch_size / num_examples = {batch!r} / {examples}."
-    if examples is not None and privacy["delta"] >= 1 / examples:
-        yield f"delta {privacy['delta']:g} is not under 1 / num_examples = {1 / examples:g}, so it promises nothing."
+    batch, q = (privacy.get(key) for key in ("expected_batch_size", "sampling_probability"))
+    (number, of), (people, who) = units.sampled(privacy)[::-1], units.protected(privacy)[::-1]
+    if None not in (number, batch, q) and not math.isclose(q, batch / number, rel_tol=REL):
+        yield f"sampling_probability {q!r} is not expected_batch_size / {of} = {batch!r} / {number}."
+    if people is not None and privacy["delta"] >= 1 / people:
+        yield f"delta {privacy['delta']:g} is not under 1 / {who} = {1 / people:g}, so it promises nothing."
     rule = dict(zip(("eps_error", "delta_error"), tolerance(privacy["target"], privacy["delta"]), strict=True))
     for name, value in rule.items() if "tolerance" in privacy else ():
         declared = privacy["tolerance"][name]
@@ -96,13 +99,16 @@ def _asked(record: dict[str, Any], privacy: dict[str, Any]) -> Iterator[str]:
         if privacy[key] is not None and not (is_number(wanted) and math.isclose(privacy[key], wanted, rel_tol=REL)):
             yield f"{key} is {privacy[key]!r}, but the spec asks for {asked} {wanted!r}."
     wanted = spec.get("delta")
-    delta = 1 / (2 * privacy["num_examples"]) if wanted is None else wanted
+    who, people = units.protected(privacy)
+    delta = 1 / (2 * people) if wanted is None else wanted
     if not (is_number(delta) and math.isclose(privacy["delta"], delta, rel_tol=REL)):
-        rule = "1 / (2 num_examples)" if wanted is None else "the spec"
+        rule = f"1 / (2 {who})" if wanted is None else "the spec"
         yield f"delta is {privacy['delta']!r}, but {rule} gives {delta!r}."
     yield from _noise(record, privacy, spec.get("mechanism", "gaussian"))
-    if privacy["sampling"] != spec.get("sampler", "poisson"):
-        yield f"sampling is {privacy['sampling']!r}, but the spec asks for sampler {spec.get('sampler', 'poisson')!r}."
+    yield from units.asked(privacy, spec)
+    kind = units.sampling_of(*(spec.get(key, default) for key, default in units.SETTINGS.items()))
+    if privacy["sampling"] != kind:
+        yield f"sampling is {privacy['sampling']!r}, but the spec asks for {kind!r}."
     if privacy.get("noise_stream", 1) != spec.get("noise_stream", 1):
         yield f"noise_stream is {privacy.get('noise_stream', 1)!r}, but the spec asks for {spec.get('noise_stream', 1)!r}."
     if record.get("status") == "done" and privacy["steps_run"] != privacy["steps_planned"]:
@@ -194,7 +200,7 @@ def _sampling(record: dict[str, Any], privacy: dict[str, Any], events: list[dict
         return
     settings = [spec.get(key) for key in ("batch_size", "truncated_batch_size")]
     try:
-        asked = made(declared, privacy["num_examples"], *settings, spec.get("bands", 1))
+        asked = made(declared, units.sampled(privacy)[1], *settings, spec.get("bands", 1), spec.get("group_size"))
     except (BadInput, TypeError, ValueError) as problem:
         yield f"The spec's batches cannot be drawn: {problem}"
         return

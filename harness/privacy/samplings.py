@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from dpft.harness.errors import BadInput
+from dpft.harness.privacy import groups as user_groups
 
 MOST_EXAMPLES = 10**9
 
@@ -50,6 +51,11 @@ class Poisson:
         """For a reader."""
         return "Poisson sampling"
 
+    @property
+    def together(self) -> int:
+        """How many examples of who is protected one batch may hold, each adding as much as the bound."""
+        return 1
+
     def check(self, probability: float, releases: tuple[Any, ...]) -> None:
         """Raises ValueError for an event that is not accounted for under this sampling."""
 
@@ -70,6 +76,10 @@ class Poisson:
     def least_probability(self, probability: float) -> float:
         """How often an example is in a batch: the step costs no less than a Poisson-sampled Gaussian of that probability."""
         raise NotImplementedError
+
+    def presences(self, probability: float) -> list[tuple[int, float]]:
+        """(how many examples of who is protected a batch holds, probability) wherever it holds any, at most."""
+        return [(1, probability)]
 
 
 POISSON = Poisson()
@@ -157,7 +167,49 @@ class Cyclic(Poisson):
             raise ValueError("noise that is correlated over steps is accounted for only where all steps are alike")
 
 
-SAMPLINGS: dict[str, type[Poisson]] = {kind.kind: kind for kind in (Poisson, Truncated, Cyclic)}
+@dataclass(frozen=True)
+class Grouped(Poisson):
+    """Poisson over examples, `group_size` of one protected user at most (2407.07737, ELS): see harness/privacy/groups.py."""
+
+    kind: ClassVar[str] = "grouped"
+    poisson: ClassVar[bool] = False
+
+    group_size: int
+
+    @property
+    def together(self) -> int:
+        return self.group_size
+
+    def told(self) -> str:
+        return f"Poisson sampling of examples, {self.group_size:,} of a user at most"
+
+    def check(self, probability: float, releases: tuple[Any, ...]) -> None:
+        if others := sorted({release.mechanism for release in releases} - {"gaussian"}):
+            raise ValueError(
+                f"several examples of a user in a batch are accounted for with gaussian noise, not {others[0]}"
+            )
+
+    def divergence(self, probability: float, sigma: float, remove: bool) -> Callable[[Any], Any]:
+        return user_groups.group_delta(sigma, self.group_size, probability, remove)
+
+    def dp_event(self, probability: float, sigma: float) -> Any:
+        from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
+
+        found = [(0, (1 - probability) ** self.group_size), *self.presences(probability)]
+        return MixtureOfGaussiansDpEvent(sigma, *zip(*found, strict=True))
+
+    def presences(self, probability: float) -> list[tuple[int, float]]:
+        counts, masses = user_groups.shifts(self.group_size, probability)
+        return [(int(count), float(mass)) for count, mass in zip(counts, masses, strict=True)]
+
+    def least_probability(self, probability: float) -> float:
+        return -math.expm1(self.group_size * math.log1p(-probability)) if probability < 1 else 1.0
+
+
+SAMPLINGS: dict[str, type[Poisson]] = {kind.kind: kind for kind in (Poisson, Truncated, Cyclic, Grouped)}
+SAMPLERS = tuple(
+    kind for kind in SAMPLINGS if kind != "grouped"
+)  # what a run may ask for; the unit of privacy makes the other
 
 
 def parsed(content: Any) -> Poisson:
@@ -179,8 +231,17 @@ def of_event(event: Mapping[str, Any]) -> Poisson:
     return parsed(event["sampling"]) if "sampling" in event else POISSON
 
 
-def made(kind: str, num_examples: int, batch_size: int, truncated_batch_size: int | None, groups: int) -> Poisson:
-    """The sampling of a run's settings. Raises BadInput for numbers that do not go together."""
+def made(
+    kind: str,
+    num_examples: int,
+    batch_size: int,
+    truncated_batch_size: int | None,
+    groups: int,
+    group_size: int | None = None,
+) -> Poisson:
+    """The sampling of a run's settings; kind: of `units.sampling_of`. Raises BadInput for numbers that do not go together."""
+    if kind == "grouped":
+        return Grouped(group_size)
     if kind == "truncated":
         cap = default_cap(num_examples, batch_size) if truncated_batch_size is None else truncated_batch_size
         if cap < batch_size:

@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Iterator
 from typing import Any
 
+from dpft.harness.privacy import units
+
 CONTRACT = ("ledger", "target", "delta", "epsilon")  # all that a record of another program must have
 WHOLE = ("num_examples", "steps_planned", "steps_run")
 ONE_KIND = ("sampling_probability", "expected_batch_size", "noise_multiplier", "releases_per_step")  # null: of several
@@ -56,6 +58,7 @@ def findings(privacy: Any, foreign: bool) -> Iterator[str]:
         yield f"tail_delta must be a number from 0 to 1, not {short!r}."
     if type(lost) is not int or not 0 <= lost <= 10**15:
         yield f"steps_lost must be a whole number, not {lost!r}."
+    yield from units.shape(privacy)
     reached = privacy.get("epsilon_at_threshold")
     if reached is not None and not is_number(reached):
         yield f"epsilon_at_threshold must be a number or null, not {reached!r}."

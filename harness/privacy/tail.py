@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dpft.harness.privacy import noise_kinds
-from dpft.harness.privacy.samplings import of_event
+from dpft.harness.privacy.samplings import POISSON, Poisson, of_event
 from dpft.harness.privacy.shares import Kinds, of_kind
 
 # The largest standard draw by stream (harness/train/noise.py). 2: at least this on every device. A Gaussian pair lies in a
@@ -36,15 +36,17 @@ def cache_key(noise_stream: int) -> dict[str, Any]:
 def missing(events: Sequence[Mapping[str, Any]], delta: float, noise_stream: int) -> float:
     """What must be added to the delta of a ledger's events, an upper bound; 0 for stream 1, whose `shortfall` is told instead.
 
-    Per sampled batch and release q times the mass beyond, and the normalisation of the law within its reach, both over all steps
-    in which an example may be (a round, whose noise has the coordinates of all its steps, counts once).
+    Per sampled batch and release q times the mass beyond (of several examples of a user: as likely as so many are in it), and the
+    normalisation of the law within its reach, both over all steps in which an example may be (a round, whose noise has the
+    coordinates of all its steps, counts once).
     Releases are counted before they are summed, so that neither their order nor their names change the last digit.
     """
     if noise_stream == 1:
         return 0.0
     beyond, cut = [], []
-    for (q, *_), (steps, release) in _alike(events).items():
-        beyond.append(steps * q * _worst(release, MOST_COORDINATES))
+    for (q, *_, sampling), (steps, release) in _alike(events).items():
+        presences = sampling.presences(q)
+        beyond.append(steps * math.fsum(mass * _worst(release, MOST_COORDINATES, many) for many, mass in presences))
         cut.append(steps * MOST_COORDINATES * _above(_kind(release), REACH[_kind(release)]))
     return math.fsum(sorted(beyond)) + delta * math.expm1(min(math.fsum(sorted(cut)), 100.0))
 
@@ -53,12 +55,14 @@ def _alike(events: Iterable[Mapping[str, Any]]) -> dict[tuple, tuple[int, Mappin
     """(number of releases, one of them) by all that they cost depends on."""
     found: dict[tuple, tuple[int, Mapping[str, Any]]] = {}
     for event in events:
-        steps = of_event(event).participations(event["step_to"] - event["step_from"])
+        sampling = of_event(event)
+        steps = sampling.participations(event["step_to"] - event["step_from"])
         for release in event["releases"]:
             parameters = tuple(sorted(release.get("parameters", {}).items()))
             if noise_kinds.of_one_number(release["mechanism"], dict(parameters)):
                 continue  # its draws have no end
-            key = (event["sampling_probability"], release["mechanism"], release["noise_multiplier"], parameters)
+            law = (release["mechanism"], release["noise_multiplier"], parameters)
+            key = (event["sampling_probability"], *law, sampling)
             before, _ = found.get(key, (0, release))
             found[key] = (before + steps, release)
     return found
@@ -70,7 +74,13 @@ def checked(events: Sequence[Mapping[str, Any]], delta: float, noise_stream: int
 
 
 def of_noise(
-    entry: Any, sampling_probability: float, steps: int, delta: float, noise_stream: int, kinds: Kinds = ()
+    entry: Any,
+    sampling_probability: float,
+    steps: int,
+    delta: float,
+    noise_stream: int,
+    kinds: Kinds = (),
+    sampling: Poisson = POISSON,
 ) -> float:
     """`checked` for `steps` steps of one release (harness/privacy/ledger.py, Release), or of several that share its noise.
 
@@ -84,6 +94,7 @@ def of_noise(
             "step_from": 0,
             "step_to": number,
             "sampling_probability": sampling_probability,
+            **({"sampling": sampling.to_dict()} if sampling.together > 1 else {}),
             "releases": [release.to_dict() for release in releases],
         }
         for number, releases in planned
@@ -115,11 +126,14 @@ def _seen(shift: float, reach: float, coordinates: int) -> float:
     return -math.expm1(coordinates * math.log1p(-_crossing("gaussian", shift / math.sqrt(coordinates), reach)))
 
 
-def _worst(release: Mapping[str, Any], coordinates: int) -> float:
-    """h summed over the coordinates in the worst direction, at most; for noise of random scale its mean over the scales."""
+def _worst(release: Mapping[str, Any], coordinates: int, times: int = 1) -> float:
+    """h summed over the coordinates in the worst direction, at most; for noise of random scale its mean over the scales.
+
+    times: of how many bounds the shift is.
+    """
     kind = _kind(release)
     total = 0.0
-    for shift, mass in _shifts(release):
+    for shift, mass in ((times * shift, mass) for shift, mass in _shifts(release)):
         spread = shift / math.sqrt(coordinates)
         at_most = _crossing(kind, shift, REACH[kind]) + coordinates * _crossing(kind, spread, REACH[kind])
         total += mass * min(1.0, at_most)

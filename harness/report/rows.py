@@ -135,10 +135,10 @@ def _seed(record: dict[str, Any]) -> int:
     return record["spec"]["seed"]
 
 
-def _budget(row: Row) -> tuple[float, bool, int, str]:
-    """Pure epsilon is another promise than that of the same number with a delta, and other samplers have other batches."""
-    spec = row.spec
-    return spec["epsilon"], spec.get("delta") == 0, origins.noise_stream(spec), origins.sampler(spec)
+def _budget(row: Row) -> tuple[float, bool, int, str, str]:
+    """Pure epsilon is another promise than that with a delta, a user's than an example's; other samplers have other batches."""
+    promised = row.spec["epsilon"], row.spec.get("delta") == 0, origins.noise_stream(row.spec)
+    return *promised, origins.sampler(row.spec), origins.unit(row.spec)
 
 
 def _row(records: list[dict[str, Any]]) -> Row:

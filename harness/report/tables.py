@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from dpft.harness.privacy import units
 from dpft.harness.privacy.samplings import of_event
 from dpft.harness.report import budgets
 from dpft.harness.report.reading import Curves, Target
@@ -148,7 +149,8 @@ def _accountants(privacies: list[dict[str, Any]]) -> str:
     if all(privacy["delta"] == 0 for privacy in privacies):
         return "pure ε in closed form, T log(1 + q (exp(1/b) − 1)) of Laplace noise of scale b C on one number a step"
     if all(privacy.get("mechanism", "gaussian") == "gaussian" for privacy in privacies):
-        return "PRV accountant, upper bound"
+        others = any(not of_event(event).poisson for privacy in privacies for event in privacy["ledger"][:1])
+        return "PRV accountant, upper bound" + " (privacy loss distributions where it has no such sampling)" * others
     return (
         "upper bounds of the PRV accountant (Gaussian; Laplace coordinates through the Gaussian that covers them) and of "
         "privacy loss distributions with revealed scale (spherical noise)"
@@ -161,7 +163,12 @@ def budget(privacies: list[dict[str, Any]], steps_free: bool, only: bool = True)
     promised = f"δ = {privacy['delta']:.3g}" if privacy["delta"] else "δ = 0 (pure)"
     spent = f"ε = {privacy['target']:g}, {promised}" if only else promised
     text = f"Budget: {spent}; {privacy['adjacency']}; {_drawn(privacies)}, "
-    if steps_free:
+    if units.of(privacy) == "user":
+        text += units.told(privacies)
+        if not steps_free:
+            each = privacy["sampling_probability"] * privacy["num_examples"]
+            text += f"; {each:,.4g} examples expected a step, T = {privacy['steps_planned']:,} steps"
+    elif steps_free:
         text += f"N = {privacy['num_examples']:,}"
     else:
         text += (
@@ -173,7 +180,11 @@ def budget(privacies: list[dict[str, Any]], steps_free: bool, only: bool = True)
 
 def _drawn(privacies: list[dict[str, Any]]) -> str:
     """How the batches of the rows were drawn; rows of one table have one kind of sampling, with numbers of their own."""
-    said = {of_event(event).told() for privacy in privacies for event in privacy["ledger"][:1]}
+    said = {
+        of_event(event).told() + " of users" * (units.sampled(privacy)[0] == "num_users")
+        for privacy in privacies
+        for event in privacy["ledger"][:1]
+    }
     return " or ".join(sorted(said, key=lambda text: (len(text), text)))
 
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpft.harness.errors import BadInput, CannotRun
+from dpft.harness.privacy import units
 from dpft.harness.privacy.accountant import check_numbers
 from dpft.harness.privacy.calibration import Noise, Wanted, curve_of, fit
 from dpft.harness.privacy.samplings import POISSON, Poisson, made
 from dpft.harness.privacy.shares import counted, noise_multipliers
-from dpft.harness.runs import registry
+from dpft.harness.runs import registry, users
 from dpft.harness.runs.releases import Schedule, schedule
 from dpft.harness.runs.spec import RunSpec
+from dpft.harness.runs.users import Sizes
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,15 @@ class PrivacyPlan:
     """What a run will spend.
 
     Attributes:
-        num_examples: the public N.
-        sampling_probability: B/N, of every example in every step, on average over the steps.
+        num_examples: the public N; where the unit is a user, of the examples that count.
+        sampling_probability: B/N, of every example in every step, on average over the steps; of users where those are sampled.
         sampling: how batches are drawn, and so with what probability where an example may be.
         delta: 0 for pure epsilon; None where the run is not private, as `noise` and `epsilon_curve`.
         noise: of a whole step; what its releases have of it, `releases` says.
         epsilon_curve: certified upper epsilon after 0..T steps.
         shares: (first step, step after the last, share of the budget by name) of every stretch of equal steps.
         releases: the same with noise multipliers, each in units of its own bound; empty where the run is not private.
+        sizes: how many users there are, and of what batches are drawn.
     """
 
     num_examples: int
@@ -40,6 +43,7 @@ class PrivacyPlan:
     shares: Schedule = ()
     releases: Schedule = ()
     sampling: Poisson = POISSON
+    sizes: Sizes | None = None
 
     @property
     def probability(self) -> float:
@@ -66,27 +70,29 @@ def plan(
     data_dir: Path | None,
     dimension: Callable[[], int] | None = None,
     num_examples: int | None = None,
+    num_users: int | None = None,
 ) -> PrivacyPlan:
     """Calibrate `spec`. Raises CannotRun when the budget cannot be reached or the batch is larger than the data, BadInput for
     releases that do not add up, or share a step with noise that cannot be shared.
 
-    dimension: says how many coordinates the released sum has, for noise whose epsilon depends on it. num_examples: N where
-    it is known; None: as the task says.
+    dimension: says how many coordinates the released sum has, for noise whose epsilon depends on it. num_examples, num_users:
+    where they are known; None: as the task says.
     """
-    n = num_examples or registry.task(spec.task)(spec.task_options).train_size(data_dir)
+    sizes = users.sizes(spec, data_dir, num_examples, num_users)
+    n, who = sizes.sampled, "training examples" if sizes.sampled == sizes.examples else "users"
     if spec.batch_size > n:
-        raise CannotRun(
-            f"The batch size {spec.batch_size} is larger than the {n} training examples; choose a smaller one."
-        )
-    sampling = made(spec.sampler, n, spec.batch_size, spec.truncated_batch_size, spec.bands)
+        raise CannotRun(f"The batch size {spec.batch_size} is larger than the {n} {who}; choose a smaller one.")
+    kind = units.sampling_of(*(getattr(spec, key) for key in units.SETTINGS))
+    sampling = made(kind, n, spec.batch_size, spec.truncated_batch_size, spec.bands, spec.group_size)
     share = spec.batch_size / n
     q, turns = sampling.probability(share), sampling.participations(spec.steps)
     if spec.epsilon is None:
-        return PrivacyPlan(n, share, None, None, None, _shares(spec), sampling=sampling)
-    delta = spec.delta if spec.delta is not None else 1 / (2 * n)
-    if delta >= 1 / n:
+        return PrivacyPlan(sizes.examples, share, None, None, None, _shares(spec), sampling=sampling, sizes=sizes)
+    delta = spec.delta if spec.delta is not None else 1 / (2 * sizes.protected)
+    if delta >= 1 / sizes.protected:
+        of = "N" if sizes.users is None else "U"
         raise CannotRun(
-            f"delta = {delta:g} is not below 1/N = {1 / n:g}, so it protects nobody; choose 1/(2N) or less."
+            f"delta = {delta:g} is not below 1/{of} = {1 / sizes.protected:g}, so it protects nobody; choose 1/(2{of}) or less."
         )
     if delta > 0:
         check_numbers(((q, 1.0, turns),), delta, spec.epsilon)
@@ -101,7 +107,7 @@ def plan(
     releases = tuple((first, last, noise_multipliers(sigma, share)) for first, last, share in shares)
     spent = curve_of(noise, wanted)
     curve = [spent[sampling.participations(step)] for step in range(spec.steps + 1)]
-    return PrivacyPlan(n, share, delta, noise, curve, shares, releases, sampling)
+    return PrivacyPlan(sizes.examples, share, delta, noise, curve, shares, releases, sampling, sizes)
 
 
 def _shares(spec: RunSpec) -> Schedule:

@@ -82,6 +82,13 @@ def resolve(settings: dict[str, Any], data_dir: Path | None = None) -> RunSpec:
                 f"{part.name} learns from public data, and the task {task.name} has none; take another {setting}, or a task "
                 f"with such: {', '.join(sorted(name for name, other in registry.tasks().items() if other.public))}."
             )
+    if spec.unit == "user" and not chosen.users:
+        own = next((key for key in ("user", "user_rows") if key in task.options), None)
+        advice = {"user": "name the column that says it, user=COLUMN", "user_rows": "make users up, user_rows=8"}
+        raise BadInput(
+            f"The task {task.name} does not say whose its examples are, which unit=user needs; "
+            f"{advice.get(own, 'take a task that does, such as classify with user=COLUMN')}, or leave unit out."
+        )
     return spec
 
 

@@ -15,7 +15,8 @@ from dpft.harness.border.values import Filled, Name, Seed
 from dpft.harness.errors import BadInput, unknown
 from dpft.harness.privacy.noise_kinds import MECHANISMS, family_law
 from dpft.harness.privacy.noise_kinds import SHAPES as NOISE_SHAPES
-from dpft.harness.privacy.samplings import SAMPLINGS
+from dpft.harness.privacy.samplings import SAMPLERS
+from dpft.harness.privacy.units import UNITS, USER_SAMPLINGS
 from dpft.tasks.base import BATCH_NORMS, HEADS, SPLITS
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -35,6 +36,7 @@ Steps = Annotated[int, Meta(ge=1, le=10**7)]
 Warmup = Annotated[int, Meta(ge=0, le=10**7)]
 Examples = Annotated[int, Meta(ge=1, le=10**9)]
 Length = Annotated[int, Meta(ge=1, le=10**6)]
+GroupSize = Annotated[int, Meta(ge=1, le=10**4)]
 Views = Annotated[int, Meta(ge=1, le=1000)]
 Bands = Annotated[int, Meta(ge=1, le=1000)]
 Version = Annotated[int, Meta(ge=0, le=10**6)]
@@ -61,6 +63,9 @@ class RunSpec:
     views: random views of each training image that its loss is averaged over before clipping (2204.13650); batch_norm of image
     models: `refuse`, or `group` to convert it to GroupNorm.
     split: what the run is judged on, curve and final value: the whole validation split, or one of its halves (tasks/halves.py).
+    unit: whose contribution the budget covers, one example's or a user's (harness/runs/users.py); of the latter `group_size`, how
+    many examples of a user count at most, and `user_sampling`, whether batches are drawn of users (`uls`, and batch_size is of
+    users) or of examples (`els`).
     noise_stream: how noise is drawn (harness/train/noise.py): 1 in records of older versions, whose tail ends early; no setting.
     options: settings of the method (LoRA rank, ...), its decoder and its clipping rule where they differ from their defaults;
     task_options: those of the task.
@@ -102,6 +107,9 @@ class RunSpec:
     sampler: Name = "poisson"
     truncated_batch_size: Examples | None = None
     bands: Bands = 1
+    unit: Name = "example"
+    user_sampling: Name = "uls"
+    group_size: GroupSize | None = None
     options: dict[str, Any] = field(default_factory=dict)
     task_options: dict[str, Any] = field(default_factory=dict)
 
@@ -185,7 +193,9 @@ def check_values(spec: RunSpec) -> None:
         ("noise_shape", NOISE_SHAPES),
         ("batch_norm", BATCH_NORMS),
         ("split", SPLITS),
-        ("sampler", SAMPLINGS),
+        ("sampler", SAMPLERS),
+        ("unit", UNITS),
+        ("user_sampling", USER_SAMPLINGS),
     ):
         if getattr(spec, key) not in allowed:
             raise unknown(key, getattr(spec, key), allowed)
@@ -193,6 +203,7 @@ def check_values(spec: RunSpec) -> None:
         raise BadInput(f"warmup_steps ({spec.warmup_steps}) must be fewer than steps ({spec.steps}); lower it.")
     _check_noise(spec)
     _check_sampler(spec)
+    _check_unit(spec)
     if spec.delta == 0 and (spec.mechanism, spec.noise_shape) != ("laplace", "coordinates"):
         raise BadInput(
             f"Noise of mechanism {spec.mechanism} has no pure epsilon (delta = 0) here; set mechanism=laplace and "
@@ -209,6 +220,31 @@ def _check_sampler(spec: RunSpec) -> None:
     if spec.mechanism != "gaussian" and spec.sampler != "poisson":
         raise BadInput(
             f"Sampler {spec.sampler} is certified with Gaussian noise only; leave out mechanism={spec.mechanism}, or the sampler."
+        )
+
+
+def _check_unit(spec: RunSpec) -> None:
+    if spec.unit == "example":
+        if (spec.user_sampling, spec.group_size) != ("uls", None):
+            raise BadInput("user_sampling and group_size are settings of unit=user; set it, or leave them out.")
+        return
+    if spec.group_size is None:
+        raise BadInput(
+            "unit=user needs group_size, how many examples of one user count at most (`dpft plan --users` compares); give one."
+        )
+    if spec.user_sampling == "els" and spec.group_size > 1 and spec.mechanism != "gaussian":
+        raise BadInput(
+            "With user_sampling=els a batch may hold several examples of a user: accounted for with gaussian noise only, not "
+            f"with {spec.mechanism}; take user_sampling=uls."
+        )
+    if spec.user_sampling == "els" and spec.group_size > 1 and spec.sampler != "poisson":
+        raise BadInput(
+            f"With user_sampling=els examples are sampled by coins of their own, not by sampler {spec.sampler}; take "
+            "user_sampling=uls, or leave the sampler out."
+        )
+    if spec.user_sampling == "uls" and spec.views != 1:
+        raise BadInput(
+            "A user's loss is not averaged over random views as well; leave views out, or take user_sampling=els."
         )
 
 

@@ -69,6 +69,29 @@ def of_data(task: Task, data: Data, group_size: int, prepared: Prepared | None =
     return bounded(data.users, lambda row: task.identity(data.train[row]), group_size)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """examples: those that count; users: None where the unit is an example; sampled: those that batches are drawn of."""
+
+    examples: int
+    users: int | None
+    sampled: int
+
+    @property
+    def protected(self) -> int:
+        """How many there are of what the budget protects."""
+        return self.users or self.examples
+
+
+def sizes(spec: RunSpec, data_dir: Path | None, num_examples: int | None = None, num_users: int | None = None) -> Sizes:
+    """Of a run, all public. num_examples, num_users: where they are known. Raises CannotRun as `counts` and `Task.train_size`."""
+    if spec.unit == "example":
+        examples = num_examples or registry.task(spec.task)(spec.task_options).train_size(data_dir)
+        return Sizes(examples, None, examples)
+    users, examples = (num_users, num_examples) if num_users and num_examples else counts(spec, data_dir)
+    return Sizes(examples, users, users if spec.user_sampling == "uls" else examples)
+
+
 def counts(spec: RunSpec, data_dir: Path | None) -> tuple[int, int]:
     """(users, examples that count) of a run's task. Raises CannotRun as `of_data`, and as `Task.load`."""
     return _counts(spec.task, json.dumps(spec.task_options, sort_keys=True), spec.group_size, data_dir)

@@ -26,10 +26,10 @@ from dpft.harness.query.preview import first_questions
 from dpft.harness.query.queries import Gradients, Values
 from dpft.harness.records import chain, provenance
 from dpft.harness.records.schema import SCHEMA
-from dpft.harness.runs import registry
+from dpft.harness.runs import registry, users
 from dpft.harness.runs.plan import PrivacyPlan, plan
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import hooks, loop, public_rows, sections
+from dpft.harness.train import by_user, hooks, loop, public_rows, sections
 from dpft.harness.train.core import encodings_of
 from dpft.harness.train.mechanism import Mechanism
 from dpft.harness.train.noise import secret_source, source, stream
@@ -133,12 +133,15 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multip
     """(method, task's data with the model to train, trainable parameters by name, names of the head's)."""
     task, method = registry.task(spec.task)(spec.task_options), registry.instance(spec)
     method.noise_multiplier = noise_multiplier
+    data = public_rows.loaded(method, task, settings.data_dir)
     prepared = task.prepare(
-        halves.judged(task, public_rows.loaded(method, task, settings.data_dir), spec.split),
+        halves.judged(task, data, spec.split),
         ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm),
         stream("cpu", "head", spec.task, spec.seed),
     )
     hooks.check_prepared(task, prepared)
+    if spec.unit == "user":
+        prepared = by_user.grouped(prepared, users.of_data(task, data, spec.group_size, prepared), spec.user_sampling)
     reason = method.skip(prepared.model)
     hooks.check_reason(method, reason)
     if reason is not None:
@@ -165,9 +168,9 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
     sigma = privacy_plan.noise_multiplier or 0.0
     method, prepared, parameters, head = _model(spec, settings, device, sigma)
     task, model = registry.task(spec.task)(spec.task_options), prepared.model
-    if len(prepared.train) != privacy_plan.num_examples:
+    if len(prepared.train) != privacy_plan.sizes.sampled:
         raise CannotRun(
-            f"The task says N = {privacy_plan.num_examples} but {len(prepared.train)} training examples were loaded; "
+            f"The task says N = {privacy_plan.sizes.sampled} but {len(prepared.train)} training examples were loaded; "
             "the accounting would be wrong, so mend the data."
         )
     method.decoder.setup(model, parameters, head, spec)
@@ -224,11 +227,12 @@ def _engine(spec: RunSpec, settings: Settings, method):
 
 
 def _loss(spec: RunSpec, task, device: torch.device):
+    own = by_user.mean_loss(task.loss) if spec.unit == "user" else task.loss
     if spec.precision == "fp32":
-        return task.loss
+        return own
 
     def loss(model, batch):
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            return task.loss(model, batch)
+            return own(model, batch)
 
     return loss

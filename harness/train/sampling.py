@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dpft.harness.errors import BadInput
-from dpft.harness.privacy.samplings import POISSON, Cyclic, Poisson, Truncated
+from dpft.harness.privacy.samplings import POISSON, Cyclic, Grouped, Poisson, Truncated
 from dpft.harness.train.noise import KeyStream, stream
 
 
@@ -104,7 +104,12 @@ class CyclicSampler(Sampler):
         return super()._chosen(draws) & turn
 
 
-SAMPLERS: dict[type[Poisson], type[Sampler]] = {Poisson: Sampler, Truncated: TruncatedSampler, Cyclic: CyclicSampler}
+SAMPLERS: dict[type[Poisson], type[Sampler]] = {
+    Poisson: Sampler,
+    Grouped: Sampler,
+    Truncated: TruncatedSampler,
+    Cyclic: CyclicSampler,
+}
 
 
 def sampler(

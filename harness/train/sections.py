@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from dpft.harness.privacy import ADJACENCY, certify
+from dpft.harness.privacy import certify, units
 from dpft.harness.probes import spectra
 from dpft.harness.runs import registry
 from dpft.harness.runs.plan import PrivacyPlan
 from dpft.harness.runs.spec import RunSpec
 from dpft.harness.statistics.thresholds import RULE, crossing
+from dpft.harness.train import by_user
 from dpft.harness.train.parts import MEMORY_STEPS, Cost, Progress, Run, Setup
 from dpft.harness.train.settings import Settings
 from dpft.tasks.base import Task
@@ -27,7 +28,8 @@ def privacy(
     return {
         "target": spec.epsilon,
         "delta": privacy_plan.delta,
-        "adjacency": ADJACENCY,
+        **_unit(spec, privacy_plan),
+        "adjacency": units.ADJACENCY[spec.unit],
         "sampling": privacy_plan.sampling.kind,
         "num_examples": privacy_plan.num_examples,
         "sampling_probability": privacy_plan.sampling_probability,
@@ -46,6 +48,12 @@ def privacy(
         if reached is None or reached.step is None
         else progress.curve[reached.step - 1]["epsilon"],
     }
+
+
+def _unit(spec: RunSpec, privacy_plan: PrivacyPlan) -> dict[str, Any]:
+    """What the section says of users, where one is the unit."""
+    who = registry.task(spec.task)(spec.task_options).users
+    return units.section(spec.unit, spec.user_sampling, spec.group_size, privacy_plan.sizes.users, who)
 
 
 def _crossing(spec: RunSpec, progress: Progress, setup: Setup | None):
@@ -138,7 +146,7 @@ def fingerprints(setup: Setup | None, files: str | None) -> dict[str, Any]:
     return {
         "data_fingerprint": prepared.data_fingerprint if prepared else None,
         "model_fingerprint": prepared.model_fingerprint if prepared else None,
-        "train_examples": len(prepared.train) if prepared else None,
+        "train_examples": sum(map(by_user.rows_of, prepared.train)) if prepared else None,
         "validation_examples": len(prepared.validation) if prepared else None,
         "model_files": files if prepared else None,  # of a local folder or file: told apart without loading it
         **({"public_examples": len(prepared.public)} if prepared and prepared.public else {}),

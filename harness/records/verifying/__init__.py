@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput
-from dpft.harness.privacy import verify_record
+from dpft.harness.privacy import units, verify_record
 from dpft.harness.privacy.recompute import is_foreign
 from dpft.harness.records.schema import SCHEMA, check
 from dpft.harness.records.store import PassedOver, Store, readable
@@ -119,7 +119,7 @@ class _Twins:
 
     def __init__(self) -> None:
         self._curves: dict[str, tuple[str, tuple]] = {}
-        self._sizes: dict[str, tuple[str, int]] = {}
+        self._sizes: dict[tuple, tuple[str, int]] = {}
 
     def findings(self, record: dict[str, Any], rows: curves.Rows | None) -> Iterator[str]:
         """Of a record that is fine alone: another seed's or method's losses, another N of the same data."""
@@ -136,7 +136,10 @@ class _Twins:
             if differ and (differ != [3] or spec.get("decoder", "mean") == "mean"):
                 yield f"The losses of its curve are those of run {other}, which is of another task, seed, model or method."
         if record["privacy"] is not None:
-            claimed = record["privacy"]["num_examples"]
-            other, theirs = self._sizes.setdefault(record["provenance"]["data_fingerprint"], (run_id, claimed))
+            privacy = record["privacy"]
+            claimed, counted = privacy["num_examples"], (units.of(privacy), privacy.get("group_size"))
+            options = json.dumps(spec.get("task_options"), sort_keys=True)  # who the users are
+            key = (record["provenance"]["data_fingerprint"], *counted, options if units.of(privacy) == "user" else "")
+            other, theirs = self._sizes.setdefault(key, (run_id, claimed))
             if theirs != claimed:
                 yield f"num_examples is {claimed}, but run {other} on the same data has {theirs}."

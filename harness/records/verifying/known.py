@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dpft.harness.privacy import units
+
 
 @dataclass(frozen=True)
 class Known:
@@ -42,13 +44,18 @@ def findings(record: dict[str, Any]) -> Iterator[str]:
         same = provenance["data_fingerprint"] == known.fingerprint
         if not same and (known.pinned or claimed == known.train):
             yield f"The data fingerprint is not that of task {spec['task']} version {spec['task_version']}."
-        elif claimed is not None and claimed != known.train and (same or known.pinned):
+        elif claimed is not None and (same or known.pinned) and not _of(claimed, known.train, record["privacy"]):
             yield f"num_examples is {claimed}, but the training data of {spec['task']} have {known.train} rows."
     stated = provenance.get("train_examples", claimed)
     if claimed is not None and stated != claimed:
         yield f"num_examples is {claimed}, but {stated!r} training examples were loaded."
     if MODELS.get(spec["model"], provenance["model_fingerprint"]) != provenance["model_fingerprint"]:
         yield f"The model fingerprint is not that of {spec['model']}."
+
+
+def _of(claimed: int, train: int, privacy: dict[str, Any]) -> bool:
+    """Whether so many training rows can be those that count: all, or where users are protected so many of each at most."""
+    return claimed == train if units.of(privacy) == "example" else claimed <= train
 
 
 def validation_size(record: dict[str, Any]) -> int | None:
