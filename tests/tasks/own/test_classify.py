@@ -112,7 +112,7 @@ def test_a_public_file_is_for_the_methods_that_need_it(file, tmp_path):
         ({"file": ""}, "classify needs a file with texts and labels; give it with --set file=PATH"),
         ({"file": "nowhere.csv"}, "nowhere.csv does not exist"),
         ({"text": "revue"}, "has no column revue; it has review, stars: did you mean 'review'"),
-        ({"text": "stars"}, "The column stars cannot be two of text, label and text2"),
+        ({"text": "stars"}, "The column stars cannot be two of text, label, text2 and user"),
         ({"label": "review"}, "different labels in 300 rows .* look like numbers or ids|cannot be two of"),
         ({"validation": 1.5}, "validation must be a share between 0 and 1"),
         ({"validation": "held.csv"}, "held.csv does not exist"),
@@ -180,7 +180,7 @@ def test_describe_shows_what_was_found(file, dpft):
     for arguments, complaint in (
         (["classify", "--set", f"file={file}"], "has no column text"),
         (["classify", "--set", "fil=x"], "did you mean 'file'"),
-        (["digits", "--set", "x=1"], "The task digits has no settings"),
+        (["reviews", "--set", "x=1"], "The task reviews has no settings"),
         (["dp-adam", "--set", "x=1"], "dp-adam is no task"),
     ):
         code, out, err = dpft("describe", *arguments)
