@@ -47,7 +47,9 @@ def _batches(seen: Observation) -> list[Check]:
     row: those of independent coins of probability q, tossed by those whose turn it is."""
     rows, sampling = seen.sampled, POISSON if seen.privacy is None else seen.privacy.sampling
     member, turn = seen.member[rows], seen.eligible[rows]
-    q = seen.sampling_probability if sampling.poisson else sampling.least_probability(seen.sampling_probability)
+    q = seen.sampling_probability  # of an example, whosever it is
+    if not sampling.poisson and sampling.together == 1:
+        q = sampling.least_probability(q)
     tossed = member[turn]
     rate = stats.binomtest(int(tossed.sum()), tossed.size, q).pvalue if q < 1 else float(tossed.all())
     rate = 0.0 if (member & ~turn).any() else float(rate)

@@ -13,8 +13,12 @@ is a sum of positive terms, p_j [S(t - j) - l_j(t) S(t)], and nothing cancels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dpft.harness.privacy.poisson import Poisson
 
 NEWTON = 60  # rounds: from the right, convex, so they never overshoot
 
@@ -72,3 +76,42 @@ def group_delta(sigma: float, group_size: int, q: float, remove: bool) -> Callab
         return numpy.clip(found, 0.0, 1.0)
 
     return divergence
+
+
+@dataclass(frozen=True)
+class Grouped(Poisson):
+    """Poisson over examples, `group_size` of one protected user at most (2407.07737, ELS): see harness/privacy/groups.py."""
+
+    kind: ClassVar[str] = "grouped"
+    poisson: ClassVar[bool] = False
+
+    group_size: int
+
+    @property
+    def together(self) -> int:
+        return self.group_size
+
+    def told(self) -> str:
+        return f"Poisson sampling of examples, {self.group_size:,} of a user at most"
+
+    def check(self, probability: float, releases: tuple[Any, ...]) -> None:
+        if others := sorted({release.mechanism for release in releases} - {"gaussian"}):
+            raise ValueError(
+                f"several examples of a user in a batch are accounted for with gaussian noise, not {others[0]}"
+            )
+
+    def divergence(self, probability: float, sigma: float, remove: bool) -> Callable[[Any], Any]:
+        return group_delta(sigma, self.group_size, probability, remove)
+
+    def dp_event(self, probability: float, sigma: float) -> Any:
+        from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
+
+        found = [(0, (1 - probability) ** self.group_size), *self.presences(probability)]
+        return MixtureOfGaussiansDpEvent(sigma, *zip(*found, strict=True))
+
+    def presences(self, probability: float) -> list[tuple[int, float]]:
+        counts, masses = shifts(self.group_size, probability)
+        return [(int(count), float(mass)) for count, mass in zip(counts, masses, strict=True)]
+
+    def least_probability(self, probability: float) -> float:
+        return -math.expm1(self.group_size * math.log1p(-probability)) if probability < 1 else 1.0

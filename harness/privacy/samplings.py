@@ -8,81 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from dpft.harness.errors import BadInput
-from dpft.harness.privacy import groups as user_groups
-
-MOST_EXAMPLES = 10**9
-
-
-@dataclass(frozen=True)
-class Poisson:
-    """Every example by a coin of its own, in every step.
-
-    A subclass is another sampling: fields are its public parameters, and `kind` its name in specs and ledgers.
-    `poisson`: whether a step (or a round of steps, see `participations`) costs what a Poisson-sampled Gaussian at the event's
-    sampling probability costs, so that accountants of those serve; else `divergence`, `dp_event` and `least_probability` say it.
-    """
-
-    kind: ClassVar[str] = "poisson"
-    poisson: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if type(value) is not int or not 1 <= value <= MOST_EXAMPLES:
-                raise ValueError(f"{each.name} must be a whole number of at least 1, not {value!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """What an event of the ledger says; nothing for Poisson."""
-        return {"kind": self.kind, **asdict(self)} if self.kind != "poisson" else {}
-
-    def participations(self, steps: int) -> int:
-        """In how many of `steps` steps in a row one example may be drawn, at most: so many are composed."""
-        return steps
-
-    def probability(self, share: float) -> float:
-        """With what probability an example is drawn where it may be; share: expected batch size over examples."""
-        return share
-
-    def told(self) -> str:
-        """For a reader."""
-        return "Poisson sampling"
-
-    @property
-    def together(self) -> int:
-        """How many examples of who is protected one batch may hold, each adding as much as the bound."""
-        return 1
-
-    def check(self, probability: float, releases: tuple[Any, ...]) -> None:
-        """Raises ValueError for an event that is not accounted for under this sampling."""
-
-    def follow(self, other: Poisson) -> None:
-        """Raises ValueError where no event of `other`, unlike those before, may follow one of this sampling."""
-        if other != self:
-            raise ValueError(f"batches are drawn as {other.kind} after others that were not drawn so")
-
-    def divergence(self, probability: float, sigma: float, remove: bool) -> Callable[[Any], Any]:
-        """eps [n] -> hockey-stick divergence [n] of one step, at most, with the example against without it (`remove`), or the
-        other way round. Only where not `poisson`, as the rest."""
-        raise NotImplementedError
-
-    def dp_event(self, probability: float, sigma: float) -> Any:
-        """The same step for dp-accounting."""
-        raise NotImplementedError
-
-    def least_probability(self, probability: float) -> float:
-        """How often an example is in a batch: the step costs no less than a Poisson-sampled Gaussian of that probability."""
-        raise NotImplementedError
-
-    def presences(self, probability: float) -> list[tuple[int, float]]:
-        """(how many examples of who is protected a batch holds, probability) wherever it holds any, at most."""
-        return [(1, probability)]
-
-
-POISSON = Poisson()
+from dpft.harness.privacy.groups import Grouped
+from dpft.harness.privacy.poisson import POISSON, Poisson
 
 
 @dataclass(frozen=True)
@@ -165,45 +96,6 @@ class Cyclic(Poisson):
         super().follow(other)
         if self.groups > 1:
             raise ValueError("noise that is correlated over steps is accounted for only where all steps are alike")
-
-
-@dataclass(frozen=True)
-class Grouped(Poisson):
-    """Poisson over examples, `group_size` of one protected user at most (2407.07737, ELS): see harness/privacy/groups.py."""
-
-    kind: ClassVar[str] = "grouped"
-    poisson: ClassVar[bool] = False
-
-    group_size: int
-
-    @property
-    def together(self) -> int:
-        return self.group_size
-
-    def told(self) -> str:
-        return f"Poisson sampling of examples, {self.group_size:,} of a user at most"
-
-    def check(self, probability: float, releases: tuple[Any, ...]) -> None:
-        if others := sorted({release.mechanism for release in releases} - {"gaussian"}):
-            raise ValueError(
-                f"several examples of a user in a batch are accounted for with gaussian noise, not {others[0]}"
-            )
-
-    def divergence(self, probability: float, sigma: float, remove: bool) -> Callable[[Any], Any]:
-        return user_groups.group_delta(sigma, self.group_size, probability, remove)
-
-    def dp_event(self, probability: float, sigma: float) -> Any:
-        from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
-
-        found = [(0, (1 - probability) ** self.group_size), *self.presences(probability)]
-        return MixtureOfGaussiansDpEvent(sigma, *zip(*found, strict=True))
-
-    def presences(self, probability: float) -> list[tuple[int, float]]:
-        counts, masses = user_groups.shifts(self.group_size, probability)
-        return [(int(count), float(mass)) for count, mass in zip(counts, masses, strict=True)]
-
-    def least_probability(self, probability: float) -> float:
-        return -math.expm1(self.group_size * math.log1p(-probability)) if probability < 1 else 1.0
 
 
 SAMPLINGS: dict[str, type[Poisson]] = {kind.kind: kind for kind in (Poisson, Truncated, Cyclic, Grouped)}
