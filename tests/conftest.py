@@ -88,6 +88,20 @@ def settings(mirror):
     return Settings(data_dir=mirror)
 
 
+@pytest.fixture
+def users_of_sst2(monkeypatch):
+    """The training rows of the mirror are those of 200 users, of one, two, three and six rows in turn."""
+    from dataclasses import replace
+
+    from dpft.harness.runs import registry, users
+
+    task, load = registry.task("sst2"), registry.task("sst2").load
+    owners = [str(4 * turn + i) for turn in range(50) for i, size in enumerate((1, 2, 3, 6)) for _ in range(size)]
+    monkeypatch.setattr(task, "users", "whoever wrote it")
+    monkeypatch.setattr(task, "load", lambda self, where: replace(load(self, where), users=owners))
+    users._counts.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def prepared_once():
     """Inside: what `prepare` makes of the same data, model and random numbers is made once, and its model copied.

@@ -308,6 +308,23 @@ def test_one_example_moves_all_releases_of_a_step_by_no_more_than_one_ball(metho
         assert method in BLIND or min(spent.values()) > 0.01, "an example that moves nothing tests nothing"
 
 
+@pytest.mark.parametrize("method", sorted(ASKING))
+def test_a_user_moves_all_releases_of_a_step_by_no_more_than_one_ball(method, setup_of, users_of_sst2):
+    """Where whole users are sampled: a user of one to three rows, in every step, beside three others."""
+    some = dict(unit="user", group_size=3, batch_size=20, clip_norm=0.1)
+    batches = [[4 * step, 4 * step + 1, 4 * step + 2] for step in range(4)]
+    without, _ = recorded(built(setup_of, method, **some), batches, watched=False)
+    more = [[*batch, 101 + step] for step, batch in enumerate(batches)]
+    beside, _ = recorded(built(setup_of, method, **some), more, without, watched=False)
+    spent = dict.fromkeys(range(4), 0.0)
+    for one, other in zip(beside, without, strict=True):
+        moved = float((vector(one.clean) - vector(other.clean)).norm()) / one.bound
+        assert moved <= 1 + 2e-3
+        spent[one.step] += one.share * moved**2
+    assert max(spent.values()) <= 1 + 4e-3, spent
+    assert method in BLIND or min(spent.values()) > 0.01, "a user who moves nothing tests nothing"
+
+
 @pytest.mark.parametrize("method, how", CASES)
 def test_an_example_outside_of_the_batch_changes_nothing(method, how, setup_of):
     before, made, final, _ = plainly(setup_of, method, how)

@@ -16,10 +16,12 @@ class Poisson:
     A subclass is another sampling: fields are its public parameters, and `kind` its name in specs and ledgers.
     `poisson`: whether a step (or a round of steps, see `participations`) costs what a Poisson-sampled Gaussian at the event's
     sampling probability costs, so that accountants of those serve; else `divergence`, `dp_event` and `least_probability` say it.
+    `wider`: how much wider the cells of the second accountant are, where it is slow.
     """
 
     kind: ClassVar[str] = "poisson"
     poisson: ClassVar[bool] = True
+    wider: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         for each in fields(self):

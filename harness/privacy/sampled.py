@@ -64,7 +64,7 @@ def second(sampling: Poisson, kinds: Composition, delta: float, target: float) -
     check_numbers(kinds, delta, target)
     if not kinds:
         return 0.0
-    interval = mixtures.interval(tolerance(target, delta)[0], sum(steps for *_, steps in kinds))
+    interval = sampling.wider * mixtures.interval(tolerance(target, delta)[0], sum(steps for *_, steps in kinds))
     try:
         with guarded(kinds, delta):
             from dp_accounting import NeighboringRelation, SelfComposedDpEvent

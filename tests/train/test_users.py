@@ -1,7 +1,6 @@
 """The unit of privacy is a user: which examples count, what a run of each kind sums and records, and what is refused."""
 
 import copy
-import dataclasses
 import json
 import re
 
@@ -14,23 +13,13 @@ from dpft.harness.engine.base import WEIGHTS
 from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.privacy import matched, verify_record
 from dpft.harness.privacy.groups import Grouped
-from dpft.harness.runs import levels, registry, users
+from dpft.harness.runs import levels, users
 from dpft.harness.runs.plan import plan
 from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import by_user, run
 from dpft.harness.train.batches import grouped, microbatches
 
-SIZES = [1, 2, 3, 6]  # rows of the first four users, and again
-
-
-@pytest.fixture(autouse=True)
-def owned(monkeypatch):
-    """The rows of sst2 are those of 200 users, of one, two, three and six rows in turn."""
-    task, load = registry.task("sst2"), registry.task("sst2").load
-    owners = [str(4 * turn + i) for turn in range(50) for i, size in enumerate(SIZES) for _ in range(size)]
-    monkeypatch.setattr(task, "users", "whoever wrote it")
-    monkeypatch.setattr(task, "load", lambda self, where: dataclasses.replace(load(self, where), users=owners))
-    users._counts.cache_clear()
+pytestmark = pytest.mark.usefixtures("users_of_sst2")
 
 
 def of(user_sampling, group_size=3, **more):
