@@ -42,7 +42,10 @@ class TextFile(OwnFiles, TextGeneration):
     def pinned(self, data_dir: Path | None) -> dict[str, Any]:
         """As `OwnFiles.pinned`, except for files whose runs have ids without it."""
         named = [self.settings[key] for key in ("file", "validation_file") if self.settings[key]]
-        plain = all(Path(name).suffix in UNPINNED for name in named) and not self.settings["content"]
+        younger = (
+            self.settings["content"] or self.settings["user"]
+        )  # the fingerprint of the rows does not know whose they are
+        plain = all(Path(name).suffix in UNPINNED for name in named) and not younger
         return {} if plain else super().pinned(data_dir)
 
     def files(self, data_dir: Path | None) -> dict[str, Path]:

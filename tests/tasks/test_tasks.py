@@ -9,13 +9,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import polars
 import pytest
 
-from dpft.harness.errors import CannotRun
-from dpft.tasks import downloads, glue, metrics, reviews, sentences
+from dpft.harness.errors import BadInput, CannotRun
+from dpft.tasks import digits, downloads, glue, grouping, metrics, reviews, sentences
 from dpft.tasks.base import fingerprint
 
 GLUE = [glue.Sst2, glue.Cola, glue.Qnli, glue.Rte, glue.Mnli, glue.Mrpc, glue.Qqp]
@@ -94,6 +95,30 @@ def test_sentences_has_every_rated_line(cache):
     rows = sentences.rated((cache / "downloads" / sentences.SDIST).read_bytes())
     assert len(rows) == 23703 and all(-4 <= rating <= 4 for _, rating in rows)
     assert sum(abs(rating) >= 0.5 for _, rating in rows) == 19459
+
+
+def test_a_user_of_sentences_is_who_wrote_the_text(cache):
+    data = sentences.Sentences().load(None)
+    counts = Counter(data.users)
+    texts = {name: sum(user.startswith(name) for user in counts) for name in sentences.FILES}
+    assert len(data.users) == 18348 and len(counts) == 13562
+    assert texts["amazonReviewSnippets"] <= 300 and texts["nytEditorialSnippets"] <= 498
+    alone = [user for user in counts if user.startswith(("movie", "tweets"))]
+    assert all(counts[user] == 1 for user in alone) and max(counts.values()) > 20
+
+
+def test_made_up_users_have_so_many_rows_and_say_so(cache):
+    mine = sentences.Sentences({"user_rows": 8})
+    data = mine.load(None)
+    sizes = Counter(Counter(data.users).values())
+    assert sizes == {8: 2293, 4: 1} and data.fingerprint == mine.fingerprint(None) and "nobody real" in mine.users
+    digit = digits.Digits({"user_rows": 8}).load(None)
+    assert Counter(Counter(digit.users).values()) == {8: 100} and digits.Digits().load(None).users == ()
+    assert not digits.Digits().users and "user_rows=8" in digits.Digits({"user_rows": 8}).users
+    turned = grouping.by_hash(list("abcdefg")[::-1], 3)[::-1]
+    assert turned == grouping.by_hash(list("abcdefg"), 3), "order has no part in it"
+    with pytest.raises(BadInput, match="user_rows must be a number of rows of a made-up user, or 0, not -1"):
+        digits.Digits({"user_rows": -1}).validate()
 
 
 def test_sentences_from_a_mirror_folder(cache, sandbox, monkeypatch):

@@ -164,6 +164,25 @@ def test_runs_to_a_table_and_edited_files_are_other_runs(file, tmp_path, tiny_be
     assert code == 2 and "is not what was asked for" in err
 
 
+def test_a_column_names_the_user_of_each_row_and_whole_users_are_held_out(tmp_path, dpft):
+    rows = [(text, label, f"u{i // 3}") for i, (text, label) in enumerate(rows_of(300, 1))]
+    columns = ("review", "stars", "who")
+    mine = task(save(tmp_path / "users.csv", rows, columns), user="who", validation="0.2")
+    data, owner = mine.load(None), {text: who for text, _, who in rows}
+    assert mine.users == "whom the column who names" and len(data.users) == len(data.train)
+    assert [owner[row["text"]] for row in data.train] == data.users
+    assert not {owner[row["text"]] for row in data.validation} & set(data.users) and len(data.validation) > 30
+    assert task(save(tmp_path / "rows.csv", rows, columns)).load(None).users == ()
+    rows[7] = (*rows[7][:2], "")
+    with pytest.raises(CannotRun, match="a row without who, the first in line 9"):
+        task(save(tmp_path / "gaps.csv", rows, columns), user="who").load(None)
+    with pytest.raises(BadInput, match="cannot be two of text, label, text2 and user"):
+        task(tmp_path / "users.csv", user="stars").validate()
+    given = ["--set", f"file={tmp_path / 'users.csv'}", "--set", "text=review", "--set", "label=stars"]
+    out = dpft("describe", "classify", *given, "--set", "user=who")[1]
+    assert "examples of each user: 3 to 3, median 3, of" in out and "users: whom the column who names" in out
+
+
 def test_a_prompted_head_is_refused(file):
     with pytest.raises(CannotRun, match="classify has no prompt, which head=mlm needs"):
         task(file).prepare(task(file).load(None), ModelSpec("minilm-l6", "mlm"), None)

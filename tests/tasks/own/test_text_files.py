@@ -31,6 +31,17 @@ def test_the_same_rows_from_every_kind_of_file(here):
     assert {"prompt": "question 3\n", "response": "answer 3"} in [*first.train, *first.validation]
 
 
+def test_a_column_names_the_user_of_each_row(here):
+    for kind in ("jsonl", "csv"):
+        task = registry.task("instruction")({"file": f"rows.{kind}", **NAMES, "user": "n"})
+        data = task.load(None)
+        assert data.users == [row["prompt"].split()[1] for row in data.train] and len(data.users) == 36
+        assert list(task.pinned(None)) == ["content"], "an edited column of users is another run"
+        assert data.train == registry.task("instruction")({"file": f"rows.{kind}", **NAMES}).load(None).train
+    given = registry.task("causal-lm")({"file": "rows.csv", "validation_file": "rows.jsonl", "text": "q", "user": "n"})
+    assert given.load(None).users == [str(i) for i in range(40)]
+
+
 def test_language_modelling_with_a_split_and_with_a_file(here, monkeypatch):
     monkeypatch.chdir("/")
     language = registry.task("causal-lm")({"file": "rows.parquet", "text": "a"})
