@@ -22,6 +22,11 @@ def sampler(spec: dict[str, Any]) -> str:
     return spec.get("sampler", "poisson")
 
 
+def unit(spec: dict[str, Any]) -> str:
+    """Whose contribution the budget covers; an example's where the spec is older than users."""
+    return spec.get("unit", "example")
+
+
 def difference(records: Records, names: Sequence[str]) -> str | None:
     """One sentence where private runs cannot be ranked together, as they saw other data, weights or noise; else None."""
     first: dict[str, tuple[str, Any]] = {}  # what -> (name, value) of the first run that says

@@ -87,6 +87,7 @@ class Group:
             text += f", ε ≤ {private[0].spec['epsilon']:g}" + (" (pure)" if private[0].spec.get("delta") == 0 else "")
         text += "" if spec["split"] == "whole" else f", {spec['split']} half"
         text += "" if self.sampler == "poisson" else f", {self.sampler} batches"
+        text += "" if self.unit == "example" else f" for every {self.unit}"
         return text + ("" if self.stream is None else f", noise stream {self.stream}")
 
     @property
@@ -96,12 +97,18 @@ class Group:
         text = f"{self.spec['task']}-{self.spec['model'].replace('/', '-')}"
         text += "" if self.spec["split"] == "whole" else f"-{self.spec['split']}"
         text += "" if self.sampler == "poisson" else f"-{self.sampler}"
+        text += "" if self.unit == "example" else f"-{self.unit}"
         return text + ("" if not private else f"-eps{private[0].spec['epsilon']:g}")
 
     @property
     def sampler(self) -> str:
         """How the batches of its private rows were drawn."""
         return origins.sampler(self.private[0].spec) if self.private else "poisson"
+
+    @property
+    def unit(self) -> str:
+        """What the budget of its private rows protects."""
+        return origins.unit(self.private[0].spec) if self.private else "example"
 
 
 def arrange(records: list[dict[str, Any]], view: View, curves: Curves, rates: bool = False) -> list[Group]:
