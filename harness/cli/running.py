@@ -261,6 +261,8 @@ def _noise_of(runs, asked: str, data_dir, as_json: bool) -> None:
         raise BadInput(
             f"{asked} is about one setting, and these runs have {len(settings)}; name task, method and epsilon."
         )
+    if any(spec.unit == "user" for spec in runs):
+        raise BadInput(f"{asked} counts examples; of users `dpft plan --users` says what they cost: leave out unit.")
     spec, size = runs[0], sources.train_size(runs[0])
     if asked == "--samplers":
         rows, table = planner.samplers(spec, size, data_dir), planner.samplers_table

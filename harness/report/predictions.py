@@ -33,7 +33,7 @@ EXPECTATIONS = {
     "not better": (-math.inf, 1.0),
     "same": (-1.0, 1.0),
 }
-DEFAULTS = {"clipping": "abadi", "mechanism": "gaussian"}
+DEFAULTS = {"clipping": "abadi", "mechanism": "gaussian", "unit": "example"}
 
 
 class Prediction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,7 +136,7 @@ def decided(one: Prediction, pairs: list[float], against: str = "") -> Answer:
 
 
 def picked(settings: dict[str, Any], group: Group) -> Row | None:
-    """The best row of a group that has these settings, of its spec or options; clipping and mechanism as usual if not said."""
+    """The best row of a group that has these settings, of its spec or options; what DEFAULTS names as usual if not said."""
     wanted = {**DEFAULTS, **settings}
     for row in group.rows:
         has = {**row.spec, **row.spec["options"]}

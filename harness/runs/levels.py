@@ -22,7 +22,7 @@ GROUP_SIZES = (1, 2, 4, 8)
 
 
 def compared(
-    spec: RunSpec, num_examples: int, data_dir: Path | None = None, group_sizes: Sequence[int] = GROUP_SIZES
+    spec: RunSpec, num_examples: int, data_dir: Path | None = None, group_sizes: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
     """One row for each group size: users, examples that count, and for `els` and `uls` sigma, B and noise (std of a coordinate of
     the mean, in C / B of a batch of examples), or why there is none.
@@ -33,7 +33,7 @@ def compared(
     if spec.epsilon is None:
         raise BadInput(f"{spec.method} is not private, so there is no noise to plan; name a private method.")
     named, rows = bool(registry.task(spec.task)(spec.task_options).users), []
-    for size in group_sizes:
+    for size in group_sizes or GROUP_SIZES:
         own = replace(spec, unit="user", user_sampling="els", group_size=size, delta=spec.delta)
         counted = users.counts(own, data_dir) if named else (num_examples // size, num_examples // size * size)
         each = counted[1] / counted[0]

@@ -1,11 +1,12 @@
 """What other data, batches, steps and budgets would buy: the same figures as planning each of them."""
 
 import dataclasses
+import json
 
 import pytest
 
 from dpft.harness.errors import BadInput
-from dpft.harness.runs import planner
+from dpft.harness.runs import levels, planner
 from dpft.harness.runs.plan import plan
 from dpft.harness.runs.planner import CHANGES, alternatives, samplers, samplers_table, table
 from dpft.harness.runs.resolve import resolve
@@ -50,6 +51,8 @@ def test_the_command_prints_it_for_one_setting(dpft, monkeypatch):
     assert code == 0 and "twice the examples" in out and "× 1.00" in out
     code, out, err = dpft("plan", *setting, "--epsilon", "8,3", "--what-if")
     assert code == 2 and "these runs have 2" in err
+    code, out, err = dpft("plan", *setting, "--what-if", "--set", "unit=user", "--set", "group_size=2")
+    assert code == 2 and "--what-if counts examples" in err
 
 
 def test_samplers_are_priced_as_planning_them_says(monkeypatch):
@@ -74,3 +77,18 @@ def test_the_command_prints_samplers(dpft, monkeypatch):
     setting = ("--task", "sentences", "--method", "dp-adam", "--batch-size", "256", "--steps", "16", "--epsilon", "8")
     code, out, err = dpft("plan", *setting, "--samplers")
     assert code == 0 and "cyclic, bands 2" in out and "× 1.0000" in out and "Price: sigma over Poisson's" in out, err
+
+
+def test_the_command_says_what_protecting_users_costs(dpft, monkeypatch):
+    monkeypatch.setattr(levels, "GROUP_SIZES", (1, 2))
+    setting = ("--task", "digits", "--method", "dp-adam", "--batch-size", "80", "--steps", "4", "--epsilon", "8")
+    code, out, err = dpft("plan", *setting, "--set", "user_rows=8", "--users")
+    assert code == 0 and "nobody real" in out and "| 2   | 100     | 200        | 80," in out
+    code, out, err = dpft("plan", *setting, "--users", "--json")
+    rows = json.loads(out)
+    assert [row["group_size"] for row in rows] == [1, 2] and rows[1]["users"] == 400
+    assert rows[0]["els"]["sigma"] == rows[0]["uls"]["sigma"]
+    code, out, err = dpft(
+        "plan", *setting, "--set", "unit=user", "--set", "group_size=2", "--set", "user_rows=8", "--users"
+    )
+    assert code == 2 and "leave out unit" in err
