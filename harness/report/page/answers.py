@@ -43,8 +43,10 @@ def _sentence(group: Group, lead: pairs.Leading, verdicts: pairs.Verdicts | None
     level = {name: by_name[name] for name in [lead.first, *lead.level]}
     cheapest, price = _cheapest(level, verdicts)
     if lead.cannot:
-        text = f"The best mean is that of {first} ({value})"
-        return f"{text}, the cheapest of all is **{called[cheapest]}** ({price})."
+        text = f"The best mean is that of {first} ({value}), "
+        if cheapest == lead.first:
+            return f"{text}which is also the cheapest of all ({price})."
+        return f"{text}the cheapest of all is **{called[cheapest]}** ({price})."
     text = f"{first} leads ({value}); "
     if not lead.level:
         return f"{text}all {len(lead.behind)} others are worse."

@@ -41,7 +41,7 @@ def add(entries: Entries, number: int, group: Group, verdicts: pairs.Verdicts | 
             order = number * 1e6 + i + (0 if kept else 0.5)
             label = plain(short[name]) if kept else f"lr {row.spec['lr']:g}"
             entry |= {"kept": kept, "rank": rank, "order": order, "name": plain(name), "label": label}
-            entry |= {"verdict": _verdict(shown, name, group, verdicts), "tried": len(shown.grid) or 1}
+            entry |= {"verdict": _verdict(shown, name, kept, group, verdicts), "tried": len(shown.grid) or 1}
         if kept:
             found[name] = entry
     for row in group.every:
@@ -83,22 +83,22 @@ def _key(row: Row) -> tuple:
     return tuple(sorted(r["run_id"] for r in row.whole.records))
 
 
-def _verdict(row: Row, name: str, group: Group, verdicts: pairs.Verdicts | None) -> str:
-    """What may be concluded of a row, or why nothing may."""
+def _verdict(row: Row, name: str, kept: bool, group: Group, verdicts: pairs.Verdicts | None) -> str:
+    """What may be concluded of a row, or why nothing may. kept: it has the best rate of its method."""
     if not row.competes:
         return "control"
     if not row.ranked:
         return f"not ranked: {'; '.join([*row.flaws, *([row.lacks] if row.lacks else [])])}"
     if group.reason is not None:
         return "not ranked"
-    if all(row is not one for one in group.rows):
+    if not kept:
         return "another learning rate"
     if verdicts is None:
         return "not compared: no two seeds shared with a baseline"
     if name == verdicts.base:
         return "the baseline"
     if name not in verdicts.found:
-        return "another learning rate" if row.baseline else "not compared: no two seeds shared with the baseline"
+        return "not compared: no two seeds shared with the baseline"
     one = verdicts.found[name]
     if one.verdict.startswith("cannot tell"):
         return f"{one.verdict} ({one.difference:+.4f})"

@@ -7,13 +7,16 @@ const COSTS = {
 };
 const MANY = 12; // points, from which on only those of the front and the baseline are named
 const NEAR = 40; // pixels
+const FAR = 4; // of the spread of methods: beyond, a control is named and not drawn
 const LETTER = 6.6; // pixels
 const picked = { row: null, points: [] };
 
 function setUpScatter() {
   const sizes = index.groups.map((_, i) => index.rows.filter((row) => row.kept && row.rank !== null && row.groups.includes(i)).length);
   byId("scatter-group").append(...index.groups.map((group, i) => make("option", { value: group.title, text: `${group.title} (${sizes[i]})` })));
-  const usual = index.groups[sizes.lastIndexOf(Math.max(...sizes))]?.title ?? "";
+  const tuning = index.groups.map((_, i) => index.rows.some((row) => row.split === "tune" && row.groups.includes(i))); // settings are chosen there
+  const judged = sizes.map((size, i) => (tuning[i] ? -1 : size));
+  const usual = index.groups[judged.lastIndexOf(Math.max(...judged))]?.title ?? "";
   byId("scatter-group").value = usual;
   byId("scatter-box").hidden = index.groups.length === 0;
   byId("scatter-group-label").hidden = index.groups.length < 2;
@@ -27,7 +30,7 @@ function setUpScatter() {
   box.addEventListener("keydown", (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (by) { next(by); event.preventDefault(); }
-    if (event.key === "Enter" && picked.row) openRow(picked.row);
+    if (event.key === "Enter" && picked.row) { openRow(picked.row); event.preventDefault(); } // or it presses what has the focus then
   });
 }
 
@@ -58,7 +61,7 @@ function drawScatter() {
   const costs = rows.map(of).sort((a, b) => a - b), most = costs.at(-1);
   const log = cost === "epsilon" ? costs[0] !== most : most > 2.5 * costs[costs.length >> 1];
   const [lo, hi] = range(rows.map((row) => row.final));
-  const near = controls.filter((row) => row.final > lo - 2 * (hi - lo) && row.final < hi + 2 * (hi - lo));
+  const near = controls.filter((row) => row.final > lo - FAR * (hi - lo) && row.final < hi + FAR * (hi - lo));
   const far = controls.filter((row) => !near.includes(row));
   if (far.length) notes.push(`Off the scale: ${far.map((row) => `${row.label} ${significant(row.final, 3)}`).join(", ")}.`);
   const inner = sizeOf(box)[0] - EDGES.left - EDGES.right; // right of the last point there is room for names

@@ -12,16 +12,18 @@ const COLUMNS = [
   { key: "epsilon", title: "Budget ε", number: true, show: (row) => BUDGET(row.epsilon) },
   { key: "certified", title: "ε certified", number: true, show: (row) => row.certified_text },
   { key: "lr", title: "lr", number: true, show: (row) => significant(row.lr) },
-  { key: "tried", title: "Rates tried", number: true },
-  { key: "runs", title: "Runs", number: true },
-  { key: "trainable", title: "Trainable", number: true, show: (row) => (row.trainable === null ? "–" : row.trainable.toLocaleString("en")) },
-  { key: "task", title: "Task" },
-  { key: "model", title: "Model" },
-  { key: "status", title: "Status" },
+  { key: "tried", screen: true, title: "Rates tried", number: true },
+  { key: "runs", screen: true, title: "Runs", number: true },
+  { key: "trainable", screen: true, title: "Trainable", number: true, show: (row) => (row.trainable === null ? "–" : row.trainable.toLocaleString("en")) },
+  { key: "task", screen: true, title: "Task" },
+  { key: "model", screen: true, title: "Model" },
+  { key: "status", screen: true, title: "Status" },
 ];
+const TOLD_ONCE = ["task", "model", "epsilon", "status"]; // have no column where they are the same everywhere
 const FILTERS = ["task", "model", "method", "epsilon", "status"];
 const view = { sort: null, falling: false, page: 0, lines: [], rows: [], open: new Set(), rates: new Map(), size: PAGE };
 
+const classOf = (column) => `${column.number ? "number" : ""}${column.screen ? " screen" : ""}`;
 const ratesOf = (row) => view.rates.get(row.number) ?? [];
 
 function setUpTable() {
@@ -31,10 +33,13 @@ function setUpTable() {
   for (const row of index.rows) { // a method is found by what its other rates say, too
     row.text = [row, ...ratesOf(row)].flatMap((r) => [r.name, r.label, r.method, r.task, r.model, r.status, r.error, r.settings, ...r.ids]).join(" ").toLowerCase();
   }
+  for (const key of TOLD_ONCE) {
+    if (index.rows.every((row) => row[key] === index.rows[0][key])) COLUMNS.splice(COLUMNS.findIndex((column) => column.key === key), 1);
+  }
   const splits = [...new Set(index.rows.map((row) => row.split))];
   COLUMNS.find((column) => column.key === "final").title = splits.length > 1 ? "Final" : `Final, ${splits[0] === "whole" ? "whole split" : `${splits[0]} half`}`;
   const heads = COLUMNS.map((column) =>
-    make("th", { scope: "col", "aria-sort": "none", class: column.number ? "number" : "" },
+    make("th", { scope: "col", "aria-sort": "none", class: classOf(column) },
       make("button", { type: "button", onclick: () => sortBy(column), text: column.title })));
   byId("table").tHead.append(make("tr", {}, make("th", { scope: "col", class: "plain", text: "Curve" }), ...heads));
   for (const key of FILTERS) {
@@ -179,7 +184,7 @@ function rowLine(row) {
 }
 
 function cellOf(row, column) {
-  const cell = make("td", { class: column.number ? "number" : "" });
+  const cell = make("td", { class: classOf(column) });
   if (column.key === "label") {
     cell.append(make("button", { type: "button", class: "open", text: row.label, title: row.name, onclick: () => openRow(row) }));
     if (row.error) cell.append(make("div", { class: "reason", text: row.error }));
