@@ -190,6 +190,23 @@ def test_the_answer_is_a_sentence_that_follows_from_the_records():
     assert "Nothing has been tested yet" in markdown(verdicts.parts(TINY, Outcomes(quality).look))
 
 
+def test_the_page_of_its_runs_answers_like_the_board_and_other_runs_belong_to_none():
+    from dpft.harness.report.page import answers
+
+    made = finished(TINY, quality)
+    records = {run_id: {**record, "run_id": run_id} for run_id, record in made.items()}
+    found, decided = answers.of_boards(records)
+    (contest,) = TINY.contests
+    standings = state.standings(contest, RULES, made.look)
+    text = verdicts.answer(contest, RULES, standings)
+    assert found == [{"title": f"Leaderboard tiny: {contest.title}", "lines": [{"budget": None, "text": text}]}]
+    assert "**rmt** leads" in text and decided.keys() == {s.run_id for s in made.made if s.split == "test"}
+    (rmt,) = (one for one in standings if one.arm.name == "rmt")
+    assert all("better" in decided[rmt.arm.tested(rmt.tuning.chosen, seed).run_id] for seed in rmt.records)
+    other = finished(boards.load("tiny", {"steps": 5}), quality)
+    assert answers.of_boards({run_id: {**record, "run_id": run_id} for run_id, record in other.items()}) == ([], {})
+
+
 def test_lower_is_better_where_the_metric_says_so():
     made = finished(TINY, quality)
     for record in made.values():
