@@ -17,6 +17,7 @@ from dpft.harness.engine.clipping import divided
 from dpft.harness.engine.fakes import has_values
 from dpft.harness.engine.hidden import refuse_parameter_hooks
 from dpft.harness.engine.pieces import Grams, Measured, Piece, absolute, charged, measured
+from dpft.harness.engine.relative import separate
 from dpft.harness.engine.rules import rule_for
 from dpft.harness.engine.stacked import piece_of
 from dpft.harness.engine.taps import Recorder, Use
@@ -50,6 +51,7 @@ class FactoredEngine(Engine):
             if owned and not _only_holds(path, module, owned, layers):
                 self._rules[module] = rule_for(path, module)
                 self._recorder.watch(path, module, owned, _flattens(path, layers))
+        self._together = separate(model, self._recorder)
 
     def accumulate(self, batch, total, bound, encodings):
         self._pass = _Pass(total, divided(bound, self.groups), encodings)
@@ -74,6 +76,7 @@ class FactoredEngine(Engine):
 
     def close(self):
         self._recorder.close()
+        self._together()
 
     def _rest(self, batch) -> None:
         """Parameters of which nothing is asked for contribute nothing; layers that have no others are not even tapped."""
