@@ -19,7 +19,7 @@ HOME = "transformers.models.deberta_v2.modeling_deberta_v2"
 
 
 def separate(model: nn.Module, recorder: Recorder) -> Callable[[], None]:
-    """Give each example its own relative positions while `recorder` records. Returns what undoes it."""
+    """Give each example its own relative positions where `recorder` wants it apart. Returns what undoes it."""
     changed = []
     for module in model.modules():
         method, made = _MADE.get((type(module).__module__, type(module).__name__), (None, None))
@@ -38,11 +38,11 @@ def _table(encoder: nn.Module, recorder: Recorder) -> Callable:
     """The encoder's `get_rel_embedding`: [batch, positions, width] for [positions, width]."""
 
     def get_rel_embedding() -> torch.Tensor:
-        if not recorder.recording:
+        if not recorder.apart:
             return type(encoder).get_rel_embedding(encoder)
         table = encoder.rel_embeddings
         rows = torch.arange(table.num_embeddings, device=table.weight.device)
-        found = table(rows.expand(recorder.batch_size, -1))
+        found = table(rows.expand(recorder.apart, -1))
         return encoder.LayerNorm(found) if "layer_norm" in encoder.norm_rel_ebd else found
 
     return get_rel_embedding
