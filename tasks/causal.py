@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpft.harness.errors import CannotRun
 from dpft.tasks import loaders, models
+from dpft.tasks.batchnorm import refuse_batch_norm
 from dpft.tasks.vocabulary import NO_TARGET, vocabulary_loss
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def load(source: str) -> tuple[nn.Module, str]:
             module.p = 0.0
     if lacking := set(info["missing_keys"]) - set(inner.all_tied_weights_keys or {}):
         raise CannotRun(f"{source} has no trained weights for {sorted(lacking)[0]}; take a whole checkpoint.")
-    models.refuse_batch_norm(inner, source)
+    refuse_batch_norm(inner, source)
     _check_scores(inner.eval(), source)
     return causal_model()(inner).train(), models.fingerprint_of(inner, set())
 

@@ -42,7 +42,7 @@ def _refuse_batch_statistics(path: str, module: nn.Module) -> None:
     if module.training or module.running_mean is None:
         raise CannotRun(
             f"Layer {path} is a BatchNorm that normalises by its batch, which mixes examples; convert it to GroupNorm, or keep "
-            "it in evaluation mode by a `train` of its own."
+            "it in evaluation mode by a `train` of its own, as batch_norm=group and =frozen of image tasks do."
         )
 
 
