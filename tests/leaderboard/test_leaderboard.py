@@ -227,14 +227,47 @@ def test_lower_is_better_where_the_metric_says_so():
             lambda: state.wanted(boards.load("tiny", {"epsilon": -1.0}), lambda spec: None),
             "epsilon must be more than 0",
         ),
-        (lambda: boards._rules("x", {"trails": 3}), "trails"),
-        (lambda: boards._rules("x", {"seeds": [1, 0]}), "2 or more seeds"),
-        (lambda: boards._rules("x", {"margin": 0.0}), "above zero"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(call, message):
     with pytest.raises(BadInput, match=message):
         call()
+
+
+BASE = 'contests = [{ base = { task = "low-rank" }, arms = [{ method = "dp-adam" }] }]'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rules = { trails = 3 }", "x.rules has 'trails', which nobody knows; mend it"),
+        ("rules = { seeds = [1, 0] }", r"x.rules.seeds\[0\] must be at least 2, not 1"),
+        ("rules = { seeds = [4, 3] }", "more fewest than most seeds"),
+        ("rules = { margin = 0.0 }", "x.rules.margin must be more than 0"),
+        ("rules = { block = true }", "x.rules.block must be a whole number"),
+        ("contests = []", "x.contests must have at least 1 entries"),
+        ("contests = [{ base = {}, arms = [{ method = 'dp-adam' }] }]", "no one task in its `base`"),
+        (
+            "contests = [{ base = { task = 'low-rank' }, arms = [{ lr = 1.0 }] }]",
+            "An arm of leaderboard x .* lacks method",
+        ),
+        (
+            "contests = [{ base = { task = 'low-rank', lr = [] }, arms = [{ method = 'dp-adam' }] }]",
+            "grid of lr is empty",
+        ),
+        ("contests = 3", "x.contests must be a list, not 3"),
+    ],
+)
+def test_a_file_with_a_wrong_entry_is_refused_in_a_sentence(text, message, tmp_path, monkeypatch):
+    path = tmp_path / "boards.toml"
+    path.write_text("[x]\n" + "\n".join(line for line in (text, BASE) if line.split()[0] not in text or line is text))
+    monkeypatch.setattr(boards, "FILE", path)
+    boards.boards.cache_clear()
+    try:
+        with pytest.raises(BadInput, match=message):
+            boards.load("x")
+    finally:
+        boards.boards.cache_clear()
 
 
 def test_the_time_is_up_between_runs():
