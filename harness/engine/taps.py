@@ -177,11 +177,10 @@ class Recorder:
         if layout.once and isinstance(use.module, nn.Embedding) and size > 1:
             tensors[0], *outputs = (t.expand(size, *t.shape[1:]) for t in (tensors[0], *outputs))
             use.layout = layout = Layout((0,), (0,))
-        told = layout.told and (len(tensors), len(outputs)) == (len(layout.inputs), len(layout.outputs))
-        if told:
-            found = [*zip(tensors, layout.inputs, strict=True), *zip(outputs, layout.outputs, strict=True)]
-            told = all(dim is None or (t.dim() > dim and t.shape[dim] % size == 0) for t, dim in found)
-        if not told and size > 1:
+        same = (len(tensors), len(outputs)) == (len(layout.inputs), len(layout.outputs))
+        found = zip([*tensors, *outputs], [*layout.inputs, *layout.outputs], strict=True) if same else ()
+        even = all(dim is None or (t.dim() > dim and t.shape[dim] % size == 0) for t, dim in found)
+        if not same or not even or not (layout.told or size == 1):
             rows = len(tensors[0]) if tensors and tensors[0].dim() else 0
             raise CannotRun(
                 f"Layer {use.path} sees {rows} rows for {size} examples, so their gradients cannot be told apart; "
