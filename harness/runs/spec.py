@@ -59,7 +59,7 @@ class RunSpec:
     mechanism, noise_shape: what noise (harness/privacy/noise_kinds.py); noise_law: of the inverse scale of lmo and plrv, up to
     a factor that is fitted to epsilon; null: searched.
     views: random views of each training image that its loss is averaged over before clipping (2204.13650); batch_norm of image
-    models: `refuse`, or `group` to convert it to GroupNorm.
+    models: `refuse`, `group` to convert it to GroupNorm, or `frozen` to train scale and shift under its running statistics.
     split: what the run is judged on, curve and final value: the whole validation split, or one of its halves (tasks/halves.py).
     noise_stream: how noise is drawn (harness/train/noise.py): 1 in records of older versions, whose tail ends early; no setting.
     options: settings of the method (LoRA rank, ...), its decoder and its clipping rule where they differ from their defaults;
