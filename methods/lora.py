@@ -72,6 +72,16 @@ class DPLoRA(Method):
         return attention_projections(model)
 
 
+class NonPrivateLoRA(DPLoRA):
+    """dp-lora without clipping and noise: what privacy costs adapters, apart from what they cost."""
+
+    name = "non-private-lora"
+    summary = "control: dp-lora without clipping, noise and privacy"
+    reference = ""
+    private = False
+    control = True
+
+
 class FFALoRA(DPLoRA):
     """LoRA with A random and frozen: the product of two noised factors is avoided, B and the head train."""
 

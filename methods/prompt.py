@@ -41,7 +41,7 @@ class PromptTuning(Method):
     ranges: ClassVar = {"tokens": (1, 4096)}
 
     def skip(self, model: nn.Module) -> str | None:
-        body = _body(model)
+        body = body_of(model)
         table = body.get_input_embeddings() if hasattr(body, "get_input_embeddings") else None
         if not hasattr(table, "num_embeddings"):
             return "prompt joins tokens of a text and this model has no table of them; use dp-lora."
@@ -56,7 +56,7 @@ class PromptTuning(Method):
         from torch import nn
 
         model.requires_grad_(False)
-        body, count = _body(model), self.settings["tokens"]
+        body, count = body_of(model), self.settings["tokens"]
         table = body.get_input_embeddings()
         words = torch.randint(table.num_embeddings, (count,), generator=generator)
         with torch.no_grad():
@@ -68,7 +68,7 @@ class PromptTuning(Method):
         return model
 
 
-def _body(model: nn.Module) -> nn.Module | None:
+def body_of(model: nn.Module) -> nn.Module | None:
     """What turns tokens into hidden states: the model's encoder, or the base of the transformers model inside."""
     if hasattr(model, "encoder"):
         return model.encoder

@@ -84,7 +84,7 @@ class DPZO(Method):
     def step(self, ask: Ask, step: int) -> LazyUpdates:
         count, phi = self.settings["directions"], self.settings["smoothing"]
         weights = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        directions = Directions(self._seed, step)
+        directions = self._directions(step)
         points = [_point(directions, k, weights, side) for k in range(count) for side in (phi, -phi)]
         of = partial(differences, scale=2 * phi * count)
         (noisy,) = ask(values=Values(size=count, of=of, bound=self.spec.clip_norm, at=points))
@@ -94,6 +94,10 @@ class DPZO(Method):
             lambda name, values: directions.summed(values, numbers[name], weights[name]),
             lambda name, values, p, scale: directions.add(values, numbers[name], p, p, scale),
         )
+
+    def _directions(self, step: int) -> Directions:
+        """Those of a step: of public things alone."""
+        return Directions(self._seed, step)
 
 
 def differences(seen: Seen, scale: float) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dpft.tasks import loaders, models
-from dpft.tasks.groupnorm import convert, refuse_batch_norm
+from dpft.tasks.batchnorm import settle
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,9 +19,7 @@ def classifier(
     config = models.load_config(source, classes)
     models.check_config(config, source, kind)
     inner = _made(models.auto_class(kind), config, models.construction(config, kind))
-    if batch_norm == "group" or getattr(config, "dpft_norm", None) == "group":
-        convert(inner)
-    refuse_batch_norm(inner, source)
+    settle(inner, batch_norm, source)
     outside, _ = models.head_names(inner, set())
     import torch
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # `dpft list tasks` must not pay for torch
     from dpft.tasks.hub import Fetch
 
 HEADS = ("mean", "native", "mlm")
-BATCH_NORMS = ("refuse", "group")
+BATCH_NORMS = ("refuse", "group", "frozen")
 SPLITS = ("whole", "tune", "test")
 Example = dict[str, Any]  # one raw row: named columns
 
@@ -57,7 +57,8 @@ class ModelSpec:
 
     model: packaged name (`minilm-l6`), local folder, or hub id; head: `mean` (mean pooling and a zero-initialised
     linear layer), `native` (the architecture's own), `mlm` (prompted masked-language-model head). Of image tasks alone: views,
-    how many random views of each training example its loss is averaged over; batch_norm: `refuse`, or `group` to convert it.
+    how many random views of each training example its loss is averaged over; batch_norm: `refuse`, `group` to convert it,
+    or `frozen` to keep its statistics as they are.
     """
 
     model: str

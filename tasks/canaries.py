@@ -120,11 +120,17 @@ def make_model(count: int, generator: torch.Generator) -> nn.Module:
     from torch import nn
 
     class Bag(nn.Module):
-        """The sum of a text's embeddings, at its first place: an encoder with which further inputs may join the tokens."""
+        """The sum of a text's embeddings, at its first place: an encoder with which further inputs may join the tokens.
+
+        It is attention by a query of zeros, so that it is linear in values, too: a method may put its own function in place.
+        """
+
+        is_causal = False
 
         def __init__(self, table: nn.Embedding):
             super().__init__()
             self.__dict__["table"] = table  # no child: it has one name
+            self.config = SimpleNamespace(_attn_implementation="sdpa")
 
         def get_input_embeddings(self) -> nn.Embedding:
             return self.table
@@ -133,7 +139,14 @@ def make_model(count: int, generator: torch.Generator) -> nn.Module:
             self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None
         ) -> SimpleNamespace:
             embedded = self.table(input_ids) if inputs_embeds is None else inputs_embeds
-            return SimpleNamespace(last_hidden_state=(embedded * attention_mask[:, :, None]).sum(1, keepdim=True))
+            if self.config._attn_implementation == "sdpa":
+                return SimpleNamespace(last_hidden_state=(embedded * attention_mask[:, :, None]).sum(1, keepdim=True))
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+            value, mask = embedded[:, None], attention_mask[:, None, None].bool()
+            key = torch.zeros_like(value)
+            return SimpleNamespace(last_hidden_state=attend(self, key[:, :, :1], key, value, mask)[0][:, :, 0])
 
     class Model(nn.Module):
         head_parameters = ("head.weight", "head.bias")

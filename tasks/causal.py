@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpft.harness.errors import CannotRun
 from dpft.tasks import loaders, models
+from dpft.tasks.batchnorm import refuse_batch_norm
 from dpft.tasks.vocabulary import NO_TARGET, vocabulary_loss
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def load(source: str) -> tuple[nn.Module, str]:
             module.p = 0.0
     if lacking := set(info["missing_keys"]) - set(inner.all_tied_weights_keys or {}):
         raise CannotRun(f"{source} has no trained weights for {sorted(lacking)[0]}; take a whole checkpoint.")
-    models.refuse_batch_norm(inner, source)
+    refuse_batch_norm(inner, source)
     _check_scores(inner.eval(), source)
     return causal_model()(inner).train(), models.fingerprint_of(inner, set())
 
@@ -147,16 +148,22 @@ class Collator:
 
 
 class Encoder:
-    """Rows `{"prompt", "response"}` as token ids: prompt, response, end of text. An empty prompt is the start of text."""
+    """Rows `{"prompt", "response"}` as token ids: prompt, response, end of text. An empty prompt is the start of text.
 
-    def __init__(self, tokenizer, longest: int | None, max_length: int, model: str) -> None:
-        if longest is not None and max_length > longest:
-            raise CannotRun(f"{model} takes at most {longest} tokens; lower max_length from {max_length}.")
+    longest: tokens that the model `model` has positions for; new_tokens: how many are written behind a prompt, of which the
+    last `kept` tokens are seen. Raises CannotRun for what does not fit.
+    """
+
+    def __init__(self, tokenizer, longest: int | None, max_length: int, model: str, new_tokens: int = 1) -> None:
+        longest = max_length + new_tokens if longest is None else longest
+        for key, tokens, most in (("max_length", max_length, longest), ("max_new_tokens", new_tokens, longest - 1)):
+            if tokens > most:
+                raise CannotRun(f"{model} takes at most {longest} tokens; lower {key} from {tokens}.")
         if max_length < 8:
             raise CannotRun(f"max_length {max_length} leaves no room for text; it must be 8 or more.")
         if tokenizer.eos_token_id is None:
             raise CannotRun(f"The tokenizer of {model} has no end-of-text token; take another model.")
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length, self.kept = tokenizer, max_length, min(max_length - 1, longest - new_tokens)
 
     @property
     def pad_id(self) -> int:
@@ -205,7 +212,6 @@ def generate(
     import torch
 
     ids = encoder.prompts(prompts)
-    keep = encoder.max_length - 1
     order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
     found: dict[int, str] = {}
     size = max(1, 64 // beams)
@@ -213,7 +219,7 @@ def generate(
     model.eval()
     for start in range(0, len(order), size):
         batch = order[start : start + size]
-        rows = [ids[i][-keep:] for i in batch]
+        rows = [ids[i][-encoder.kept :] for i in batch]
         longest = max(len(row) for row in rows)
         tokens = torch.tensor([[encoder.pad_id] * (longest - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)

@@ -79,13 +79,21 @@ class TextGeneration(Task):
 
     def bare_model(self, spec: ModelSpec) -> nn.Module:
         """As `Task.bare_model`."""
-        from dpft.tasks import bare, causal, models
+        from dpft.tasks import bare, models
 
         self._check_head(spec)
         source = models.resolve(spec.model)
         model = bare.causal(source)
-        causal.Encoder(models.load_tokenizer(source), causal.longest_of(model.config), spec.max_length, spec.model)
+        self._encoder(models.load_tokenizer(source), model, spec)
         return model
+
+    def _encoder(self, tokenizer: Any, model: nn.Module, spec: ModelSpec) -> Encoder:
+        """Raises CannotRun for what the model has no positions for."""
+        from dpft.tasks import causal
+
+        writes = self.settings["samples"] or self.settings["generate_examples"]
+        new = self.settings["max_new_tokens"] if writes else 1
+        return causal.Encoder(tokenizer, causal.longest_of(model.config), spec.max_length, spec.model, new)
 
     def _check_head(self, spec: ModelSpec) -> None:
         if spec.head != "native":
@@ -99,7 +107,7 @@ class TextGeneration(Task):
         source = models.resolve(spec.model)
         tokenizer = models.load_tokenizer(source)
         model, weights = causal.load(source)
-        encoder = causal.Encoder(tokenizer, causal.longest_of(model.config), spec.max_length, spec.model)
+        encoder = self._encoder(tokenizer, model, spec)
         rows = _spread(data.validation, self.settings["validation_examples"])
         train, validation = encoder(data.train), encoder(rows)
         references: dict[str, list[str]] = {}

@@ -13,8 +13,8 @@ from dpft.harness.cache import cache_dir
 from dpft.harness.errors import CannotRun, unknown
 from dpft.tasks import heads
 from dpft.tasks.base import HEADS
+from dpft.tasks.batchnorm import settle
 from dpft.tasks.downloads import sdist, sha256_of, unpack
-from dpft.tasks.groupnorm import convert, refuse_batch_norm
 from dpft.tasks.loaders import MINILM, quiet, readable
 
 if TYPE_CHECKING:
@@ -139,9 +139,9 @@ def load_model(
 
     generator: draws the new weights of the `native` head, on whatever device it lives; words: token ids of the labels
     for the `mlm` head. All dropout is off: methods are compared at equal noise, and the clipped sum must not depend on
-    how a batch is cut into microbatches. batch_norm: None for texts; `refuse` or `group` for images, which know the native
-    head only. A configuration with `dpft_norm = "group"` asks for the conversion itself. Raises CannotRun when the checkpoint is
-    missing, damaged or lacks weights, and for BatchNorm that is not converted: it mixes the examples of a batch.
+    how a batch is cut into microbatches. batch_norm: None for texts; one of BATCH_NORMS for images, which know the native head
+    only. A configuration with `dpft_norm = "group"` asks for the conversion itself. Raises CannotRun when the checkpoint is
+    missing, damaged or lacks weights, and for BatchNorm that is neither converted nor frozen: it mixes the examples of a batch.
     """
     if head not in HEADS:
         raise CannotRun(str(unknown("head", head, HEADS)))
@@ -150,9 +150,7 @@ def load_model(
             f"{Path(source).name} is a language model file; tasks that classify need an encoder such as minilm-l6."
         )
     inner, info = _load_checkpoint(source, head if batch_norm is None else IMAGES, classes)
-    if batch_norm == "group" or getattr(inner.config, "dpft_norm", None) == "group":
-        convert(inner)
-    refuse_batch_norm(inner, source)
+    settle(inner, batch_norm, source)
     outside, pooler = head_names(inner, info["missing_keys"])
     fresh = {"mean": [], "native": outside + pooler, "mlm": []}[head]
     lacking = (set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}) - set(fresh)

@@ -136,7 +136,7 @@ def _pretrained(config: dict[str, Any]) -> nn.Module:
     import torch
     import transformers
 
-    from dpft.tasks.groupnorm import convert
+    from dpft.tasks.batchnorm import convert
     from dpft.tasks.pixels import Collator, Form, shifted
 
     images, labels = of_classes(PUBLIC)

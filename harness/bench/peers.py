@@ -1,8 +1,8 @@
 """One function per engine: it takes (job, model) and returns `step(microbatches)`, one whole training step.
 
 A step that can tell its phases apart has a `clock`.
-Every engine ends in the same fused AdamW. The peers are called as their own documentation says: Opacus 1.6, fastDP
-(awslabs/fast-differential-privacy) and private-transformers (lxuechen/private-transformers).
+Every engine ends in the same fused AdamW. The peers are called as their own documentation says: Opacus 1.6 and fastDP
+(awslabs/fast-differential-privacy). Its ancestor private-transformers takes no model but transformers' own classes.
 """
 
 from __future__ import annotations
@@ -188,26 +188,22 @@ def _opacus_step(optimizer, loss: Callable[[Batch], object]) -> Step:
     return step
 
 
-def _attached(privacy_engine, job: Job, model: nn.Module, **settings) -> torch.optim.Optimizer:
-    """The optimizer that a peer's PrivacyEngine, fastDP's or its ancestor private-transformers', has taken over."""
-    optimizer = _optimizer(job, model)
-    privacy_engine(
+def _fastdp(job: Job, model: nn.Module) -> Step:
+    from fastDP import PrivacyEngine
+
+    optimizer, loss = _optimizer(job, model), loss_of(job)
+    PrivacyEngine(
         model,
         batch_size=job.examples,
         sample_size=1000 * job.examples,
         epochs=1,
         noise_multiplier=job.noise_multiplier,
         max_grad_norm=job.clip_norm,
-        **settings,
+        clipping_fn="Abadi",
+        clipping_mode="MixOpt",
+        clipping_style="all-layer",
+        loss_reduction="mean",
     ).attach(optimizer)
-    return optimizer
-
-
-def _fastdp(job: Job, model: nn.Module) -> Step:
-    from fastDP import PrivacyEngine
-
-    settings = {"clipping_fn": "Abadi", "clipping_mode": "MixOpt", "clipping_style": "all-layer"}
-    optimizer, loss = _attached(PrivacyEngine, job, model, loss_reduction="mean", **settings), loss_of(job)
 
     def step(batches):
         for batch in batches:
@@ -218,25 +214,9 @@ def _fastdp(job: Job, model: nn.Module) -> Step:
     return step
 
 
-def _private_transformers(job: Job, model: nn.Module) -> Step:
-    from private_transformers import PrivacyEngine
-
-    optimizer = _attached(PrivacyEngine, job, model, clipping_mode="ghost", record_snr=False)
-    loss = loss_of(job)
-
-    def step(batches):
-        for batch in batches[:-1]:
-            optimizer.virtual_step(loss=loss(model, batch))
-        optimizer.step(loss=loss(model, batches[-1]))
-        optimizer.zero_grad()
-
-    return step
-
-
 PEERS: dict[str, Callable[[Job, nn.Module], Step]] = {
     "non-private": non_private_step,
     "opacus-hooks": _opacus_hooks,
     "opacus-ghost": _opacus_ghost,
     "fastdp": _fastdp,
-    "private-transformers": _private_transformers,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -44,10 +45,11 @@ FILE = Where(dir_okay=False)
     help="Only the verdicts of this leaderboard (`dpft list boards`); with --brief a sentence each.",
 )
 @click.option("--html", type=FILE, help="Also write one self-contained page of all runs.")
+@click.option("--watch", is_flag=True, help="Rewrite the page of --html while runs are made, until Ctrl-C.")
 @click.option("--section", help="Name in the markers, where a file has several: <!-- dpft report NAME: begin -->.")
 @skip_damaged
 def report(
-    folder, output, check, task, figures, latex, csv, theory, only, board, html, section, passed_over, **options
+    folder, output, check, task, figures, latex, csv, theory, only, board, html, watch, section, passed_over, **options
 ):
     """Print the tables of the runs in FOLDER, or put them between the markers of a markdown file."""
     from dpft.harness import report as reporting
@@ -61,11 +63,18 @@ def report(
             "--theory, --brief, --methods, --predictions and --board are reports of their own; leave out all but one "
             "(--board and --brief go together)."
         )
+    if watch and (html is None or any((output, figures, latex, csv, theory, only, board))):
+        raise BadInput("--watch keeps one page fresh and makes nothing else; give it --html FILE, and no other report.")
     store, pictures = Store(folder, passed_over), None
     if html is not None:
         from dpft.harness.report import page
 
-        page.write(html, store, store.each(), options["public"])
+        if task is not None and not watch:
+            _of(task, reporting.summaries(store))
+        if watch:
+            _follow(html, store, reporting.Options(public=options["public"], baseline=options["baseline"]), task)
+        records = (record for record in store.each() if task in (None, record["spec"]["task"]))
+        page.write(html, store, records, options["public"], baseline=options["baseline"])
         click.echo(f"{html} was written.", err=True)
         if output is None:
             return 0
@@ -103,6 +112,12 @@ def report(
     fresh = reporting.write(markdown(parts), output, check, reporting.markers(section))
     click.echo(f"{output} {'is up to date' if fresh else 'is stale' if check else 'was rewritten'}.", err=True)
     return 1 if check and not fresh else 0
+
+
+def _follow(html: Path, store, options, task: str | None) -> NoReturn:
+    from dpft.harness.report.page.follow import follow
+
+    follow(html, store, options, task, lambda runs: click.echo(f"{html}: {runs:,} runs; Ctrl-C ends.", err=True))
 
 
 def _of(task: str | None, records: list[dict]) -> list[dict]:

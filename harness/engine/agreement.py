@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dpft.harness.engine.base import Batch, Engine, RunningSums, Sums, example_gradient
+from dpft.harness.engine.base import Batch, Engine, RunningSums, Sums, example_gradient, undrawn
 from dpft.harness.engine.clipping import limits
 from dpft.harness.engine.mixing import depends_on_others
 from dpft.harness.errors import CannotRun
@@ -59,7 +59,7 @@ def check(
     Raises CannotRun when the clipped sum, a loss or a norm differs, when an example's loss has a derivative by another one's
     input, or when its loss or norm is another one in other company: examples left out, replaced, or in another order.
     """
-    with _as_if_nothing_happened(engine), _filled(engine):
+    with undrawn(engine.parameters), _filled(engine):
         total, engine.agreed = RunningSums(engine.parameters, encodings), True  # `agree` asks less
         losses, norms = engine.accumulate(batch, total, bound, encodings)
         if not (torch.isfinite(losses).all() and torch.isfinite(norms).all()):
@@ -96,7 +96,7 @@ def compare(
 
     losses, norms: [batch], [batch, groups], what the step found of these examples in their real microbatches.
     """
-    with _as_if_nothing_happened(engine):
+    with undrawn(engine.parameters):
         total = RunningSums(engine.parameters, encodings)
         found = engine.accumulate(batch, total, bound, encodings)
         _compare(engine, batch, encodings, bound, alone, half, total.complete(), [found, (losses, norms)])
@@ -247,14 +247,6 @@ def _filled(engine: Engine) -> Iterator[None]:
         with torch.no_grad():
             for p in zeros:
                 p.zero_()
-
-
-@contextmanager
-def _as_if_nothing_happened(engine: Engine) -> Iterator[None]:
-    """PyTorch's global generators are afterwards where they were."""
-    device = next(iter(engine.parameters.values())).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 def _disagreement(engine: Engine, what: str) -> CannotRun:

@@ -203,6 +203,14 @@ class ForwardEngine(Engine):
         raise BadInput("The method asks for gradients, which its `asks` does not list; add Gradients to it.")
 
 
+@contextmanager
+def undrawn(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+    """PyTorch's global generators, of the CPU and of the parameters' device, are afterwards where they were."""
+    device = next(iter(parameters.values())).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
 def unused(name: str) -> BadInput:
     """The error for a trainable parameter that the loss does not reach."""
     return BadInput(

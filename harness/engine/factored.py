@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from dpft.harness.engine.agreement import agree
-from dpft.harness.engine.base import Engine, rows_each, unused
+from dpft.harness.engine.base import Engine, rows_each, undrawn, unused
 from dpft.harness.engine.clipping import divided
 from dpft.harness.engine.fakes import has_values
 from dpft.harness.engine.hidden import refuse_parameter_hooks
+from dpft.harness.engine.layouts import Layout, layouts
 from dpft.harness.engine.pieces import Grams, Measured, Piece, absolute, charged, measured
-from dpft.harness.engine.rules import rule_for
+from dpft.harness.engine.relative import separate
+from dpft.harness.engine.rules import around, rule_for
 from dpft.harness.engine.stacked import piece_of
 from dpft.harness.engine.taps import Recorder, Use
 from dpft.harness.engine.weighted import weighted
@@ -46,10 +48,10 @@ class FactoredEngine(Engine):
             (path, module, {own: names[id(p)] for own, p in module.named_parameters(recurse=False) if id(p) in names})
             for path, module in model.named_modules()
         ]
-        for path, module, owned in layers:
-            if owned and not _only_holds(path, module, owned, layers):
-                self._rules[module] = rule_for(path, module)
-                self._recorder.watch(path, module, owned, _flattens(path, layers))
+        self._layers = [one for one in layers if one[2] and not _only_holds(*one, layers)]
+        self._own_rules = {path: rule_for(path, module) for path, module, _ in self._layers}
+        self._placed = 0  # how many examples were looked at for it
+        self._together = separate(model, self._recorder)
 
     def accumulate(self, batch, total, bound, encodings):
         self._pass = _Pass(total, divided(bound, self.groups), encodings)
@@ -74,6 +76,7 @@ class FactoredEngine(Engine):
 
     def close(self):
         self._recorder.close()
+        self._together()
 
     def _rest(self, batch) -> None:
         """Parameters of which nothing is asked for contribute nothing; layers that have no others are not even tapped."""
@@ -83,14 +86,52 @@ class FactoredEngine(Engine):
                 now.found[name] = Measured([], torch.zeros(len(first), device=first.device), None)
         self._recorder.idle = frozenset(now.found)
 
+    def _place(self, batch, size: int) -> None:
+        """Tap every layer that owns a trainable parameter, or the nearest module around it that tells examples apart."""
+
+        def run(part) -> None:
+            self._recorder.looked_at = len(next(iter(part.values())))
+            self.losses(part)
+
+        try:
+            found = layouts(self.model, batch, run)
+        finally:
+            self._recorder.looked_at = None
+        places: dict[str, dict[str, str]] = defaultdict(dict)
+        called = {name for path, _, owned in self._layers if path in found for name in owned.values()}
+        for path, module, owned in self._layers:
+            if path not in found:  # a tied table may lie in layers that are never called
+                owned = {own: name for own, name in owned.items() if name not in called}
+                if not owned:
+                    continue
+            place = path
+            while not _told(self.model.get_submodule(place), found.get(place, [])):
+                if not place:
+                    raise _untold(path, module, owned, found, size)
+                place = place.rpartition(".")[0]
+            inner = path.removeprefix(place).lstrip(".")
+            for own, name in owned.items():
+                local = f"{inner}.{own}" if inner else own
+                places[place][local] = name
+                self._rules[place, local] = (
+                    around(place, self.model.get_submodule(place)) if inner else self._own_rules[path]
+                )
+        self._recorder.close()
+        for place, owned in places.items():
+            self._recorder.watch(place, self.model.get_submodule(place), owned, found.get(place, []))
+        self._placed = size
+
     def _passes(self, batch) -> torch.Tensor:
         """Forward and backward with the weights taken out of the graph; `_done` hears of every use on the way back."""
         parameters = self.parameters.values()
         if self._recorder.idle.issuperset(self.parameters):  # of no parameter is anything asked for
             with self.clock("forward"), torch.no_grad():
                 return self.losses(batch)
-        size, rows = len(next(iter(batch.values()))), rows_each(self.model, batch)
-        self._recorder.start(size, next(iter(parameters)).device, rows)
+        size = len(next(iter(batch.values())))
+        if self._placed < min(size, 2):
+            with uncounted(), undrawn(self.parameters):
+                self._place(batch, size)
+        self._recorder.start(size, next(iter(parameters)).device, rows_each(self.model, batch))
         for p in parameters:
             p.requires_grad_(False)
         try:
@@ -120,7 +161,7 @@ class FactoredEngine(Engine):
         with self.clock("clip"), self._recorder.paused():
             for local, name in use.owned.items():
                 self._make(name, [(local, use)])
-        use.tensors = use.gradient = None  # what is still needed of them is held by the pieces
+        use.tensors = use.gradients = ()  # what is still needed of them is held by the pieces
 
     def _make(self, name: str, uses: list[tuple[str, Use]]) -> None:
         """The pieces of one parameter and what they measure; its group is settled if it was the last one missing."""
@@ -131,7 +172,7 @@ class FactoredEngine(Engine):
             kinds[local, type(use.module)].append(use)
         encoding = now.encodings.get(name, IDENTITY)
         pieces: list[Piece] = [
-            piece_of(self._rules[group[0].module], group, local, encoding, self.parameters[name].shape)
+            piece_of(self._rules[group[0].path, local], group, local, encoding, self.parameters[name].shape)
             for (local, _), group in kinds.items()
         ]
         if encoding.weights is not None:
@@ -178,10 +219,26 @@ class _Pass:
         self.norms: dict[str, torch.Tensor] = {}
 
 
-def _flattens(path: str, layers: list) -> bool:
-    """Whether a layer is inside a module known to hand it [b * T, d], examples in order: OPT's decoder layers do."""
-    return any(
-        type(module).__name__ == "OPTDecoderLayer" and path.startswith(f"{other}.") for other, module, _ in layers
+def _told(module: nn.Module, calls: list[Layout]) -> bool:
+    """Whether a module tells examples apart in all its calls; tables of a kind of their own are looked into."""
+    if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
+        return True
+    table = isinstance(module, nn.Embedding)
+    return bool(calls) and all(layout.told or (table and layout.once) for layout in calls)
+
+
+def _untold(
+    path: str, module: nn.Module, owned: dict[str, str], found: dict[str, list[Layout]], size: int
+) -> CannotRun:
+    name, kind = next(iter(owned.values())), type(module).__name__
+    if path not in found:
+        return CannotRun(
+            f"The trainable parameter {name} receives no gradient in a call of its own layer ({kind}), nor of a module around it "
+            "that keeps examples apart; freeze it, use it in the model, or use --engine reference."
+        )
+    return CannotRun(
+        f"Layer {path} ({kind}) sees rows that are not one or more of each example, and so does what is around it, so their "
+        "gradients cannot be told apart; give it one row per example, freeze it, or use --engine reference."
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dpft.harness.engine.alone import added, alone, wide
 from dpft.harness.engine.cost import cheaper_kept
 from dpft.harness.engine.fakes import has_values
 from dpft.harness.engine.hidden import ordinary, refuse_hidden
@@ -26,8 +27,14 @@ def rule_for(path: str, module: nn.Module) -> Rule:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         _refuse_batch_statistics(path, module)
     rule = _by_type(module)
-    refuse_hidden(path, module, by_type=rule not in (_by_vmap, _recomputed, _batch_norm))
+    refuse_hidden(path, module, by_type=rule not in (alone, _recomputed, _batch_norm))
     return rule
+
+
+def around(path: str, module: nn.Module) -> Rule:
+    """The rule of a parameter of a layer inside `module`. Raises CannotRun as `rule_for`."""
+    refuse_hidden(path, module, by_type=False)
+    return alone
 
 
 def _refuse_batch_statistics(path: str, module: nn.Module) -> None:
@@ -35,13 +42,13 @@ def _refuse_batch_statistics(path: str, module: nn.Module) -> None:
     if module.training or module.running_mean is None:
         raise CannotRun(
             f"Layer {path} is a BatchNorm that normalises by its batch, which mixes examples; convert it to GroupNorm, or keep "
-            "it in evaluation mode by a `train` of its own."
+            "it in evaluation mode by a `train` of its own, as batch_norm=group and =frozen of image tasks do."
         )
 
 
 def _batch_norm(uses: list[Use], local: str, encoding: Encoding) -> Piece:
     _refuse_batch_statistics(uses[0].path, uses[0].module)  # its mode may be another one by now
-    return _by_vmap(uses, local, encoding)
+    return alone(uses, local, encoding)
 
 
 def _by_type(module: nn.Module) -> Rule:
@@ -52,14 +59,14 @@ def _by_type(module: nn.Module) -> Rule:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return _batch_norm
     if "forward" in vars(module):  # put on the instance: its type says nothing
-        return _by_vmap
+        return alone
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and _plain(module) and ordinary(module):
         return _convolution
     if is_transposed(module):
         return _transposed_linear
     if type(module).__name__.endswith("RMSNorm") and [n for n, _ in module.named_parameters()] == ["weight"]:
         return _scale
-    return _RULES.get(type(module), _by_vmap)
+    return _RULES.get(type(module), alone)
 
 
 def _linear(uses: list[Use], local: str, encoding: Encoding) -> Piece:
@@ -91,7 +98,7 @@ def _recomputed(uses: list[Use], local: str, encoding: Encoding) -> Piece:
     It has `linear_factors(tensors, gradient, examples)` and `at_once`, the numbers of E that may exist at once.
     """
     module = uses[0].module
-    calls = [(u.tensors, _wide(u.gradient)) for u in uses]  # not the uses: they are emptied
+    calls = [(u.tensors, wide(u.gradient)) for u in uses]  # not the uses: they are emptied
 
     @torch.no_grad()
     def factors(examples: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +119,7 @@ def _convolution(uses: list[Use], local: str, encoding: Encoding) -> Piece:
     if local == "bias":
         return KeptPiece(encoding.rows(gradients).sum(1))
     module = uses[0].module
-    patches = _joined([_rows(_patches(module, _wide(u.flat(u.input))), u) for u in uses])
+    patches = _joined([_rows(_patches(module, wide(u.flat(u.input))), u) for u in uses])
     if module.groups == 1:
         return _matrix(encoding.columns(patches), encoding.rows(gradients))
     size, positions = patches.shape[:2]
@@ -169,31 +176,31 @@ def _among(rows: torch.Tensor, tokens: torch.Tensor, use: Use) -> tuple[torch.Te
 
 def _layer_norm(uses: list[Use], local: str, encoding: Encoding) -> Piece:
     def one(use: Use) -> torch.Tensor:
-        gradient, shape = _wide(use.gradient), use.module.normalized_shape
+        gradient, shape = wide(use.gradient), use.module.normalized_shape
         if local == "weight":
             gradient = F.layer_norm(use.input.to(gradient.dtype), shape, eps=use.module.eps).mul_(gradient)
         return gradient.reshape(len(gradient), -1, *shape).sum(1)
 
-    return KeptPiece(encoding.dense(_added(one, uses)))
+    return KeptPiece(encoding.dense(added(one, uses)))
 
 
 def _group_norm(uses: list[Use], local: str, encoding: Encoding) -> Piece:
     def one(use: Use) -> torch.Tensor:
-        gradient = _wide(use.flat(use.gradient))
+        gradient = wide(use.flat(use.gradient))
         if local == "weight":
             module, image = use.module, use.flat(use.input).to(gradient.dtype)
             gradient = F.group_norm(image, module.num_groups, eps=module.eps).mul_(gradient)
         summed = gradient.reshape(*gradient.shape[:2], -1).sum(2)  # of an input [b, channels], too
         return summed.view(use.batch_size, -1, gradient.shape[1]).sum(1)
 
-    return KeptPiece(encoding.dense(_added(one, uses)))
+    return KeptPiece(encoding.dense(added(one, uses)))
 
 
 def _scale(uses: list[Use], local: str, encoding: Encoding) -> Piece:
     """RMSNorm of any make: the output is linear in the weight, so its derivative is f(1) - f(0), by the layer's own code."""
 
     def one(use: Use) -> torch.Tensor:
-        gradient, weight = _wide(use.gradient), use.module.weight
+        gradient, weight = wide(use.gradient), use.module.weight
         bare = copy.copy(use.module)
         at = []
         for value in (torch.ones_like(weight), torch.zeros_like(weight)):
@@ -201,90 +208,15 @@ def _scale(uses: list[Use], local: str, encoding: Encoding) -> Piece:
             at.append(bare.forward(use.input).to(gradient.dtype))
         return ((at[0] - at[1]) * gradient).reshape(len(gradient), -1, *weight.shape).sum(1)
 
-    return KeptPiece(encoding.dense(_added(one, uses)))
-
-
-def _by_vmap(uses: list[Use], local: str, encoding: Encoding) -> Piece:
-    """Any other layer: its own forward, run again on each example alone and differentiated, vectorised by torch.func."""
-
-    def one(use: Use) -> torch.Tensor:
-        rows = [t.dim() > 0 and len(t) == use.batch_size for t in use.tensors]
-        doubtful = sum(rows) > 1  # another argument than the input may only happen to be as long as the batch
-        tensors = [_wide(t) if t.is_floating_point() else t for t in use.tensors]
-        weight = _wide(getattr(use.module, local).detach())
-
-        def gradient_of(gradient: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-            alone = [t[None] if row and not use.flattened else t for t, row in zip(tensors, rows, strict=True)]
-            caller = _Caller(use, alone)
-
-            def output(value: torch.Tensor) -> torch.Tensor:
-                found = torch.func.functional_call(caller, {f"module.{local}": value})
-                return found if use.flattened else found[0]
-
-            found, derivative = torch.func.vjp(output, weight)
-            return derivative(gradient)[0], found if doubtful else None
-
-        places = tuple(0 if row else None for row in rows)
-        gradients, found = torch.func.vmap(gradient_of, (0, *places), (0, 0 if doubtful else None))(
-            _wide(use.gradient), *tensors
-        )
-        if doubtful:
-            _same_as_in_batch(use, found)
-        return gradients
-
-    try:
-        return KeptPiece(encoding.dense(_added(one, uses)))
-    except (RuntimeError, ValueError, TypeError) as error:
-        kind, path = type(uses[0].module).__name__, uses[0].path
-        reason = " ".join(str(error).split())[:200]
-        raise CannotRun(
-            f"Layer {path} ({kind}) has no per-example gradient rule and cannot be vectorised ({reason}); freeze it or use "
-            "--engine reference."
-        ) from error
-
-
-@torch.no_grad()
-def _same_as_in_batch(use: Use, found: torch.Tensor) -> None:
-    """Raise CannotRun where the outputs of the examples alone are not those of the batch: an argument is not one per example."""
-    expected = _wide(use.call(use.module, tuple(use.flat(t) for t in use.tensors)))
-    found, half = _wide(use.flat(found)).view_as(expected), use.gradient.dtype in (torch.bfloat16, torch.float16)
-    allowed = (5e-2 if half else 1e-4) * expected.abs().max()
-    if has_values(found) and bool(((found - expected).abs() > allowed).any()):
-        raise CannotRun(
-            f"Layer {use.path} ({type(use.module).__name__}) takes an argument with {use.batch_size} rows for as many examples "
-            "that is not one row per example (a mask, say), so they cannot be told apart; give each example its own, freeze the "
-            "layer, or use --engine reference."
-        )
-
-
-class _Caller(nn.Module):
-    """A use of a layer as a module without arguments, so that functional_call can replace the layer's parameters."""
-
-    def __init__(self, use: Use, tensors):
-        super().__init__()
-        self.module, self._use, self._tensors = use.module, use, tensors
-
-    def forward(self) -> torch.Tensor:
-        return self._use.call(self.module, self._tensors)
+    return KeptPiece(encoding.dense(added(one, uses)))
 
 
 _RULES: dict[type[nn.Module], Rule] = {nn.Linear: _linear, nn.LayerNorm: _layer_norm, nn.GroupNorm: _group_norm}
 
 
-def _added(one: Callable[[Use], torch.Tensor], uses: list[Use]) -> torch.Tensor:
-    kept = one(uses[0])
-    for use in uses[1:]:
-        kept = kept + one(use)
-    return kept
-
-
 def _rows(factor: torch.Tensor, use: Use | None = None) -> torch.Tensor:
     """[b, ..., n] as [b, T, n], fp32 at least: the norm that is clipped is the norm of what is summed. use: of a flat factor."""
-    return _wide(factor).reshape(len(factor) if use is None else use.batch_size, -1, factor.shape[-1])
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return wide(factor).reshape(len(factor) if use is None else use.batch_size, -1, factor.shape[-1])
 
 
 def _joined(factors: list[torch.Tensor]) -> torch.Tensor:

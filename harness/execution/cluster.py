@@ -5,17 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import signal
+import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dpft.harness.errors import CannotRun
+from dpft.harness.errors import CannotRun, Interrupted
 from dpft.harness.execution import interrupts
 from dpft.harness.execution.local import Policy, Reporter, collect, pending, wanted
-from dpft.harness.records.store import Store
+from dpft.harness.records.store import Store, atomic
 from dpft.harness.runs.sources import Sources
 from dpft.harness.runs.spec import RunSpec
+from dpft.harness.train.journal import path_of
 from dpft.harness.train.settings import Settings
+
+BETWEEN = 0.5  # seconds between two looks of a worker at whether it is to end
 
 
 def run_all(
@@ -32,9 +40,9 @@ def run_all(
 
     jobs: runs at once, None: as many as there are GPUs, or CPUs. A run gets its share of the CPUs and, where the cluster has
     GPUs and `settings.device` is not the CPU, its share of those. Joins the cluster that RAY_ADDRESS names, or starts one here.
-    dpft, plug-in files and the data mirror must lie at the same paths on every node. There are no checkpoints: a run that
-    its worker takes with it is made again by the next command. Raises CannotRun without ray, and, when everything else has
-    been made, for runs that were lost.
+    dpft, plug-in files and the data mirror must lie at the same paths on every node. When this process is interrupted, workers
+    end their steps and send their checkpoints, from which the next command goes on; a run that its worker takes with it is
+    made again. Raises CannotRun without ray, and, when everything else has been made, for runs that were lost.
     """
     try:
         import ray
@@ -55,25 +63,43 @@ def run_all(
             stack.callback(ray.shutdown)
             share, most = _share(ray.cluster_resources(), settings.device, jobs)
             work = ray.remote(_work).options(max_retries=0, **share)
+            stop = ray.remote(_Stop).options(num_cpus=0).remote()
             waiting, flying = list(claimed), {}
-            while waiting or flying:
-                while waiting and len(flying) < most:
-                    spec = waiting.pop(0)
-                    flying[work.remote(spec, settings, list(plugins), share["num_cpus"])] = spec
-                [done], _ = ray.wait(list(flying), num_returns=1)
+
+            def landed(done) -> None:
+                """Keep what a worker sends: its checkpoint, and the record unless it was asked to stop."""
                 spec = flying.pop(done)
                 try:
-                    record, curve = ray.get(done)
+                    found = ray.get(done)
                 except ray.exceptions.RayError as error:
                     lost.append(spec.label())
                     reporter.note(f"{spec.label()} was lost ({type(error).__name__}).")
-                    continue
-                store.write(record, curve)
+                    return
+                for text in found.notes:
+                    reporter.note(text)
+                _keep(_places(store.checkpoint_path(spec.run_id)), found.kept)
+                if found.record is None:
+                    return
+                store.write(found.record, found.curve)
                 made.add(spec.run_id)
                 with reporter.run(spec) as observe:
-                    for row in curve:
+                    for row in found.curve:
                         observe(row["step"], row)
-                reporter.finished(record)
+                reporter.finished(found.record)
+
+            try:
+                while waiting or flying:
+                    while waiting and len(flying) < most:
+                        spec = waiting.pop(0)
+                        kept = _read(_places(store.checkpoint_path(spec.run_id))) if policy.resume else ()
+                        flying[work.remote(spec, settings, list(plugins), share["num_cpus"], stop, kept)] = spec
+                    landed(ray.wait(list(flying), num_returns=1)[0][0])
+            except KeyboardInterrupt:  # ray makes one of what a handler raises
+                stop.ask.remote()
+                for done in ray.wait(list(flying), num_returns=len(flying), timeout=interrupts.GRACE)[0]:
+                    landed(done)
+                interrupts.end()
+                raise
     for spec in runs:
         if store.read(spec.run_id) is None and spec.label() not in lost:
             reporter.note(f"{spec.label()} is being made by another process; waiting for it.")
@@ -103,8 +129,32 @@ def _share(resources: dict[str, float], device: str, jobs: int | None) -> tuple[
     return share, most
 
 
-def _work(spec: RunSpec, settings: Settings, plugins: list[str], threads: int) -> tuple[dict[str, Any], list]:
-    """One run on a worker, which keeps its process for others: (record, curve)."""
+class _Stop:
+    """An actor that all workers ask, between steps, whether to end."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def ask(self) -> None:
+        self._asked = True
+
+    def asked(self) -> bool:
+        return self._asked
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What comes back of one run. record: None where it was stopped. kept: contents of its `_places`, empty if not there."""
+
+    record: dict[str, Any] | None
+    curve: list[dict[str, Any]]
+    kept: tuple[bytes, ...]
+    notes: list[str]
+
+
+def _work(spec: RunSpec, settings: Settings, plugins: list[str], threads: int, stop, kept: tuple[bytes, ...]) -> _Sent:
+    """One run on a worker, which keeps its process for others. kept: of an earlier command, to go on from."""
+    import ray
     import torch
 
     from dpft.harness.runs import registry
@@ -115,4 +165,36 @@ def _work(spec: RunSpec, settings: Settings, plugins: list[str], threads: int) -
         registry.load_plugin(plugin)
     torch.set_num_threads(threads)
     settings = dataclasses.replace(settings, device=pick_device(settings.device))
-    return execute(spec, settings, lambda step, row: None)
+    notes, looked = [], time.monotonic()
+
+    def observe(step: int, row: dict[str, Any]) -> None:
+        nonlocal looked
+        if time.monotonic() - looked > BETWEEN:
+            looked = time.monotonic()
+            if ray.get(stop.asked.remote()):
+                raise Interrupted(signal.SIGTERM)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{spec.run_id}.ckpt"
+        _keep(_places(path), kept)
+        try:
+            record, curve = execute(spec, settings, observe, path, lambda text, trouble=True: notes.append(text))
+        except Interrupted:
+            record, curve = None, []
+        return _Sent(record, curve, _read(_places(path)), notes)
+
+
+def _places(checkpoint: Path) -> tuple[Path, Path]:
+    return checkpoint, path_of(checkpoint)
+
+
+def _read(paths: tuple[Path, ...]) -> tuple[bytes, ...]:
+    return tuple(path.read_bytes() if path.exists() else b"" for path in paths)
+
+
+def _keep(paths: tuple[Path, ...], kept: tuple[bytes, ...]) -> None:
+    """Write what there is; what is empty was never there."""
+    for path, content in zip(paths, kept, strict=False):
+        if content:
+            with atomic(path) as temporary:
+                temporary.write_bytes(content)

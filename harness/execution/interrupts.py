@@ -58,14 +58,14 @@ def between_steps() -> Iterator[Callable[[Any], Any]]:
     def pausing(observe: Callable[..., None]) -> Callable[..., None]:
         def observed(*arguments: Any) -> None:
             observe(*arguments)
-            _end()
+            end()
             _Asked.training = True
 
         return observed
 
     try:
         yield pausing
-        _end()
+        end()
     finally:
         _stop_waiting()
 
@@ -118,7 +118,8 @@ def _stop_waiting() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _end() -> None:
+def end() -> None:
+    """Raise Interrupted where a signal has come."""
     if _Asked.number is not None:
         _stop_waiting()
         raise Interrupted(_Asked.number)

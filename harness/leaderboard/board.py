@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import tomllib
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from dpft.harness.border.documents import Misfit, fitted, from_toml, sentence
+from dpft.harness.border.values import Name, Plain, Positive, Text
 from dpft.harness.errors import BadInput, unknown
 from dpft.harness.leaderboard.space import points
 from dpft.harness.runs import registry
 from dpft.harness.runs.resolve import resolve
 from dpft.harness.runs.spec import RunSpec
+from dpft.harness.runs.suites import grid
 
-FILE = "boards.toml"
+FILE = files("dpft.tasks") / "boards.toml"
+Few = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+Pairs = Annotated[int, msgspec.Meta(ge=2, le=10_000)]
 TUNING = 1_000_000  # seeds of tuning count from here, those of tests from 0
 
 
-@dataclass(frozen=True)
-class Rules:
+class Rules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What holds for every arm of a board.
 
     Attributes:
@@ -34,12 +38,12 @@ class Rules:
         baseline: the method that all others are compared with.
     """
 
-    trials: int = 5
-    tuning_seeds: int = 2
-    seeds: tuple[int, int] = (4, 12)
-    block: int = 2
-    margin: float = 0.01
-    baseline: str = "dp-adam"
+    trials: Few = 5
+    tuning_seeds: Few = 2
+    seeds: tuple[Pairs, Pairs] = (4, 12)
+    block: Few = 2
+    margin: Positive = 0.01
+    baseline: Name = "dp-adam"
 
     def rounds(self, trials: int) -> list[int]:
         """How many of `trials` settings run in each round of tuning; nothing is tuned where there is one."""
@@ -47,6 +51,28 @@ class Rules:
         while len(alive) < self.tuning_seeds:
             alive.append(math.ceil(alive[-1] / 2))
         return alive if trials > 1 else []
+
+
+class _Arm(msgspec.Struct):
+    """What an arm has beside the settings of its runs; a list of methods is an arm of each."""
+
+    method: Name | Annotated[list[Name], msgspec.Meta(min_length=1)]
+    name: Plain | None = None
+    trials: Few | None = None
+
+
+class _Contest(msgspec.Struct, forbid_unknown_fields=True):
+    base: dict[str, Any]
+    arms: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1)]
+    title: Plain = ""
+
+
+class Table(msgspec.Struct, forbid_unknown_fields=True):
+    """A leaderboard as it is written; the settings of its runs are read when they are resolved."""
+
+    contests: Annotated[list[_Contest], msgspec.Meta(min_length=1)]
+    description: Text = ""
+    rules: Rules = Rules()
 
 
 @dataclass(frozen=True)
@@ -97,9 +123,9 @@ def _resolved(settings: str) -> RunSpec:
 
 
 @cache
-def boards() -> dict[str, dict[str, Any]]:
-    """The tables of tasks/boards.toml by name."""
-    return tomllib.loads((files("dpft.tasks") / FILE).read_text(encoding="utf-8"))
+def boards() -> dict[str, Table]:
+    """The tables of tasks/boards.toml by name. Raises BadInput, naming the entry, for one that is wrong."""
+    return from_toml(FILE, dict[Name, Table], "The file of leaderboards", "mend it")
 
 
 def load(name: str, overrides: dict[str, Any] | None = None) -> Board:
@@ -110,50 +136,40 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Board:
     if name not in boards():
         raise unknown("leaderboard", name, boards())
     table = boards()[name]
-    rules = _rules(name, table.get("rules", {}))
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     if reserved := given.keys() & {"seed", "split"}:
         raise BadInput(f"A leaderboard has its own seeds and halves; leave out {min(reserved)}.")
-    contests = [contest for one in table["contests"] for contest in _contests(name, one, rules, given)]
-    return Board(name, table.get("description", ""), rules, tuple(contests))
+    if table.rules.seeds[0] > table.rules.seeds[1]:
+        raise BadInput(f"Leaderboard {name} has more fewest than most seeds; mend {FILE.name}.")
+    contests = [contest for one in table.contests for contest in _contests(name, one, table.rules, given)]
+    return Board(name, table.description, table.rules, tuple(contests))
 
 
-def _rules(name: str, table: dict[str, Any]) -> Rules:
-    try:
-        rules = Rules(**{**table, "seeds": tuple(table.get("seeds", Rules.seeds))})
-    except TypeError as error:
-        raise BadInput(f"The rules of leaderboard {name} cannot be read ({error}); mend {FILE}.") from None
-    fewest, most = rules.seeds
-    if not (2 <= fewest <= most and rules.block >= 1 and rules.trials >= 1 and rules.tuning_seeds >= 1):
-        raise BadInput(f"Leaderboard {name} needs 2 or more seeds, a block, trials and tuning seeds; mend {FILE}.")
-    if not rules.margin > 0:
-        raise BadInput(f"The margin of leaderboard {name} must be above zero; mend {FILE}.")
-    return rules
-
-
-def _contests(name: str, table: dict[str, Any], rules: Rules, given: dict[str, Any]) -> list[Contest]:
+def _contests(name: str, table: _Contest, rules: Rules, given: dict[str, Any]) -> list[Contest]:
     """One for every point of the grid that the lists of `base` span."""
-    base = {**table["base"], **given}
-    axes = [key for key, value in base.items() if isinstance(value, list)]
+    base = {**table.base, **given}
+    if not isinstance(base.get("task"), str):
+        raise BadInput(f"A contest of leaderboard {name} has no one task in its `base`; name it in {FILE.name}.")
     found = []
-    for point in itertools.product(*(base[key] for key in axes)):
-        settings = {**base, **dict(zip(axes, point, strict=True))}
+    for point in grid(base):
+        settings = {**base, **point}
         told = ", ".join(
-            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in zip(axes, point, strict=True)
+            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in point.items()
         )
-        title = " ".join(part for part in (settings["task"], table.get("title", ""), told) if part)
-        arms = [arm for one in table["arms"] for arm in _arms(one, settings, rules)]
+        title = " ".join(part for part in (settings["task"], table.title, told) if part)
+        arms = [arm for one in table.arms for arm in _arms(name, one, settings, rules)]
         if len({arm.name for arm in arms}) < len(arms):
-            raise BadInput(f"Two arms of leaderboard {name} have one name; give them `name` in {FILE}.")
+            raise BadInput(f"Two arms of leaderboard {name} have one name; give them `name` in {FILE.name}.")
         found.append(Contest(title, tuple(arms)))
     return found
 
 
-def _arms(table: dict[str, Any], settings: dict[str, Any], rules: Rules) -> list[Arm]:
-    own = {key: value for key, value in table.items() if key not in ("method", "name", "trials")}
-    methods = table["method"] if isinstance(table["method"], list) else [table["method"]]
-    return [
-        Arm(table.get("name", method), {**settings, **own, "method": method}, table.get("trials", rules.trials))
-        for method in methods
-    ]
+def _arms(name: str, table: dict[str, Any], settings: dict[str, Any], rules: Rules) -> list[Arm]:
+    own = {key: value for key, value in table.items() if key not in _Arm.__struct_fields__}
+    try:
+        one = fitted(table, _Arm)
+    except Misfit as problem:
+        raise BadInput(f"An arm of leaderboard {name} cannot be used: {sentence(problem)}; mend {FILE.name}.") from None
+    methods = one.method if isinstance(one.method, list) else [one.method]
+    trials = rules.trials if one.trials is None else one.trials
+    return [Arm(one.name or method, {**settings, **own, "method": method}, trials) for method in methods]

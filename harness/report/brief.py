@@ -24,26 +24,26 @@ def parts(groups: list[Group], baseline: str | None, pictures: Figures | None) -
     names = dict(zip(map(id, groups), stems(groups), strict=True))
     for several in settings(groups):
         made = {id(group): verdicts(group, baseline) for group in several}
-        yield f"**{_title(several)}**"
+        yield f"**{title(several)}**"
         yield Table(list(_cells(several, made)), names_left=True)
         yield " ".join(_caption(several, made))
         if pictures is not None:
-            drawn = picture([(_epsilon(group), _first(group)) for group in several], several[0].result["metric"])
+            drawn = picture([(epsilon(group), _first(group)) for group in several], several[0].result["metric"])
             if drawn is not None:
-                title, draw = drawn
+                caption, draw = drawn
                 name = f"{names[id(several[-1])]}-brief.svg"
-                yield f"![{title}]({pictures.draw(name, draw, size=(6.4, 3.4), neutral=True)})"
+                yield f"![{caption}]({pictures.draw(name, draw, size=(6.4, 3.4), neutral=True)})"
 
 
 def settings(groups: list[Group]) -> list[list[Group]]:
     """Groups that differ in their budget alone, the smallest epsilon first."""
     found: dict[str, list[Group]] = {}
     for group in groups:
-        found.setdefault(_title([group]), []).append(group)
-    return [sorted(several, key=_epsilon) for several in found.values()]
+        found.setdefault(title([group]), []).append(group)
+    return [sorted(several, key=epsilon) for several in found.values()]
 
 
-def _title(several: list[Group]) -> str:
+def title(several: list[Group]) -> str:
     spec = several[0].spec
     own = "".join(f", {told(key)}={told(value)}" for key, value in spec["task_options"].items() if key != "content")
     half = "" if spec["split"] == "whole" else f", {spec['split']} half"
@@ -51,7 +51,7 @@ def _title(several: list[Group]) -> str:
     return f"{spec['task']}{own}, {told(spec['model'])}{half}{stream}"
 
 
-def _epsilon(group: Group) -> float:
+def epsilon(group: Group) -> float:
     return group.private[0].spec["epsilon"] if group.private else float("inf")
 
 
@@ -77,7 +77,7 @@ def _cells(several: list[Group], made: dict[int, Verdicts | None]) -> Iterator[d
     for name in kept:
         cells = {"method": name}
         for group, first in zip(several, firsts, strict=True):
-            column = metric if len(several) == 1 else f"ε {_epsilon(group):g}"
+            column = metric if len(several) == 1 else f"ε {epsilon(group):g}"
             cells[column] = _value(first.get(name), group, made[id(group)])
         if costs:
             row = next(first[name] for first in reversed(firsts) if name in first)

@@ -92,7 +92,7 @@ def _row(one: Standing, base: Standing | None, rules: Rules) -> dict[str, str]:
         "method": one.arm.name,
         f"{name}, test half": _spread(one),
         "seeds": str(len(one.finals)),
-        "against the baseline": _said(one, base, rules),
+        "against the baseline": said(one, base, rules),
         "settings": _settings(one),
         "tuning gained": _gain(one),
         "time": _ratio(one, base, step_time),
@@ -100,17 +100,18 @@ def _row(one: Standing, base: Standing | None, rules: Rules) -> dict[str, str]:
     }
 
 
-def _said(one: Standing, base: Standing | None, rules: Rules) -> str:
+def said(one: Standing, base: Standing | None, rules: Rules) -> str:
+    """What is decided of an arm against the baseline, in a few words."""
     if one is base:
         return "the baseline"
     if one.verdict is None:
         return "control" if one.arm.control else "–"
-    said = one.verdict
-    if said.verdict == "undecided":
-        more = "more seeds than anyone will run" if said.more is None else f"about {said.more} more"
-        return f"{said.difference:+.3f}, undecided ({more})"
-    word = f"the same within {rules.margin:g}" if said.verdict == "the same" else f"**{said.verdict}**"
-    return f"{said.difference:+.3f}, {word} ({said.low:+.3f} to {said.high:+.3f})"
+    found = one.verdict
+    if found.verdict == "undecided":
+        more = "more seeds than anyone will run" if found.more is None else f"about {found.more} more"
+        return f"{found.difference:+.3f}, undecided ({more})"
+    word = f"the same within {rules.margin:g}" if found.verdict == "the same" else f"**{found.verdict}**"
+    return f"{found.difference:+.3f}, {word} ({found.low:+.3f} to {found.high:+.3f})"
 
 
 def _spread(one: Standing) -> str:

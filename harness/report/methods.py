@@ -66,6 +66,8 @@ def _asked(row: Row) -> str:
     """The releases of each kind of step, as the ledger has them."""
     if not row.private:
         return "everything"
+    if row.records[0].get("rejected"):
+        return "–"
     kinds = dict.fromkeys(
         " + ".join(release["name"] for release in event["releases"]) for event in row.records[0]["privacy"]["ledger"]
     )

@@ -54,6 +54,57 @@ def verdicts(group: Group, baseline: str | None) -> Verdicts | None:
     return Verdicts(first, whole, rivals, found)
 
 
+@dataclass(frozen=True)
+class Leading:
+    """The method with the best mean of a group, and what can be told of the others beside it; names are those of the rows.
+
+    Attributes:
+        first: the leader.
+        level: those not shown to be worse, best first.
+        behind: those that are.
+        cannot: why these seeds could show nothing whatever the data, None where they could.
+    """
+
+    first: str
+    level: list[str]
+    behind: list[str]
+    cannot: str | None
+
+
+def leading(group: Group) -> Leading | None:
+    """Every method that has a rank against the first; None without ranks.
+
+    The leader was chosen by the same data, so every pair of methods counts (Bonferroni over the sign-flip tests).
+    """
+    placed = zip(group.names, group.rows, group.ranks, strict=True)
+    named = {name: row.whole.finals for name, row, rank in placed if rank is not None}
+    if not named:
+        return None
+    first, *others = named
+    sign = 1 if group.rows[0].higher_is_better else -1
+    pairs = max(1, len(named) * len(others) // 2)
+    tests = {name: st.sign_flip(found) for name in others if (found := _apart(named[name], named[first]))}
+    behind = [
+        name
+        for name, test in tests.items()
+        if test.p * pairs <= st.LEVEL and sign * sum(_apart(named[name], named[first])) < 0
+    ]
+    smallest = min((test.smallest * pairs for test in tests.values()), default=1.0)
+    cannot = None
+    if others and smallest > st.LEVEL:
+        shared = max(len(named[name].keys() & named[first].keys()) for name in others)
+        seeds = f"{shared} seed{'s' if shared != 1 else ''}"
+        cannot = f"{seeds} cannot show a difference between {len(named)} methods whatever the data"
+        enough = st.fewest_seeds(st.LEVEL / pairs)
+        cannot += f"; {enough} could" if enough <= st.EXACT_UP_TO else ""
+    return Leading(first, [name for name in others if name not in behind], behind, cannot)
+
+
+def _apart(one: dict[int, float], other: dict[int, float]) -> list[float]:
+    """Differences over the seeds that both have."""
+    return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+
+
 def differences(group: Group, curves: Curves, baseline: str | None) -> list[Part]:
     """The table of the group's verdicts; nothing where it has none."""
     made = verdicts(group, baseline)
@@ -169,30 +220,41 @@ def _failed(rows: list[Row]) -> str:
     return f"; failed: {', '.join(f'{lr:g}' for lr in rates)}" if rates else ""
 
 
-def pareto(group: Group) -> list[Part]:
-    """Which rows are on the front of metric against memory and, within one kind of hardware, against the time of a step."""
-    pairs = [(name, row) for name, row in zip(group.names, group.rows, strict=True) if row.ranked]
-    if len(pairs) < 2 or group.reason is not None:
-        return []
-    metric = group.result["metric"]
-    found = [f"memory: {_front(pairs, [row.peak_bytes for _, row in pairs], SAME_MEMORY)}"]
+def fronts(group: Group) -> tuple[dict[str, list[str]], int]:
+    """({cost: names on the front of the metric against it}, rows whose step time can be compared with no other's).
+
+    The costs are `memory` and, for each kind of hardware, `step time on ...`; nothing where the group has no ranks.
+    """
+    named = [(name, row) for name, row in zip(group.names, group.rows, strict=True) if row.ranked]
+    if len(named) < 2 or group.reason is not None:
+        return {}, 0
+    found = {"memory": _front(named, [row.peak_bytes for _, row in named], SAME_MEMORY)}
     by_machine = defaultdict(list)
-    for name, row in pairs:
+    for name, row in named:
         if row.step_s is not None:
             by_machine[frozenset(hardware(record) for record in row.records)].append((name, row))
     comparable = {machine: rows for machine, rows in by_machine.items() if len(machine) == 1 and len(rows) > 1}
     for machine, rows in sorted(comparable.items(), key=lambda item: sorted(item[0])):
-        found.append(f"step time on {next(iter(machine))}: {_front(rows, [row.step_s for _, row in rows], SAME_TIME)}")
-    left = len(pairs) - sum(map(len, comparable.values()))
+        found[f"step time on {next(iter(machine))}"] = _front(rows, [row.step_s for _, row in rows], SAME_TIME)
+    return found, len(named) - sum(map(len, comparable.values()))
+
+
+def pareto(group: Group) -> list[Part]:
+    """Which rows are on the front of metric against memory and, within one kind of hardware, against the time of a step."""
+    found, left = fronts(group)
+    if not found:
+        return []
+    lines = [f"{cost}: {', '.join(names)}" for cost, names in found.items()]
     text = (
-        f"Pareto front of mean {metric} against {'; against '.join(found)}. Memory within {SAME_MEMORY:.0%} and times within "
-        f"{SAME_TIME:.0%} count as equal."
+        f"Pareto front of mean {group.result['metric']} against "
+        f"{'; against '.join(lines)}. "
+        f"Memory within {SAME_MEMORY:.0%} and times within {SAME_TIME:.0%} count as equal."
     )
     if left:
         text += f" {left} row{'s' if left > 1 else ''} more: times unknown, from other hardware or from several kinds."
     return [text]
 
 
-def _front(pairs: list[tuple[str, Row]], costs: list[float], tolerance: float) -> str:
-    keep = st.front(costs, [row.final for _, row in pairs], pairs[0][1].higher_is_better, tolerance)
-    return ", ".join(name for (name, _), on in zip(pairs, keep, strict=True) if on)
+def _front(named: list[tuple[str, Row]], costs: list[float], tolerance: float) -> list[str]:
+    keep = st.front(costs, [row.final for _, row in named], named[0][1].higher_is_better, tolerance)
+    return [name for (name, _), on in zip(named, keep, strict=True) if on]

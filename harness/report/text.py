@@ -38,6 +38,11 @@ def told(value: object) -> str:
     return re.sub(r"[\\|`\[\]<>]", r"\\\g<0>", one_line(str(value)))
 
 
+def plain(text: str) -> str:
+    """What `told` has escaped, as it was: for where markdown is not read."""
+    return re.sub(r"\\([\\|`\[\]<>])", r"\1", text)
+
+
 @dataclass(frozen=True)
 class Table:
     """One dict per line, column -> text; all lines have the same columns. names_left: the first column is of names."""

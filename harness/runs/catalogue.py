@@ -38,7 +38,7 @@ def listing(kind: str) -> list[dict[str, Any]]:
             for name, t in registry.tasks().items()
         ]
     if kind == "boards":
-        return [{"name": n, "description": one.get("description", "")} for n, one in board.boards().items()]
+        return [{"name": n, "description": one.description} for n, one in board.boards().items()]
     return [
         {"name": n, "runs": len(suites.load_suite(n).runs), "description": s.description}
         for n, s in suites.suites().items()

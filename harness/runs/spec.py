@@ -61,7 +61,7 @@ class RunSpec:
     mechanism, noise_shape: what noise (harness/privacy/noise_kinds.py); noise_law: of the inverse scale of lmo and plrv, up to
     a factor that is fitted to epsilon; null: searched.
     views: random views of each training image that its loss is averaged over before clipping (2204.13650); batch_norm of image
-    models: `refuse`, or `group` to convert it to GroupNorm.
+    models: `refuse`, `group` to convert it to GroupNorm, or `frozen` to train scale and shift under its running statistics.
     split: what the run is judged on, curve and final value: the whole validation split, or one of its halves (tasks/halves.py).
     unit: whose contribution the budget covers, one example's or a user's (harness/runs/users.py); of the latter `group_size`, how
     many examples of a user count at most, and `user_sampling`, whether batches are drawn of users (`uls`, and batch_size is of

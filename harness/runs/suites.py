@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,7 +75,15 @@ def suites() -> dict[str, Table]:
 def expand(settings: dict[str, Any], data_dir: Path | None = None) -> list[RunSpec]:
     """One RunSpec per point of the grid that the list-valued settings span, in the order they are written.
 
-    Raises BadInput where an axis is empty, or has a value twice: its runs would count twice.
+    Raises BadInput as `grid`, and for runs that cannot be.
+    """
+    return [resolve({**settings, **point}, data_dir) for point in grid(settings)]
+
+
+def grid(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The points of the grid that the list-valued settings span, each a value of all of these.
+
+    Raises BadInput where an axis is empty, or has a value twice (its runs would count twice), and for too many points.
     """
     axes = [key for key, value in settings.items() if isinstance(value, list)]
     for key in axes:
@@ -87,8 +96,7 @@ def expand(settings: dict[str, Any], data_dir: Path | None = None) -> list[RunSp
         raise BadInput(
             f"The grid of {', '.join(axes)} has {count:,} runs, more than {MOST:,}; make several suites of it."
         )
-    points = itertools.product(*(settings[key] for key in axes))
-    return [resolve({**settings, **dict(zip(axes, point, strict=True))}, data_dir) for point in points]
+    return (dict(zip(axes, point, strict=True)) for point in itertools.product(*(settings[key] for key in axes)))
 
 
 def _tables(path: Path) -> dict[str, Table]:

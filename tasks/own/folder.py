@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpft.harness.errors import BadInput, CannotRun
 from dpft.tasks.base import Data
-from dpft.tasks.images import ImageClassification, fingerprint, rows
+from dpft.tasks.images import ImageClassification, fingerprint
 from dpft.tasks.own import columns, holdout, paths
 from dpft.tasks.own.base import OwnFiles, notes
 from dpft.tasks.pixels import decoded
@@ -67,7 +68,8 @@ class ImageFolder(OwnFiles, ImageClassification):
         placed = [self._placed(key, path, splits) for key, path in files.items()]
         names = columns.names([name for _, name in placed], self.settings["folder"])
         number = {name: label for label, name in enumerate(names)}
-        images, keys = self._decoded(list(files.values()))
+        images = self._images(list(files.values()))
+        keys = [image.digest for image in images]
         all_rows = [(image, number[name], key) for (_, name), image, key in zip(placed, images, keys, strict=True)]
         if splits:
             parts = [
@@ -78,7 +80,7 @@ class ImageFolder(OwnFiles, ImageClassification):
             share = holdout.fraction(self.settings["validation"])
             parts = holdout.held_out(all_rows, keys, share, self.settings["folder"])
         both = holdout.shared(*([key for _, _, key in part] for part in parts))
-        train, validation = (rows([image for image, _, _ in part], [label for _, label, _ in part]) for part in parts)
+        train, validation = ([ImageRow(*row[:2], i) for i, row in enumerate(part)] for part in parts)
         found = notes(names, train, validation, both, "images")
         return Data(train, validation, fingerprint(train, validation), (), names, found)
 
@@ -92,21 +94,64 @@ class ImageFolder(OwnFiles, ImageClassification):
             )
         return parts[0] if splits else "", parts[-2]
 
-    def _decoded(self, files: list[Path]) -> tuple[list[numpy.ndarray], list[bytes]]:
-        """(image, sha256 of the file) of each. Raises CannotRun, naming it, for one that is no image or has another size."""
-        images, keys = [], []
-        for path in files:
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise CannotRun(
-                    f"Cannot read {path} ({error.strerror}); check the file and its permissions."
-                ) from error
-            images.append(decoded(content, 3, str(path), self.settings["size"]))
-            keys.append(hashlib.sha256(content).digest())
-            if images[-1].shape != images[0].shape:
-                mine, first = (" x ".join(str(side) for side in one.shape[:0:-1]) for one in (images[-1], images[0]))
-                raise CannotRun(
-                    f"{path} has {mine} pixels and {files[0]} has {first}; give all one size, for example with --set size=224."
-                )
-        return images, keys
+    def _images(self, files: list[Path]) -> list[ImageFile]:
+        first = ImageFile.of(files[0], self.settings["size"])
+        shape = first.pixels().shape
+        return [ImageFile.of(path, self.settings["size"], (files[0], shape)) for path in files]
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image that is decoded whenever it is asked for, and not kept.
+
+    digest: sha256 of the file, which must stay the same. size: as of `decoded`. like: another file and the shape that both have.
+    """
+
+    path: Path
+    digest: bytes
+    size: int
+    like: tuple[Path, tuple[int, ...]] | None
+
+    @classmethod
+    def of(cls, path: Path, size: int, like: tuple[Path, tuple[int, ...]] | None = None) -> ImageFile:
+        """Raises CannotRun, naming it, for a file that cannot be read."""
+        return cls(path, hashlib.sha256(_content(path)).digest(), size, like)
+
+    def pixels(self) -> numpy.ndarray:
+        """uint8 [3, height, width]. Raises CannotRun, naming it, for one that changed, is no image or has another size."""
+        content = _content(self.path)
+        if hashlib.sha256(content).digest() != self.digest:
+            raise CannotRun(
+                f"{self.path} has changed since it was first read; leave the folder alone while it is in use."
+            )
+        found = decoded(content, 3, str(self.path), self.size)
+        if self.like is not None and found.shape != self.like[1]:
+            mine, first = (" x ".join(str(side) for side in shape[:0:-1]) for shape in (found.shape, self.like[1]))
+            raise CannotRun(
+                f"{self.path} has {mine} pixels and {self.like[0]} has {first}; give all one size, for example with "
+                "--set size=224."
+            )
+        return found
+
+
+class ImageRow(Mapping):
+    """A row as those of other image tasks, whose `image` is decoded each time that it is looked up."""
+
+    def __init__(self, file: ImageFile, label: int, index: int):
+        self._held = {"image": file, "label": label, "index": index}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._held[key].pixels() if key == "image" else self._held[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CannotRun(f"Cannot read {path} ({error.strerror}); check the file and its permissions.") from error

@@ -108,3 +108,42 @@ def check(model, loss, batch, tolerance=1e-10):
         # a gradient that is zero in exact arithmetic (the bias of a key) is rounding: measured against the largest
         scale = max(float(value.norm()), 1e-4 * largest)
         assert float((found[name] - value).norm()) <= tolerance * scale, name
+
+
+# --- classifiers of transformers' own classes, every parameter moved off its initial value
+
+VOCABULARY, WIDTH, LENGTH = 23, 12, 10
+BODY = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20)
+NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def randomised(model):
+    """The model in float64 with every parameter moved off its initial value, so that no gradient is zero by accident."""
+    torch.manual_seed(0)
+    model = model.double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def built(auto, config, attention="eager"):
+    return randomised(auto.from_config(config, attn_implementation=attention))
+
+
+def classification_loss(model, batch):
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return nn.functional.cross_entropy(model(**inputs).logits, batch["labels"], reduction="none")
+
+
+def text_batch(size, length, padding="right", pad=0):
+    """Random tokens, many of them equal; row i has i tokens of padding (one token at least is none)."""
+    torch.manual_seed(1)
+    ids = torch.randint(2, VOCABULARY, (size, length))
+    ids[:, 2::2] = ids[:, :1]
+    mask = torch.ones(size, length, dtype=torch.long)
+    for i in range(size):
+        count = min(i, length - 1)
+        padded = {"right": slice(length - count, length), "left": slice(0, count), "none": slice(0, 0)}[padding]
+        ids[i, padded], mask[i, padded] = pad, 0
+    return {"input_ids": ids, "attention_mask": mask}

@@ -3,7 +3,7 @@
 import torch
 import transformers as hf
 
-from dpft.tasks import groupnorm, heads
+from dpft.tasks import batchnorm, heads
 
 BODY = dict(
     hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, image_size=8, patch_size=4
@@ -22,7 +22,7 @@ def model_of(kind, views=1, seed=0):
     """A random image model in float64, away from its initial values."""
     torch.manual_seed(seed)
     inner = hf.AutoModelForImageClassification.from_config(CONFIGS[kind])
-    groupnorm.convert(inner)
+    batchnorm.convert(inner)
     model = heads.image_classifier()(inner, []).double().train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -1,11 +1,16 @@
 """Folders of many records for the tests of the page: real records of results/, cloned over seeds, rates, tasks and failures."""
 
+import gzip
 import json
+import re
+from base64 import b64decode
 from pathlib import Path
 
+import report_cases
 from studies import loose
 
 from dpft.harness.records.store import Store
+from dpft.harness.report import page
 from dpft.harness.runs.spec import RunSpec, completed
 
 ROOT = Path(__file__).parents[2]
@@ -48,3 +53,16 @@ def clones(folder, count):
         store.record_path(clone["run_id"]).write_text(json.dumps(clone))
         store.curve_path(clone["run_id"]).symlink_to(curve)
     return store
+
+
+def unpacked(path, name):
+    """What the page at `path` embeds as `name`: index, block-0, ..."""
+    text = re.search(rf'id="{name}">([^<]*)<', path.read_text())[1]
+    return json.loads(gzip.decompress(b64decode(text)))
+
+
+def index_of(folder, chosen):
+    """The index of the page of these records."""
+    store = report_cases.store_of(folder / "runs", chosen)
+    page.write(folder / "page.html", store, store.each())
+    return unpacked(folder / "page.html", "index")

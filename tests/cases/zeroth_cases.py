@@ -14,9 +14,10 @@ from dpft.harness.train.noise import source
 from dpft.methods.random_directions import Directions
 
 
-def method_for(model, seed=0, clip_norm=1e9, **options):
+def method_for(model, seed=0, clip_norm=1e9, name="dp-zo", public=None, **options):
     """The method, prepared for `model`; without a limit to what counts as an outlier."""
-    method = registry.instance(resolve({"task": "sst2", "method": "dp-zo", "clip_norm": clip_norm, **options}))
+    method = registry.instance(resolve({"task": "sst2", "method": name, "clip_norm": clip_norm, **options}))
+    method.public = public
     model.head_parameters = getattr(model, "head_parameters", [])
     method.prepare(model, torch.Generator().manual_seed(seed))
     return method

@@ -168,43 +168,54 @@ class Broadcast(nn.Module):
         return self.out((self.embed(input_ids) + self.position(positions[None] if self.leading else positions)).mean(1))
 
 
+@pytest.mark.parametrize("leading", [True, False])
 @pytest.mark.parametrize("length", [5, 3])
-def test_positions_looked_up_once_for_the_batch_are_told_apart_or_refused(length):
+def test_positions_looked_up_once_for_the_batch_are_told_apart(length, leading):
+    """Without the leading dimension there is a row for each position, with length 3 as many as there are examples."""
     batch = {"input_ids": torch.randint(0, 9, (3, length)), "labels": torch.tensor([0, 1, 2])}
-    model = Broadcast(True).double()
+    model = Broadcast(leading).double()
     expected, *_ = clipped("reference", model, batch, 0.1)
     found, *_ = clipped("factored", model, batch, 0.1)
     assert_same(found, expected, 1e-10)
-    # [T, d] has a row per position; with as many positions as examples only the check against one example alone sees it
-    message = "position sees 5 rows for 3 examples" if length == 5 else "mixes examples"
-    with pytest.raises(CannotRun, match=message):
-        clipped("factored", Broadcast(False).double(), batch, 0.1)
 
 
-def test_layers_that_cannot_be_vectorised_are_named():
-    class Peeking(nn.Module):
-        """Looks at the values of its input, which no vectorised map can."""
+class Peeking(nn.Module):
+    """Looks at the values of its input, which no vectorised map can."""
 
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(4))
+    def __init__(self, above):
+        super().__init__()
+        self.scale, self.above = nn.Parameter(torch.tensor([1.0, 2, 3, 4])), above
 
-        def forward(self, x):
-            return x * self.scale if float(x.sum()) > 1e9 else -x * self.scale
+    def forward(self, x):
+        return x * self.scale if float(x.detach().flatten()[0]) > self.above else -x * self.scale.square()
 
-    class Net(nn.Module):
-        def __init__(self, middle):
-            super().__init__()
-            self.embed, self.middle, self.out = nn.Embedding(9, 4), middle, nn.Linear(4, 3)
 
-        def forward(self, input_ids):
-            return self.out(self.middle(self.embed(input_ids).mean(1)))
+class PooledNet(nn.Module):
+    def __init__(self, middle):
+        super().__init__()
+        self.embed, self.middle, self.out = nn.Embedding(9, 4), middle, nn.Linear(4, 3)
 
+    def forward(self, input_ids):
+        return self.out(self.middle(self.embed(input_ids).mean(1)))
+
+
+def test_layers_that_cannot_be_vectorised_are_run_one_by_one():
     batch = {"input_ids": torch.randint(0, 9, (3, 5)), "labels": torch.tensor([0, 1, 2])}
-    with pytest.raises(CannotRun, match=r"Layer middle \(Peeking\) has no per-example gradient rule"):
-        clipped("factored", Net(Peeking()), batch)
+    model = PooledNet(Peeking(1e9)).double()
+    expected, *_ = clipped("reference", model, batch, 0.1)
+    assert_same(clipped("factored", model, batch, 0.1)[0], expected, 1e-10)
+
+
+def test_what_decides_by_the_batch_is_refused():
+    torch.manual_seed(1)
+    batch = {"input_ids": torch.tensor([[1] * 5, [2] * 5, [3] * 5]), "labels": torch.tensor([0, 1, 2])}
+    model = PooledNet(Peeking(0.0)).double()
+    with torch.no_grad():  # the first example decides for all
+        model.embed.weight[1:4, 0] = torch.tensor([1.0, -1.0, -1.0])
+    with pytest.raises(CannotRun, match="than alone|it has alone"):
+        clipped("factored", model, batch, 0.1)
     with pytest.raises(CannotRun, match="Layer middle is a BatchNorm"):
-        clipped("factored", Net(nn.BatchNorm1d(4)), batch)
+        clipped("factored", PooledNet(nn.BatchNorm1d(4)), batch)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,13 +3,25 @@
 import pytest
 import torch
 import transformers as hf
-from engine_cases import check
+from engine_cases import (
+    BODY,
+    LENGTH,
+    NO_DROPOUT,
+    VOCABULARY,
+    WIDTH,
+    built,
+    check,
+    classification_loss,
+    no_clock,
+    randomised,
+    text_batch,
+)
 from torch import nn
 from torch.nn import functional as F
 
-VOCABULARY, WIDTH, LENGTH = 23, 12, 10
-BODY = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20)
-NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+from dpft.harness.engine import engine_class
+from dpft.harness.engine.base import zero_sums
+
 TEXT = dict(vocab_size=VOCABULARY, max_position_embeddings=LENGTH)
 ENCODERS = {
     "bert": hf.BertConfig(**BODY, **TEXT, **NO_DROPOUT),
@@ -63,25 +75,6 @@ ATTENTION = ["eager", "sdpa"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def randomised(model):
-    """The model in float64 with every parameter moved off its initial value, so that no gradient is zero by accident."""
-    torch.manual_seed(0)
-    model = model.double().eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return model
-
-
-def built(auto, config, attention="eager"):
-    return randomised(auto.from_config(config, attn_implementation=attention))
-
-
-def classification_loss(model, batch):
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return F.cross_entropy(model(**inputs).logits, batch["labels"], reduction="none")
-
-
 def token_loss(model, batch, reduction="mean"):
     """Cross-entropy of an example's tokens that are not padding, averaged or summed over that example alone."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -91,19 +84,6 @@ def token_loss(model, batch, reduction="mean"):
 
 def summed_token_loss(model, batch):
     return token_loss(model, batch, "sum")
-
-
-def text_batch(size, length, padding="right", pad=0):
-    """Random tokens, many of them equal; row i has i tokens of padding (one token at least is none)."""
-    torch.manual_seed(1)
-    ids = torch.randint(2, VOCABULARY, (size, length))
-    ids[:, 2::2] = ids[:, :1]
-    mask = torch.ones(size, length, dtype=torch.long)
-    for i in range(size):
-        count = min(i, length - 1)
-        padded = {"right": slice(length - count, length), "left": slice(0, count), "none": slice(0, 0)}[padding]
-        ids[i, padded], mask[i, padded] = pad, 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def token_batch(size, length, padding="right", pad=0):
@@ -149,6 +129,44 @@ def test_image_models(kind, attention, size):
     """ViT has 5 tokens and DeiT 6: class (and distillation) token and position embeddings have no layer of their own."""
     model = built(hf.AutoModelForImageClassification, IMAGE_MODELS[kind], attention)
     check(model, classification_loss, image_batch(size))
+
+
+@pytest.mark.parametrize("size, length", [(3, 7), (5, 5), (1, 4)])
+@pytest.mark.parametrize("absolute", [True, False], ids=["positions-in-input", "relative-alone"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared-keys", "own-keys"])
+def test_relative_positions_of_deberta(shared, absolute, size, length):
+    model = deberta(shared, absolute)
+    check(model, classification_loss, {**text_batch(size, length), "labels": torch.arange(size) % 2})
+
+
+def deberta(shared, absolute):
+    relative = dict(relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=4, share_att_key=shared)
+    more = dict(position_biased_input=absolute, type_vocab_size=0 if shared else 2, pad_token_id=0)
+    more |= dict(norm_rel_ebd="layer_norm" if shared else "none", conv_kernel_size=0 if shared else 3)
+    config = hf.DebertaV2Config(**BODY, **TEXT, **NO_DROPOUT, **relative, **more)
+    return built(hf.AutoModelForSequenceClassification, config)
+
+
+def test_relative_positions_with_checkpoints():
+    model = deberta(True, False).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    check(model, classification_loss, {**text_batch(3, 7), "labels": torch.arange(3) % 2})
+
+
+def test_relative_positions_are_each_examples_own_only_while_gradients_are_taken():
+    model, batch = deberta(True, False), {**text_batch(3, 7), "labels": torch.arange(3) % 2}
+    seen = []
+    model.deberta.encoder.layer[1].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["rel_embeddings"].dim()), with_kwargs=True
+    )
+    parameters = dict(model.named_parameters())
+    engine = engine_class("factored")(model, classification_loss, parameters, no_clock)
+    engine.accumulate(batch, zero_sums(parameters, {}), 1.0, {})
+    assert set(seen[:3]) == {3}  # both looks for layouts, and the pass
+    seen.clear()
+    before = classification_loss(model, batch)
+    engine.close()
+    assert torch.equal(before, classification_loss(model, batch)) and seen == [2, 2]
 
 
 def image_batch(size):

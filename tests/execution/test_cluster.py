@@ -5,12 +5,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 from dpft.harness.execution.cluster import _share
 
 STEPS = ["--steps", "2", "--batch-size", "60", "--epsilon", "3", "--set", "eval_every=2", "--set", "max_length=32"]
+
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'dpft[ray]'"
+)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +46,7 @@ def test_without_ray_one_sentence_says_what_to_install(tiny_bert, mirror, tmp_pa
     assert found.stderr.startswith("dpft: --executor ray needs the package ray") and found.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'dpft[ray]'")
+@needs_ray
 def test_a_cluster_makes_what_this_process_makes(tiny_bert, mirror, tmp_path):
     here = command(tiny_bert, mirror, tmp_path / "here")
     there = command(tiny_bert, mirror, tmp_path / "there", "--executor", "ray")
@@ -54,3 +59,46 @@ def test_a_cluster_makes_what_this_process_makes(tiny_bert, mirror, tmp_path):
     assert results(there.stdout) == results(here.stdout)
     again = command(tiny_bert, mirror, tmp_path / "there", "--executor", "ray")
     assert results(again.stdout) == results(here.stdout) and "step" not in again.stderr
+
+
+SLOW = """
+import time
+from pathlib import Path
+
+from dpft.methods.full import DPAdam
+
+
+class Slow(DPAdam):
+    name = "slow"
+    version = 1
+    description = "waits in every step, and says in which one it is"
+
+    def step(self, ask, now):
+        (Path(__file__).parent / "now").write_text(str(now))
+        time.sleep(0.2)
+        return super().step(ask, now)
+"""
+
+
+@needs_ray
+def test_an_interrupted_driver_has_its_workers_send_checkpoints(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    call = [sys.executable, "-m", "dpft.harness", "--plugin", str(tmp_path / "slow.py"), "run", "--task", "low-rank"]
+    call += ["--model", "linear", "--method", "slow", "--epsilon", "8", "--batch-size", "64", "--steps", "40"]
+    call += ["--set", "eval_every=40", "--json", "--results"]
+    whole = subprocess.run([*call, str(tmp_path / "here")], capture_output=True, text=True)
+    (tmp_path / "now").unlink()
+    there = [*call, str(tmp_path / "there"), "--executor", "ray", "--jobs", "1"]
+    first = subprocess.Popen(there, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not (tmp_path / "now").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    time.sleep(1)
+    first.terminate()
+    assert first.wait(30) == 143, first.stderr.read()
+    assert len(list((tmp_path / "there").glob("*.ckpt"))) == 1 and not list((tmp_path / "there").glob("*.json"))
+    second = subprocess.run(there, capture_output=True, text=True)
+    assert second.returncode == 0 and "continued from step" in second.stderr
+    [found], [expected] = json.loads(second.stdout), json.loads(whole.stdout)
+    assert found["result"] == expected["result"] and found["chain"] == expected["chain"]
+    assert not list((tmp_path / "there").glob("*.ckpt"))

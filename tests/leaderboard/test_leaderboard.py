@@ -190,6 +190,23 @@ def test_the_answer_is_a_sentence_that_follows_from_the_records():
     assert "Nothing has been tested yet" in markdown(verdicts.parts(TINY, Outcomes(quality).look))
 
 
+def test_the_page_of_its_runs_answers_like_the_board_and_other_runs_belong_to_none():
+    from dpft.harness.report.page import answers
+
+    made = finished(TINY, quality)
+    records = {run_id: {**record, "run_id": run_id} for run_id, record in made.items()}
+    found, decided = answers.of_boards(records)
+    (contest,) = TINY.contests
+    standings = state.standings(contest, RULES, made.look)
+    text = verdicts.answer(contest, RULES, standings)
+    assert found == [{"title": f"Leaderboard tiny: {contest.title}", "lines": [{"budget": None, "text": text}]}]
+    assert "**rmt** leads" in text and decided.keys() == {s.run_id for s in made.made if s.split == "test"}
+    (rmt,) = (one for one in standings if one.arm.name == "rmt")
+    assert all("better" in decided[rmt.arm.tested(rmt.tuning.chosen, seed).run_id] for seed in rmt.records)
+    other = finished(boards.load("tiny", {"steps": 5}), quality)
+    assert answers.of_boards({run_id: {**record, "run_id": run_id} for run_id, record in other.items()}) == ([], {})
+
+
 def test_lower_is_better_where_the_metric_says_so():
     made = finished(TINY, quality)
     for record in made.values():
@@ -210,14 +227,47 @@ def test_lower_is_better_where_the_metric_says_so():
             lambda: state.wanted(boards.load("tiny", {"epsilon": -1.0}), lambda spec: None),
             "epsilon must be more than 0",
         ),
-        (lambda: boards._rules("x", {"trails": 3}), "trails"),
-        (lambda: boards._rules("x", {"seeds": [1, 0]}), "2 or more seeds"),
-        (lambda: boards._rules("x", {"margin": 0.0}), "above zero"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(call, message):
     with pytest.raises(BadInput, match=message):
         call()
+
+
+BASE = 'contests = [{ base = { task = "low-rank" }, arms = [{ method = "dp-adam" }] }]'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rules = { trails = 3 }", "x.rules has 'trails', which nobody knows; mend it"),
+        ("rules = { seeds = [1, 0] }", r"x.rules.seeds\[0\] must be at least 2, not 1"),
+        ("rules = { seeds = [4, 3] }", "more fewest than most seeds"),
+        ("rules = { margin = 0.0 }", "x.rules.margin must be more than 0"),
+        ("rules = { block = true }", "x.rules.block must be a whole number"),
+        ("contests = []", "x.contests must have at least 1 entries"),
+        ("contests = [{ base = {}, arms = [{ method = 'dp-adam' }] }]", "no one task in its `base`"),
+        (
+            "contests = [{ base = { task = 'low-rank' }, arms = [{ lr = 1.0 }] }]",
+            "An arm of leaderboard x .* lacks method",
+        ),
+        (
+            "contests = [{ base = { task = 'low-rank', lr = [] }, arms = [{ method = 'dp-adam' }] }]",
+            "grid of lr is empty",
+        ),
+        ("contests = 3", "x.contests must be a list, not 3"),
+    ],
+)
+def test_a_file_with_a_wrong_entry_is_refused_in_a_sentence(text, message, tmp_path, monkeypatch):
+    path = tmp_path / "boards.toml"
+    path.write_text("[x]\n" + "\n".join(line for line in (text, BASE) if line.split()[0] not in text or line is text))
+    monkeypatch.setattr(boards, "FILE", path)
+    boards.boards.cache_clear()
+    try:
+        with pytest.raises(BadInput, match=message):
+            boards.load("x")
+    finally:
+        boards.boards.cache_clear()
 
 
 def test_the_time_is_up_between_runs():

@@ -86,6 +86,8 @@ def test_and_for_other_architectures_and_the_real_minilm(model, one_thread):
         ("adapter", "small-llama"),
         ("prompt", "small-roberta"),
         ("prompt", "small-llama"),
+        ("prefix", "small-roberta"),
+        ("prefix", "small-llama"),
     ],
 )
 def test_what_a_method_adds_to_a_model_is_predicted_too(method, model, one_thread):

@@ -1,22 +1,18 @@
 """Prompt tuning: against prompts put in front by hand, one example at a time in float64; padding, poolers, generation."""
 
-import copy
-
-import causal_cases
+import prompt_cases
 import pytest
 import torch
 import transformers as hf
-from engine_cases import CONFIGS, batch_for, clipped, model_for
+from engine_cases import CONFIGS, batch_for, clipped
+from prompt_cases import DECODERS, ENCODERS, alone, batch_of, encoder, loss
 from small_runs import a_spec, quiet
 from torch.nn import functional as F
 
 from dpft.harness.engine.base import zero_sums
 from dpft.harness.runs import registry
 from dpft.harness.train import run
-from dpft.tasks import causal, models
 
-ENCODERS = ("bert", "roberta", "electra", "distilbert")
-DECODERS = ("gpt2", "opt", "llama-tied")
 COUNT = 3
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,44 +22,12 @@ def method():
     return registry.make("prompt", "mean", {"tokens": COUNT})
 
 
-def encoder(kind):
-    model = model_for(kind)
-    model.head_parameters = ["head.weight", "head.bias"]
-    return model.train()
-
-
-def decoder(kind):
-    torch.manual_seed(0)
-    config = copy.deepcopy(causal_cases.CONFIGS[kind])
-    models.without_dropout(config)
-    inner = hf.AutoModelForCausalLM.from_config(config)
-    for p in inner.parameters():
-        p.data.add_(0.2 * torch.randn_like(p))
-    return causal.causal_model()(inner.double()).train()
-
-
 def built(kind):
     """(model with prompts, one without, the same batch for both)."""
-    make, plain = (encoder, encoder(kind)) if kind in ENCODERS else (decoder, decoder(kind))
-    model = make(kind)
-    assert method().skip(model) is None
-    model = method().prepare(model, torch.Generator().manual_seed(1)).double()
+    model, plain = prompt_cases.built(kind, method())
     torch.manual_seed(3)
     model.encoder.prompt.weight.data.add_(0.5 * torch.randn_like(model.encoder.prompt.weight))
-    if kind in ENCODERS:
-        return model, plain, batch_for(kind)
-    examples = [
-        {"input_ids": torch.randint(4, 30, (n,)).numpy(), "prompt_length": start}
-        for n, start in ((9, 3), (5, 2), (7, 1), (4, 3))
-    ]
-    return model, plain, causal.Collator(0)(examples)
-
-
-def loss(model, batch):
-    if "targets" in batch:
-        return model(**batch) / (batch["targets"] >= 0).sum(1)
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return F.cross_entropy(model(**inputs), batch["labels"], reduction="none")
+    return model, plain, batch_of(kind)
 
 
 def by_hand(kind, plain, prompt, example):
@@ -80,47 +44,12 @@ def by_hand(kind, plain, prompt, example):
     return out.last_hidden_state[:, COUNT:]
 
 
-def loss_by_hand(kind, plain, prompt, head, example):
-    hidden = by_hand(kind, plain, prompt, example)
-    if kind in ENCODERS:
-        return F.cross_entropy(F.linear(hidden.mean(1), *head), example["labels"])
-    start = int(example["target_positions"][0, 0])
-    scores = plain.model.get_output_embeddings()(hidden[:, start:-1])
-    return F.cross_entropy(scores[0], example["input_ids"][0, start + 1 :])
-
-
-def alone(batch, i):
-    """Example i without any padding."""
-    length = int(batch["attention_mask"][i].sum())
-    wide = {"input_ids", "attention_mask", "position_ids"}
-    return {k: v[i : i + 1, :length] if k in wide else v[i : i + 1] for k, v in batch.items()}
-
-
 @pytest.mark.parametrize("kind", [*ENCODERS, *DECODERS])
 def test_every_engine_clips_what_prompts_put_in_front_by_hand_have_for_gradients(kind):
     """The prompt is one parameter that all examples look up: it has as many gradients as there are examples."""
     model, plain, batch = built(kind)
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    prompt = model.encoder.prompt.weight.detach().clone().requires_grad_()
-    head = [p.detach().clone().requires_grad_() for n, p in model.named_parameters() if n.startswith("head.")]
-    assert [n.endswith("prompt.weight") for n in names].count(True) == 1 and len(names) == 1 + len(head)
-    losses, gradients = [], []
-    for i in range(len(batch["input_ids"])):
-        losses.append(loss_by_hand(kind, plain, prompt, head, alone(batch, i)))
-        gradients.append(torch.autograd.grad(losses[-1], [prompt, *head]))
-    norms = torch.stack([sum(g.square().sum() for g in found).sqrt() for found in gradients])
-    clip_norm = 1.001 * float(norms.median())
-    expected = [
-        sum(g[j] * min(1.0, clip_norm / float(n)) for g, n in zip(gradients, norms, strict=True))
-        for j in range(len(names))
-    ]
-    for engine in ("factored", "reference", "opacus"):
-        found, found_losses, found_norms = clipped(engine, model, batch, clip_norm, loss=loss)
-        assert torch.allclose(found_losses, torch.stack(losses).detach(), rtol=1e-9)
-        assert torch.allclose(found_norms[:, 0], norms, rtol=1e-8)
-        for name, value in found.items():
-            right = expected[0] if name.endswith("prompt.weight") else expected[1 + name.endswith("bias")]
-            assert float((value - right).norm()) <= 1e-8 * float(right.norm()), (engine, name)
+    names = [name for name, _ in model.named_parameters() if name.endswith("prompt.weight")]
+    prompt_cases.check(model, plain, batch, names, lambda own, one: by_hand(kind, plain, *own, one))
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama-tied"])

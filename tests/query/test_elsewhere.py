@@ -88,7 +88,7 @@ def test_language_models_as_the_tasks_train_them(kind, tmp_path):
     from dpft.tasks.base import ModelSpec
     from dpft.tasks.data_to_text import E2E
 
-    task, folder = E2E(), causal_cases.save(kind, tmp_path)
+    task, folder = E2E({"max_new_tokens": 8}), causal_cases.save(kind, tmp_path)
     data = task.load(causal_cases.mirror(tmp_path / "data"))
     prepared = task.prepare(data, ModelSpec(folder, "native", 40), torch.Generator().manual_seed(0))
     model, batch = prepared.model.double(), prepared.collate(prepared.train[:4])

@@ -1,9 +1,10 @@
 """Reports of one screen: six columns, short names, each value said once."""
 
+import json
 import re
 
 import pytest
-from studies import ROOT, STUDIES
+from studies import ROOT, STUDIES, loose
 
 from dpft.harness.records.store import Store
 from dpft.harness.report import Figures, Options, Report, summaries
@@ -100,3 +101,17 @@ def test_an_empty_folder_says_so(tmp_path):
 
 def test_brief_is_a_report_of_its_own(dpft):
     assert dpft("report", ROOT / "results/official", "--brief", "--theory")[0] == 2
+
+
+def test_a_spoilt_ledger_is_no_traceback_in_any_report(tmp_path, dpft):
+    """`--methods` ended with code 70 where a release is null."""
+    for path in sorted(loose("clicks").glob("*")):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for path in tmp_path.glob("*.json"):
+        record = json.loads(path.read_text())
+        if record["spec"]["method"] == "dp-fest":
+            record["privacy"]["ledger"][0]["releases"] = [None]
+            path.write_text(json.dumps(record))
+    for report in ("--methods", "--brief", "--predictions"):
+        code, out, err = dpft("report", tmp_path, report)
+        assert code == 0 and "Traceback" not in err, err

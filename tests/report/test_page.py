@@ -1,32 +1,16 @@
 """The page in a real headless Chromium, from file:// and without a network: what a reader does with mouse, keyboard and phone."""
 
-import gzip
 import json
 import re
-import shutil
 import time
-from base64 import b64decode
 
 import pytest
 import report_cases
-from pages import HOSTILE, ROOT, clones
+from pages import HOSTILE, ROOT, clones, index_of, unpacked
 from studies import loose
 
 from dpft.harness.records.store import Store
 from dpft.harness.report import page
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium on the PATH (Debian: apt-get install chromium)")
-    driver = pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright (extra `dev`)")
-    with driver.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -39,40 +23,6 @@ def big(tmp_path_factory):
     return path, store, time.process_time() - start
 
 
-@pytest.fixture
-def opened(browser, big):
-    """opened(path, width) -> the page, ready; any error of the script, refused load or request fails the test."""
-    contexts, problems = [], []
-
-    def load(path=big[0], width=1280):
-        context = browser.new_context(viewport={"width": width, "height": 800}, offline=True)
-        contexts.append(context)
-        tab = context.new_page()
-        tab.on("pageerror", lambda error: problems.append(str(error)))
-        tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        tab.on("request", lambda request: None if request.url.startswith("file:") else problems.append(request.url))
-        tab.goto(path.as_uri())
-        tab.wait_for_selector("html[data-ready]", timeout=30_000)
-        return tab
-
-    yield load
-    for context in contexts:
-        context.close()
-    assert problems == []
-
-
-def unpacked(path, name):
-    text = re.search(rf'id="{name}">([^<]*)<', path.read_text())[1]
-    return json.loads(gzip.decompress(b64decode(text)))
-
-
-def index_of(folder, chosen):
-    """The index of the page of these records."""
-    store = report_cases.store_of(folder / "runs", chosen)
-    page.write(folder / "page.html", store, store.each())
-    return unpacked(folder / "page.html", "index")
-
-
 def column(tab, title):
     heads = tab.locator("#table thead th").all_inner_texts()
     at = next(i for i, head in enumerate(heads) if head.startswith(title))
@@ -82,7 +32,7 @@ def column(tab, title):
 def test_ten_thousand_runs_are_written_and_opened_fast(big, opened):
     assert big[2] < 30, "10 s on a free core; the curves are read here too"
     start = time.monotonic()
-    tab = opened()
+    tab = opened(big[0])
     assert time.monotonic() - start < 10, "3 s on a free core"
     assert "10,000 runs" in tab.locator("#summary").inner_text()
     assert tab.locator("tr.row").count() <= 100, "the table is paged"
@@ -91,8 +41,8 @@ def test_ten_thousand_runs_are_written_and_opened_fast(big, opened):
     assert tab.locator("#page-number").inner_text().startswith("Page 2 of") and first
 
 
-def test_a_column_sorts_both_ways_and_says_so(opened):
-    tab = opened()
+def test_a_column_sorts_both_ways_and_says_so(big, opened):
+    tab = opened(big[0])
     head = tab.locator("#table thead th", has_text="lr")
     for state, sign in (("ascending", 1), ("descending", -1)):
         head.locator("button").focus()
@@ -104,8 +54,8 @@ def test_a_column_sorts_both_ways_and_says_so(opened):
     assert head.get_attribute("aria-sort") == "none"
 
 
-def test_filters_and_search_narrow_the_table(opened):
-    tab = opened()
+def test_filters_and_search_narrow_the_table(big, opened):
+    tab = opened(big[0])
     tab.select_option("#filter-task", label="sentences-3")
     tab.select_option("#filter-method", label="dp-adam")
     assert set(column(tab, "Task")) == {"sentences-3"} and all("dp-adam" in name for name in column(tab, "Method"))
@@ -119,8 +69,8 @@ def test_filters_and_search_narrow_the_table(opened):
     assert "Reason 9949." in tab.locator("tr.row").inner_text()
 
 
-def test_a_run_opens_by_mouse_and_by_keyboard_with_its_ledger(opened):
-    tab = opened()
+def test_a_run_opens_by_mouse_and_by_keyboard_with_its_ledger(big, opened):
+    tab = opened(big[0])
     dialog = tab.locator("#details")
     tab.locator("tr.row td").nth(4).click()
     dialog.locator("table.ledger").wait_for()
@@ -139,8 +89,8 @@ def test_a_run_opens_by_mouse_and_by_keyboard_with_its_ledger(opened):
     assert tab.evaluate("document.activeElement.className") == "open", "focus goes back to where it was"
 
 
-def test_curves_are_drawn_chosen_and_read_by_keyboard(opened):
-    tab = opened()
+def test_curves_are_drawn_chosen_and_read_by_keyboard(big, opened):
+    tab = opened(big[0])
     tab.wait_for_selector("#chart path.mean")
     before = tab.locator("#legend li").count()
     name = tab.locator("tr.row input:not(:checked):enabled").first.get_attribute("aria-label")
@@ -152,8 +102,8 @@ def test_curves_are_drawn_chosen_and_read_by_keyboard(opened):
     assert tab.locator("#chart-values").inner_text().startswith("ε ")
 
 
-def test_a_phone_scrolls_only_inside_boxes(opened):
-    tab = opened(width=360)
+def test_a_phone_scrolls_only_inside_boxes(big, opened):
+    tab = opened(big[0], width=360)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
     tab.locator(".open").first.click()
     tab.locator("#details dl").first.wait_for()
@@ -161,7 +111,7 @@ def test_a_phone_scrolls_only_inside_boxes(opened):
 
 
 def test_nothing_in_a_record_becomes_code(opened, big):
-    tab = opened()
+    tab = opened(big[0])
     tab.select_option("#filter-status", label="error")
     assert HOSTILE in tab.locator("tr.row .reason").first.inner_text()
     tab.locator(".open").first.click()
@@ -195,6 +145,8 @@ def test_unmatched_budgets_are_not_ranked(tmp_path):
     assert "differ in steps_planned" in index["groups"][0]["reason"]
     assert not any(row["rank"] for row in index["rows"])
     assert {row["verdict"] for row in index["rows"]} == {"not ranked"}
+    ((line,),) = (answer["lines"] for answer in index["answers"])
+    assert line["cannot"].startswith("Nothing is ranked: ") and line["text"] == ""
 
 
 def test_public_leaves_out_what_epsilon_does_not_cover(tmp_path):
@@ -204,6 +156,8 @@ def test_public_leaves_out_what_epsilon_does_not_cover(tmp_path):
     everything, public = (unpacked(tmp_path / f"{name}.html", "block-0")[0] for name in ("all", "public"))
     assert everything["diagnostics"]["alignment"] and "loss" in everything["curve"]
     assert public["diagnostics"] is None and set(public["curve"]) == {"step", "epsilon", "metric"}
+    index = json.dumps(unpacked(tmp_path / "public.html", "index"))
+    assert not any(word in index for word in ("loss", "alignment", "clipped"))
 
 
 def test_texts_are_shown_beside_each_other_and_are_in_no_public_page(tmp_path, opened):
@@ -242,8 +196,8 @@ def test_a_method_has_one_row_with_its_verdict_and_the_rates_it_tried(dpft_repor
         tried = {row["method"]: row["tried"] for row in kept if not row["settings"]}
         assert tried["dp-adam"] == (3, 4)[number] and tried["rmt"] == (1, 3)[number]
         for row in kept:
-            cannot = "cannot tell with 3 seeds: smallest p is 0.25"
-            assert row["verdict"] == "the baseline" if row["method"] == "dp-adam" else row["verdict"].endswith(cannot)
+            cannot = "cannot tell with 3 seeds: smallest p is 0.25 ("
+            assert row["verdict"] == "the baseline" if row["method"] == "dp-adam" else row["verdict"].startswith(cannot)
     others = [row for row in index["rows"] if not row["kept"]]
     assert {row["verdict"] for row in others} == {"another learning rate"} and not any(row["rank"] for row in others)
 
@@ -285,7 +239,7 @@ def test_the_table_and_the_curves_say_what_they_are_measured_on(tmp_path, opened
     assert "accuracy on 218 validation examples" in tab.locator("#chart").text_content()
     heads = tab.locator("#table thead th").all_inner_texts()
     assert [head for head in heads if head.startswith(("Verdict", "Final, whole split", "Rates tried", "Runs"))]
-    assert "the baseline" in column(tab, "Verdict") and column(tab, "Rates tried")[0] == "3"
+    assert "the baseline" in column(tab, "Verdict") and column(tab, "Rates tried")[0] == "3 ▸"
     before = tab.locator("tr.row").count()
-    tab.locator("#rates").check()
-    assert tab.locator("tr.row").count() > before
+    tab.locator(".unfold").first.click()
+    assert tab.locator("tr.row").count() == before + tab.locator("tr.rate").count() == before + 2

@@ -12,6 +12,7 @@ import shared_budget_cases as cases
 from forged_cases import SST2
 from studies import ROOT
 
+from dpft.harness import report
 from dpft.harness.records.store import Store
 from dpft.harness.report import budgets, page
 from dpft.harness.report.page.data import Builder
@@ -49,7 +50,11 @@ def test_a_table_says_what_its_runs_release(chosen, tmp_path):
 
 def test_a_public_page_holds_the_ledger_with_every_name(chosen, tmp_path):
     store = report_cases.store_of(tmp_path / "runs", chosen)
-    (run,) = (Builder(store, True)._run(r) for r in store.records() if r["spec"]["method"] == cases.NAME)
+    (run,) = (
+        Builder(store, report.Options(public=True)).prepare(r).shown
+        for r in store.records()
+        if r["spec"]["method"] == cases.NAME
+    )
     assert {release["name"] for event in run["privacy"]["ledger"] for release in event["releases"]} == {
         "vote",
         "gradient",

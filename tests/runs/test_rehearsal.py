@@ -5,6 +5,11 @@ import shutil
 
 import polars
 import pytest
+from small_runs import a_spec
+
+from dpft.harness.records.store import Store
+from dpft.harness.runs import registry
+from dpft.harness.runs.rehearsal import rehearse
 
 SIZE = ["--steps", "4", "--batch-size", "60", "--epsilon", "3", "--set", "eval_every=2", "--set", "max_length=16"]
 
@@ -37,6 +42,12 @@ def test_what_is_fine_is_fine(plan):
     code, rows, out = plan("--method", "dp-adam,dp-lora")
     assert code == 0 and [row["problem"] for row in rows] == [None, None] and "would fail" not in out
     assert all(row["peak_bytes"] > 0 and "prediction" in row["by"] for row in rows)
+
+
+def test_no_method_is_said_to_fail_that_does_not(tiny_bert, mirror, tmp_path):
+    """Some look at weights, which a rehearsal has not."""
+    runs = [a_spec(method, tiny_bert) for method in registry.methods()]
+    assert rehearse(runs, Store(tmp_path), mirror).problems == {}
 
 
 def test_everything_that_would_stop_a_run_is_named_once_and_is_exit_code_2(plan, broken, tmp_path):

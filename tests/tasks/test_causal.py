@@ -27,7 +27,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(folders):
     """kind -> (task, Prepared with its model in float64), the loss cut into pieces of a few positions."""
-    task = registry.task("e2e")()
+    task = registry.task("e2e")({"max_new_tokens": 12})
     rows = task.rows(causal_cases.polars.DataFrame(causal_cases.e2e_rows(24)), "rows")
 
     def make(kind, at_once=100):
@@ -150,7 +150,7 @@ def test_the_logits_of_a_batch_never_exist_at_once(trains):
     places = torch.arange(31).expand(16, 31)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(32).expand(16, 32)}
     batch |= {"targets": ids[:, 1:].contiguous(), "target_positions": places}
-    task = registry.task("e2e")()
+    task = registry.task("e2e")({"max_new_tokens": 12})
     logits = 16 * 31 * 8000 * 4
     assert peak(model, plain_loss, batch) > 2 * logits
     assert peak(model, task.loss, batch) < logits / 2

@@ -27,10 +27,11 @@ from dpft.tasks import data_to_text, models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-WITHOUT_PUBLIC = {"dp-kfc", "dp-selft", "dp-sft"}  # refused: the task has no public data
+WITHOUT_PUBLIC = {"dp-kfc", "dp-selft", "dp-sft", "pazo"}  # refused: the task has no public data
 METHODS = sorted(registry.methods().keys() - WITHOUT_PUBLIC)
 HEADED = {"dp-sapf", "lp-ft"}  # skipped: language models have no new head to begin with
-NOTHING_TO_TRAIN = {("last-layer", "gpt2"), ("last-layer", "llama"), ("dp-bitfit", "llama")}
+NOTHING_TO_TRAIN = {*(("last-layer", kind) for kind in ("gpt2", "llama", "opt")), ("dp-bitfit", "llama")}
+OPT = ("dp-zo", "dp-lora", "last-layer")  # the model of the papers on zeroth order
 TIED = {
     ("dp-adafest", "gpt2"),
     ("dp-fest", "gpt2"),
@@ -145,6 +146,16 @@ def test_heads_and_mismatched_models_are_refused(mirror, folders):
         assert record["status"] == "error" and complaint in record["error"]
 
 
+@pytest.mark.parametrize("kind", ["opt", "gpt2"])
+def test_prompts_leave_the_model_positions_for_what_is_written(kind, mirror, folders):
+    """48 positions, and prompts of about 16 tokens."""
+    for new, complaint in ((40, None), (47, None), (48, "lower max_new_tokens from 48")):
+        one = settings_of("dp-bitfit", folders(kind), max_new_tokens=new, max_length=48, steps=1)
+        record, _ = run.execute(one, Settings(mirror), quiet)
+        assert record["status"] == ("done" if complaint is None else "error"), record["error"]
+        assert complaint is None or complaint in record["error"]
+
+
 # --- the packaged model ---------------------------------------------------------------------------------------------
 
 
@@ -168,8 +179,9 @@ def test_methods_that_learn_from_public_data_are_refused(method, folders):
         settings_of(method, folders("gpt2"))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method, kind", [*((m, kind) for m in METHODS for kind in ("gpt2", "llama")), *((m, "opt") for m in OPT)]
+)
 def test_every_method_runs_and_the_engines_agree(method, kind, mirror, folders):
     phases = {"steps": 5, "eval_every": 5} if "selection_fraction" in registry.method(method).options else {}
     rank = {"rank": 4} if method == "prism" else {}

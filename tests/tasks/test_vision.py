@@ -1,5 +1,6 @@
 """Image tasks, their models, public pretraining, and several views of one example as one example."""
 
+import copy
 import io
 import json
 
@@ -19,7 +20,7 @@ from dpft.harness.runs import registry
 from dpft.harness.runs.resolve import resolve
 from dpft.harness.train import run
 from dpft.harness.train.settings import Settings
-from dpft.tasks import digits, groupnorm, imagesets, models, pretraining
+from dpft.tasks import batchnorm, digits, imagesets, models, pretraining
 from dpft.tasks.base import ModelSpec
 from dpft.tasks.handwriting import PRIVATE, PUBLIC, of_classes
 from dpft.tasks.pixels import Collator, Form
@@ -81,11 +82,57 @@ def test_batch_norm_is_refused_or_converted_with_its_weights(folders):
     assert model.model.classifier[1].out_features == 4
 
 
+def frozen(folders):
+    """The ResNet with its statistics, moved off what they were made of so that they matter."""
+    model, _ = models.load_model(str(folders / "resnet"), "native", 3, torch.Generator(), batch_norm="frozen")
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model.double(), norms
+
+
+def test_frozen_batch_norm_is_exact_on_both_engines_and_stays_as_it_is(folders):
+    torch.manual_seed(0)
+    model, norms = frozen(folders)
+    before = [(m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone()) for m in norms]
+    assert len(norms) == 8 and all(bool(m.running_mean.any()) for m in norms), "it has run on some batches"
+    assert model.train().training and not any(m.training for m in norms)
+    assert all(m.weight.requires_grad and m.bias.requires_grad for m in norms), "scale and shift train"
+    check(model, digits.Digits().loss, batch_of(4, 1, 32))
+    for m, kept in zip(norms, before, strict=True):
+        assert all(map(torch.equal, (m.running_mean, m.running_var, m.num_batches_tracked), kept))
+    copied = [m for m in copy.deepcopy(model).train().modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert not any(m.training for m in copied)
+
+
+def test_a_run_with_frozen_batch_norm_trains_all_but_its_statistics(folders, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        batchnorm, "freeze", lambda model, source, freeze=batchnorm.freeze: seen.append(model) or freeze(model, source)
+    )
+    spec = a_run(model=str(folders / "resnet"), batch_norm="frozen")
+    record, _ = run.execute(spec, Settings(), quiet)
+    assert record["status"] == "done", record["error"]
+    old = hf.AutoModelForImageClassification.from_pretrained(folders / "resnet")
+    norms = {n: m for n, m in seen[-1].named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    for name, module in norms.items():
+        was = old.get_submodule(name)
+        assert torch.equal(module.running_mean, was.running_mean) and torch.equal(module.running_var, was.running_var)
+        assert not torch.equal(module.weight, was.weight) and not torch.equal(module.bias, was.bias)
+
+
+def test_batch_norm_without_statistics_cannot_be_frozen():
+    holder = torch.nn.Sequential(torch.nn.BatchNorm2d(3, track_running_stats=False))
+    with pytest.raises(CannotRun, match="without statistics at 0; convert it"):
+        batchnorm.freeze(holder, "the model")
+
+
 @pytest.mark.parametrize("channels, groups", [(1, 1), (4, 1), (16, 4), (20, 1), (24, 2), (64, 16), (2048, 32)])
 def test_groups_divide_the_channels_and_have_at_least_four(channels, groups):
     """With one channel to a group a 1x1 image would be normalised to zero."""
     holder = torch.nn.Sequential(torch.nn.BatchNorm2d(channels))
-    groupnorm.convert(holder)
+    batchnorm.convert(holder)
     assert holder[0].num_groups == groups and channels % groups == 0
 
 

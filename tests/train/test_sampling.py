@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dpft.harness.errors import BadInput
 from dpft.harness.privacy.samplings import Cyclic, Poisson, Truncated
 from dpft.harness.train.mechanism import GaussianMechanism
-from dpft.harness.train.noise import source
+from dpft.harness.train.noise import KeyStream, source
 from dpft.harness.train.sampling import CyclicSampler, Sampler, TruncatedSampler, buckets, sampler
 
 
@@ -131,3 +131,11 @@ def test_a_restored_sampler_draws_what_it_would_have_drawn(sampling):
         one.sample()
     other.set_state(one.state())
     assert [one.sample() for _ in range(6)] == [other.sample() for _ in range(6)]
+
+
+def test_secret_batches_are_cut_and_take_turns_like_others():
+    for sampling in (Truncated(60, 12), Cyclic(4)):
+        drawn = sampler(sampling, 60, 10, "t", 0, KeyStream(bytes(32)))
+        for step in range(200):
+            batch = drawn.sample()
+            assert drawn.eligible(step)[batch].all() and len(batch) <= getattr(sampling, "truncated_batch_size", 60)

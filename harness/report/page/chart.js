@@ -2,10 +2,16 @@
 
 const SLOTS = 8;
 const DASHES = ["", "7 3", "2 3", "9 3 2 3", "", "7 3", "2 3", "9 3 2 3"];
-const LABELS = { metric: "validation metric", loss: "training loss", alignment_noisy: "alignment of the release", alignment_decoded: "alignment of the update", clipped_fraction: "clipped share" };
+const LABELS = {
+  metric: "validation metric",
+  loss: "training loss, mean of the batch (not covered by ε)",
+  alignment_noisy: "cosine of the release to the clean gradient (not covered by ε)",
+  alignment_decoded: "cosine of the update to the clean gradient (not covered by ε)",
+  clipped_fraction: "share of the examples that were clipped (not covered by ε)",
+};
+const ABSCISSAE = { step: "step", epsilon: "ε spent by then, at the δ of the run" };
 const plotted = []; // {row, slot, seeds: [{column: values}]}
 const cursor = { at: null };
-const SVG = "http://www.w3.org/2000/svg";
 
 function isPlotted(row) {
   return plotted.some((series) => series.row === row);
@@ -30,13 +36,15 @@ function plot(row, wanted) {
   }
   showPage();
   draw();
+  chosen();
   return wanted;
 }
 
 function setUpChart() {
   byId("chart-y").append(...index.columns.map((key) => make("option", { value: key, text: LABELS[key] })));
-  for (const id of ["chart-x", "chart-y"]) byId(id).addEventListener("change", () => { cursor.at = null; draw(); });
-  byId("chart-clear").addEventListener("click", () => { plotted.length = 0; showPage(); draw(); });
+  selectChoice("y", "chart-y", index.columns[0], () => { cursor.at = null; draw(); });
+  selectChoice("x", "chart-x", "step", () => { cursor.at = null; draw(); });
+  byId("chart-clear").addEventListener("click", () => { plotted.length = 0; showPage(); draw(); chosen(); });
   new ResizeObserver(draw).observe(byId("chart"));
   byId("chart").addEventListener("pointermove", (event) => point(event.clientX - byId("chart").getBoundingClientRect().left));
   byId("chart").addEventListener("keydown", (event) => {
@@ -46,7 +54,14 @@ function setUpChart() {
   const candidates = index.groups.map((_, i) => index.rows.filter((row) => row.groups.includes(i) && row.kept && row.curve));
   const largest = candidates.reduce((a, b) => (b.length > a.length ? b : a), []);
   const first = largest.sort((a, b) => a.order - b.order).slice(0, 5);
-  first.forEach((row) => plot(row, true));
+  const usual = idsOf(first), shown = () => idsOf(plotted.map((series) => series.row));
+  choice("curves", () => (shown() === usual ? "" : shown() || "none"), (text) => {
+    const wanted = text === "none" ? [] : text ? rowsOf(text) : first;
+    if (idsOf(wanted) === shown()) return;
+    plotted.length = 0;
+    wanted.slice(0, SLOTS).forEach((row) => plot(row, true));
+    if (wanted.length === 0) { showPage(); draw(); }
+  });
   draw();
 }
 
@@ -65,25 +80,10 @@ function points(series) {
   return [...found.entries()].sort((a, b) => a[0] - b[0]).map(([, p]) => ({ ...p, y: p.ys.reduce((a, b) => a + b, 0) / p.ys.length }));
 }
 
-function ticks(low, high, count) {
-  const raw = (high - low) / count, power = 10 ** Math.floor(Math.log10(raw));
-  const size = [1, 2, 5, 10].find((m) => m * power >= raw) * power;
-  const found = [];
-  for (let i = Math.ceil(low / size); i * size <= high + 1e-9 * size; i += 1) found.push(Number((i * size).toPrecision(12)));
-  return found;
-}
-
-function svg(tag, attributes, text) {
-  const element = document.createElementNS(SVG, tag);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  if (text !== undefined) element.textContent = text;
-  return element;
-}
-
 let scales = null;
 
 function draw() {
-  const box = byId("chart"), width = Math.max(240, box.clientWidth), height = Math.max(180, box.clientHeight);
+  const box = byId("chart");
   const lines = plotted.map((series) => ({ series, points: points(series) }));
   const all = lines.flatMap((line) => line.points);
   legend(lines);
@@ -91,24 +91,13 @@ function draw() {
   byId("chart-values").textContent = "";
   scales = null;
   if (all.length === 0) { box.replaceChildren(); return; }
-  const [left, right, top, bottom] = [58, 14, 26, 42];
-  const range = (values) => { const [a, b] = [Math.min(...values), Math.max(...values)]; return a === b ? [a - 0.5, b + 0.5] : [a, b]; };
-  const [x0, x1] = range(all.map((p) => p.x)), [lo, hi] = range(all.flatMap((p) => p.ys));
-  const [y0, y1] = [lo - 0.04 * (hi - lo), hi + 0.04 * (hi - lo)];
-  const sx = (x) => left + ((x - x0) / (x1 - x0)) * (width - left - right);
-  const sy = (y) => height - bottom - ((y - y0) / (y1 - y0)) * (height - top - bottom);
-  scales = { sx, lines, xs: [...new Set(all.map((p) => p.x))].sort((a, b) => a - b) };
-  const root = svg("svg", { viewBox: `0 0 ${width} ${height}` });
-  for (const y of ticks(y0, y1, 5)) {
-    root.append(svg("line", { class: "grid", x1: left, x2: width - right, y1: sy(y), y2: sy(y) }), svg("text", { x: left - 6, y: sy(y) + 4, "text-anchor": "end" }, significant(y)));
-  }
-  for (const x of ticks(x0, x1, width < 500 ? 4 : 8)) root.append(svg("text", { x: sx(x), y: height - bottom + 18, "text-anchor": "middle" }, significant(x)));
   const metrics = [...new Set(plotted.map((series) => series.row.metric))].filter(Boolean).join(" / ");
   const measuredOn = [...new Set(plotted.map((series) => series.row.examples))].join(" or ");
   const yName = byId("chart-y").value === "metric" ? `${metrics || LABELS.metric} on ${measuredOn}` : LABELS[byId("chart-y").value];
-  root.append(svg("text", { x: (left + width - right) / 2, y: height - 7, "text-anchor": "middle" }, byId("chart-x").value === "step" ? "step" : "ε spent"), svg("text", { x: 8, y: 16 }, yName));
+  const { root, sx, sy } = frame(box, range(all.map((p) => p.x)), padded(range(all.flatMap((p) => p.ys)), 0.04), { xName: ABSCISSAE[byId("chart-x").value], yName });
+  scales = { sx, lines, xs: [...new Set(all.map((p) => p.x))].sort((a, b) => a - b) };
   for (const line of lines) root.append(...drawn(line, sx, sy));
-  if (cursor.at !== null && scales.xs.includes(cursor.at)) root.append(svg("line", { class: "cursor", x1: sx(cursor.at), x2: sx(cursor.at), y1: top, y2: height - bottom }));
+  if (cursor.at !== null && scales.xs.includes(cursor.at)) root.append(svg("line", { class: "cursor", x1: sx(cursor.at), x2: sx(cursor.at), y1: EDGES.top, y2: sizeOf(box)[1] - EDGES.bottom }));
   box.replaceChildren(root);
 }
 
@@ -142,7 +131,7 @@ function show(x) {
   if (x === cursor.at && byId("chart-values").textContent) return;
   cursor.at = x;
   draw();
-  const values = scales.lines.map(({ series, points: means }) => [series.row.name, means.find((p) => p.x === x)]).filter(([, p]) => p);
+  const values = scales.lines.map(({ series, points: means }) => [series.row.label, means.find((p) => p.x === x)]).filter(([, p]) => p);
   const name = byId("chart-x").value === "step" ? "Step" : "ε";
   byId("chart-values").textContent = `${name} ${significant(x)}: ` + values.map(([label, p]) => `${label} ${significant(p.y)}`).join("; ");
 }
@@ -154,7 +143,7 @@ function legend(lines) {
     const missing = series.seeds.length && !means.length ? " (has no such values)" : "";
     const { row } = series;
     const on = new Set(plotted.map((other) => other.row.examples)).size > 1 ? `, on ${row.examples}` : "";
-    return make("li", {}, key, make("span", { text: `${row.name}, ${row.task}${row.epsilon === null ? "" : `, ε ≤ ${BUDGET(row.epsilon)}`}${on}${missing}` }),
+    return make("li", {}, key, make("span", { text: `${row.kept ? row.label : row.name}, ${row.task}${row.epsilon === null ? "" : `, ε ≤ ${BUDGET(row.epsilon)}`}${on}${missing}` }),
       make("button", { type: "button", text: "✕", "aria-label": `Remove ${row.name}`, onclick: () => plot(row, false) }));
   }));
 }

@@ -1,4 +1,4 @@
-"""Records -> what the page embeds: an index of rows (all that the table, the filters and the matrix need) and runs in blocks.
+"""Records -> what the page embeds: an index of rows (all that answers, table and pictures need) and runs in blocks.
 
 Groups, rows, ranks and verdicts are those of the report (`harness/report`): nothing is ranked or averaged here.
 """
@@ -10,13 +10,15 @@ import gzip
 import json
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+from dpft.harness import statistics as st
 from dpft.harness.records.store import Store
-from dpft.harness.report import Options, Report, pairs
+from dpft.harness.report import Options, Report, brief, pairs
 from dpft.harness.report import rows as making
-from dpft.harness.report.rows import Row
-from dpft.harness.report.tables import certified, examples_of, spread
+from dpft.harness.report.page import answers, entries
+from dpft.harness.report.page.foot import made
+from dpft.harness.report.text import plain
 from dpft.harness.report.views import Group
 from dpft.harness.runs.spec import completed
 
@@ -27,115 +29,102 @@ DIAGNOSTIC_CURVE = ("loss", "alignment_noisy", "alignment_decoded", "clipped_fra
 SUMMARIES = ("private", "alignment", "clipped_fraction")  # of the diagnostics; the rest is a row per matrix and step
 
 
+class Prepared(NamedTuple):
+    """A run as the page needs it: shown, packed into its block; kept, until the index is made."""
+
+    shown: dict[str, Any]
+    kept: dict[str, Any]
+
+
 class Builder:
     """Takes records one by one, gives packed blocks as they fill up, and the index at the end.
 
-    What it keeps of a record is what ranking needs; a folder of any size is read once. public: without diagnostics, which are
-    computed from clean gradients and training losses and are not covered by epsilon, and without texts (validation rows).
+    What it keeps of a record is what ranking needs; a folder of any size is read once.
     """
 
-    def __init__(self, store: Store, public: bool):
-        self.store, self.public = store, public
+    def __init__(self, store: Store, options: Options):
+        """options: of these `public` (no diagnostics, which are computed from clean gradients and not covered by epsilon, and no
+        texts, which are validation rows) and `baseline` count."""
+        self.store, self.options = store, Options(public=options.public, baseline=options.baseline)
         self.kept: list[dict[str, Any]] = []
 
-    def blocks(self, records: Iterable[dict[str, Any]]) -> Iterator[str]:
+    def prepare(self, record: dict[str, Any]) -> Prepared:
+        """Reads the curve of the run, and nothing else."""
+        diagnostics = record["diagnostics"] or {}
+        summaries = {key: diagnostics[key] for key in SUMMARIES if key in diagnostics}
+        curve = None
+        if record["status"] == "done" or self.store.has_curve(record["run_id"]):
+            curve = _thinned(self.store.curve(record["run_id"]), self.columns)
+        result = record["result"] and {key: value for key, value in record["result"].items() if key != "samples"}
+        public = self.options.public
+        shown = {**record, "spec": completed(record["spec"]), "result": result if public else record["result"]}
+        shown |= {"diagnostics": None if public else summaries, "curve": curve}
+        return Prepared(shown, {**record, "diagnostics": summaries, "result": result, "curve": curve is not None})
+
+    def blocks(self, runs: Iterable[Prepared]) -> Iterator[str]:
         """Base64 of the gzipped JSON of up to BLOCK runs."""
         block: list[dict[str, Any]] = []
-        for record in records:
-            block.append(self._run({**record, "spec": completed(record["spec"])}))
-            self.kept.append(_slim(record, len(self.kept), block[-1]["curve"] is not None))
+        for run in runs:
+            block.append(run.shown)
+            self.kept.append({**run.kept, "position": len(self.kept)})
             if len(block) == BLOCK:
                 yield packed(block)
                 block = []
         if block:
             yield packed(block)
 
-    def _run(self, record: dict[str, Any]) -> dict[str, Any]:
-        diagnostics = record["diagnostics"] or {}
-        shown = {key: diagnostics[key] for key in SUMMARIES if key in diagnostics}
-        curve = None
-        if record["status"] == "done" or self.store.has_curve(record["run_id"]):
-            curve = _thinned(self.store.curve(record["run_id"]), self.columns)
-        result = _measured(record) if self.public else record["result"]
-        return {**record, "result": result, "diagnostics": None if self.public else shown, "curve": curve}
-
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns of the curves that the page shows."""
-        return CURVE if self.public else CURVE + DIAGNOSTIC_CURVE
+        return CURVE if self.options.public else CURVE + DIAGNOSTIC_CURVE
 
     def index(self) -> dict[str, Any]:
-        """Groups and rows in the order and with the ranks of the markdown report, then runs that are in no table."""
-        report = Report(self.kept, self.store, Options(public=self.public))
-        groups, rows, shown = [], {}, set()
+        """Answers; groups and rows in the order and with the ranks of the markdown report; runs that are in no table last."""
+        report = Report(self.kept, self.store, self.options)
+        boards, decided = answers.of_boards({record["run_id"]: record for record in self.kept})
+        lines: entries.Entries = {}
+        groups, told, best = [], [], []
         for number, group in enumerate(report.groups):
-            verdicts = pairs.verdicts(group, None)
-            groups.append(_group(group, verdicts))
-            _add(rows, number, group, verdicts)
-        for row in rows.values():
-            shown |= set(row["ids"])
-        found = [{key: value for key, value in row.items() if key != "row"} for row in rows.values()]
-        found += [_alone(r, len(rows) + i) for i, r in enumerate(self.kept) if r["run_id"] not in shown]
+            verdicts = pairs.verdicts(group, self.options.baseline)
+            named = entries.add(lines, number, group, verdicts)
+            called = {name: entry["label"] for name, entry in named.items()}
+            groups.append(_group(group, verdicts, named))
+            told.append(None if _of(group, decided) else answers.of_group(group, verdicts, called))
+            best.append(
+                [
+                    (entry, row.final)
+                    for row, name in zip(group.rows, group.names, strict=True)
+                    if (entry := named.get(name)) is not None and row.ranked
+                ]
+            )
+        rows = list(lines.values())
+        for row in rows:
+            row["verdict"] = next((decided[run_id] for run_id in row["ids"] if run_id in decided), row["verdict"])
+        shown = {run_id for row in rows for run_id in row["ids"]}
+        rows += [
+            entries.alone(r, len(rows) + i) for i, r in enumerate(r for r in self.kept if r["run_id"] not in shown)
+        ]
+        numbers = {id(group): number for number, group in enumerate(report.groups)}
+        settings = [[numbers[id(group)] for group in several] for several in brief.settings(report.groups)]
         counted = {s: sum(r["status"] == s for r in self.kept) for s in sorted({r["status"] for r in self.kept})}
         return {
             "block": BLOCK,
             "summary": f"{len(self.kept):,} runs: "
             + (", ".join(f"{n:,} {s}" for s, n in counted.items()) or "none yet"),
             "columns": [key for key in self.columns if key not in ("step", "epsilon")],
+            "answers": boards + _answers(report.groups, settings, told),
+            "settings": [
+                {
+                    "title": _title(report.groups, several),
+                    "groups": several,
+                    "front": _front(report.groups, several, best),
+                }
+                for several in settings
+            ],
             "groups": groups,
-            "rows": found,
+            "rows": rows,
+            "foot": made(self.kept),
         }
-
-
-def _add(rows: dict[tuple, dict], number: int, group: Group, verdicts: pairs.Verdicts | None) -> None:
-    """Rows of one group; a control belongs to every group of its setting, and is one row.
-
-    Of a method there is one row, at the best of its grid; its other learning rates are shown where a reader asks for them.
-    """
-    families = {id(row): i for i, grid in enumerate(making.alike(group.rows)) for row in grid}
-    names = {_key(row): name for name, row in zip(making.names(group.every), group.every, strict=True)}
-    taken, place = set(), {}
-    for i, (row, name, rank) in enumerate(zip(group.rows, group.names, group.ranks, strict=True)):
-        kept = families[id(row)] not in taken
-        taken.add(families[id(row)])
-        place[_key(row)] = (i, row, name, rank, kept)
-    for row in group.every:
-        other = (len(group.rows), row, names[_key(row)], None, False)  # a rate that is not its method's best
-        i, shown, name, rank, kept = place.get(_key(row), other)
-        entry = rows.setdefault(_key(row), _row(shown, len(rows)))
-        entry["groups"].append(number)
-        entry["in_epsilon"].append(_budget(group))
-        if kept or not entry["kept"]:
-            order = number * 1e6 + i + (0 if kept else 0.5)
-            entry |= {"kept": kept, "rank": rank, "order": order, "name": name}
-            entry |= {"verdict": _verdict(shown, name, group, verdicts), "tried": len(shown.grid) or 1}
-
-
-def _key(row: Row) -> tuple:
-    """Of a configuration: its first run, whichever of its seeds a table ranks on."""
-    return tuple(sorted(r["run_id"] for r in row.whole.records))
-
-
-def _verdict(row: Row, name: str, group: Group, verdicts: pairs.Verdicts | None) -> str:
-    """What may be concluded of a row, or why nothing may."""
-    if not row.competes:
-        return "control"
-    if not row.ranked:
-        return f"not ranked: {'; '.join([*row.flaws, *([row.lacks] if row.lacks else [])])}"
-    if group.reason is not None:
-        return "not ranked"
-    if all(row is not one for one in group.rows):
-        return "another learning rate"
-    if verdicts is None:
-        return "not compared: no two seeds shared with a baseline"
-    if name == verdicts.base:
-        return "the baseline"
-    if name not in verdicts.found:
-        return "another learning rate" if row.baseline else "not compared: no two seeds shared with the baseline"
-    one = verdicts.found[name]
-    if one.verdict.startswith("cannot tell"):
-        return f"{one.difference:+.4f}, {one.verdict}"
-    return f"{one.verdict} ({one.difference:+.4f}, Holm's p {one.adjusted:.3g}, {len(one.seeds)} seeds)"
 
 
 def packed(value: Any) -> str:
@@ -168,106 +157,54 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
 
 
-def _slim(record: dict[str, Any], position: int, curve: bool) -> dict[str, Any]:
-    """What is kept of a record until the index is made: what the report reads of it, and where the page has it."""
-    diagnostics = record["diagnostics"] or {}
-    return {
-        **{key: value for key, value in record.items() if key != "diagnostics"},
-        "diagnostics": {key: diagnostics[key] for key in SUMMARIES if key in diagnostics},
-        "result": _measured(record),
-        "position": position,
-        "curve": curve,
-    }
-
-
-def _measured(record: dict[str, Any]) -> dict[str, Any] | None:
-    """The result without the texts beside it."""
-    return record["result"] and {key: value for key, value in record["result"].items() if key != "samples"}
-
-
-def _budget(group: Group) -> float | None:
-    return group.private[0].spec["epsilon"] if group.private else None
-
-
-def _group(group: Group, verdicts: pairs.Verdicts | None) -> dict[str, Any]:
+def _group(group: Group, verdicts: pairs.Verdicts | None, named: dict[str, dict[str, Any]]) -> dict[str, Any]:
     result = group.result
     lines = [making.over(group.seeds)] if group.seeds and group.reason is None else []
     if verdicts is not None:
         lines.append(f"Verdicts: against {verdicts.base}, paired by seed.")
     lines += group.notes
+    fronts, left = pairs.fronts(group)
+    timed = [names for cost, names in fronts.items() if cost != "memory"] if not left else []
     return {
-        "title": group.title.replace("`", ""),
-        "epsilon": _budget(group),
+        "title": plain(group.title).replace("`", ""),
+        "epsilon": entries.budget(group),
         "reason": group.reason,
-        "note": " ".join(lines) or None,
+        "note": plain(" ".join(lines)) or None,
+        "metric": result["metric"],
         "chance": result["chance"],
         "higher_is_better": result["higher_is_better"],
+        "fronts": {
+            "peak": [named[name]["number"] for name in fronts.get("memory", ()) if name in named],
+            "step_s": [named[name]["number"] for name in timed[0] if name in named] if len(timed) == 1 else None,
+        },
     }
 
 
-def _row(row: Row, order: int) -> dict[str, Any]:
-    records = row.whole.records
-    result = records[0]["result"]
-    known = [upper for r in records if (upper := certified(r)) is not None]
-    return {
-        **_common(records, order),
-        "runs": row.runs,
-        "metric": result["metric"],
-        "final": row.final,
-        "final_text": spread([r["result"]["final"] for r in row.records]),
-        "certified": max(known) if known else None,
-        "certified_text": f"{max(known):.3f}" if known else "not certified" if row.private else "∞",
-        "in_epsilon": [],
-        "step_s": row.step_s,
-        "peak": row.peak_bytes,
-    }
+def _title(groups: list[Group], several: list[int]) -> str:
+    return plain(brief.title([groups[number] for number in several]))
 
 
-def _alone(record: dict[str, Any], order: int) -> dict[str, Any]:
-    """A run that is in no table."""
-    spec = completed(record["spec"])
-    done = record["status"] == "done"
-    return {
-        **_common([{**record, "spec": spec}], 1e12 + order),
-        "kept": True,
-        "name": f"{_method(spec)} (lr={spec['lr']:g}, seed={spec['seed']})",
-        "error": "The same configuration and seed as another run; delete one of them." if done else record["error"],
-        "runs": "1/1" if done else "0/1",
-        "metric": None,
-        "final": None,
-        "final_text": "–",
-        "certified": None,
-        "certified_text": "–",
-        "step_s": None,
-        "peak": None,
-    }
+def _answers(groups: list[Group], settings: list[list[int]], told: list[dict | None]) -> list[dict[str, Any]]:
+    """A setting's answers at each of its budgets; none where a leaderboard has answered."""
+    lines = [(_title(groups, several), [told[n] for n in several if told[n] is not None]) for several in settings]
+    return [{"title": title, "lines": found} for title, found in lines if found]
 
 
-def _method(spec: dict[str, Any]) -> str:
-    return spec["method"] + (
-        "" if spec["decoder"] == "mean" or spec["decoder"] in spec["method"] else f"+{spec['decoder']}"
-    )
+def _front(groups: list[Group], several: list[int], best: list[list[tuple[dict, float]]]) -> list[int]:
+    """Lines on the front of the metric against epsilon."""
+    points = [
+        (brief.epsilon(groups[n]), entry["number"], final)
+        for n in several
+        if groups[n].reason is None
+        for entry, final in best[n]
+    ]
+    if not points:
+        return []
+    budgets, numbers, finals = zip(*points, strict=True)
+    on = st.front(budgets, finals, groups[several[0]].result["higher_is_better"])
+    return [number for number, keep in zip(numbers, on, strict=True) if keep]
 
 
-def _common(records: list[dict[str, Any]], order: float) -> dict[str, Any]:
-    spec, first = records[0]["spec"], records[0]
-    return {
-        "order": order,
-        "groups": [],
-        "rank": None,
-        "verdict": "",
-        "tried": None,
-        "kept": False,
-        "name": spec["method"],
-        "method": _method(spec),
-        **{key: spec[key] for key in ("task", "model", "epsilon", "lr")},
-        "examples": examples_of(spec),
-        "settings": " ".join(f"{key}={value}" for key, value in (spec["task_options"] | spec["options"]).items()),
-        "status": first["status"],
-        "error": first["error"],
-        "trainable": (first["cost"] or {}).get("trainable_parameters"),
-        "ids": [r["run_id"] for r in records],
-        "positions": [r["position"] for r in records],
-        "seed_of": [r["spec"]["seed"] for r in records],
-        "curve": any(r["curve"] for r in records),
-    }
+def _of(group: Group, decided: dict[str, str]) -> bool:
+    """Whether these are runs of a leaderboard, of tuning or tests."""
+    return bool(decided) and group.spec["split"] != "whole"

@@ -1,19 +1,22 @@
 // One row's runs, one at a time: result, certificate, ledger, cost, settings, provenance, and why it failed.
 
+let shownRun = ""; // its id, while the dialog is open
 let opened = 0; // counts openings, so that a slow block never overwrites a later choice
 
-function openRow(row) {
+function openRow(row, at = 0) {
   byId("details-title").textContent = `${row.name}, ${row.task}`;
   byId("seeds").replaceChildren(...row.positions.map((position, i) =>
-    make("button", { type: "button", text: `seed ${row.seed_of[i]}`, "aria-pressed": String(i === 0), onclick: () => showRun(row, i) })));
+    make("button", { type: "button", text: `seed ${row.seed_of[i]}`, "aria-pressed": String(i === at), onclick: () => showRun(row, i) })));
   byId("details-body").replaceChildren(make("p", { class: "quiet", text: "Unpacking …" }));
-  byId("details").showModal();
+  if (!byId("details").open) byId("details").showModal();
   byId("close").focus();
-  return showRun(row, 0);
+  return showRun(row, Math.max(0, at));
 }
 
 async function showRun(row, i) {
   const mine = (opened += 1);
+  shownRun = row.ids[i];
+  chosen();
   [...byId("seeds").children].forEach((button, j) => button.setAttribute("aria-pressed", String(i === j)));
   const run = await runAt(row.positions[i]);
   if (mine !== opened) return;
@@ -24,6 +27,12 @@ async function showRun(row, i) {
 function setUpDetails() {
   byId("close").addEventListener("click", () => byId("details").close()); // Escape closes a dialog by itself
   byId("details").addEventListener("click", (event) => { if (event.target === byId("details")) byId("details").close(); });
+  byId("details").addEventListener("close", () => { shownRun = ""; chosen(); });
+  choice("run", () => shownRun, (text) => {
+    const row = text ? rowOf(text) : undefined;
+    if (row) openRow(row, row.ids.indexOf(text));
+    else byId("details").close();
+  });
 }
 
 function sections(run) {

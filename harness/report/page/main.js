@@ -1,16 +1,13 @@
 // Start: unpack the index, fill the page.
 
 async function start() {
+  const before = performance.now();
   index = await unpack(byId("index"));
-  index.rows.forEach((row) => {
-    row.text = [row.name, row.method, row.task, row.model, row.status, row.error, row.settings, ...row.ids].join(" ").toLowerCase();
-  });
-  byId("summary").textContent = index.summary;
-  setUpDetails();
-  setUpTable();
-  setUpMatrix();
-  setUpChart();
+  const following = document.documentElement.dataset.follow === "yes";
+  byId("summary").textContent = index.summary + (following ? "; this page loads itself again while runs are made" : "");
+  for (const setUp of [setUpAnswers, setUpScatter, setUpDetails, setUpTable, setUpMatrix, setUpChart, setUpAddress]) setUp();
   document.documentElement.dataset.ready = "yes";
+  follow(performance.now() - before);
 }
 
 start().catch((error) => {

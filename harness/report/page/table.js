@@ -1,31 +1,46 @@
-// The leaderboard: filter, sort, page.
+// The table: filter, sort, page, unfold. One row a method; its other learning rates unfold below it.
 
 const PAGE = 100;
 const BUDGET = (value) => (value === null ? "∞" : significant(value, 6));
 const COLUMNS = [
   { key: "rank", title: "#", number: true },
-  { key: "name", title: "Method" },
+  { key: "label", title: "Method" },
   { key: "verdict", title: "Verdict" },
-  { key: "final", title: "Final, whole split", number: true, falls: true, show: (row) => (row.final === null ? "–" : `${row.metric} ${row.final_text}`) },
-  { key: "task", title: "Task" },
-  { key: "model", title: "Model" },
+  { key: "final", title: "Final", number: true, falls: true, show: (row) => (row.final === null ? "–" : `${row.metric} ${row.final_text}`) },
+  { key: "peak", title: "Peak memory", number: true, show: (row) => megabytes(row.peak) },
+  { key: "step_s", title: "Step time", number: true, show: (row) => (row.step_s === null ? "–" : `${significant(row.step_s, 3)} s`) },
   { key: "epsilon", title: "Budget ε", number: true, show: (row) => BUDGET(row.epsilon) },
-  { key: "status", title: "Status" },
   { key: "certified", title: "ε certified", number: true, show: (row) => row.certified_text },
   { key: "lr", title: "lr", number: true, show: (row) => significant(row.lr) },
-  { key: "tried", title: "Rates tried", number: true, show: (row) => row.tried ?? "–" },
-  { key: "runs", title: "Runs", number: true },
-  { key: "step_s", title: "Step time", number: true, show: (row) => (row.step_s === null ? "–" : `${significant(row.step_s, 3)} s`) },
-  { key: "peak", title: "Peak memory", number: true, show: (row) => megabytes(row.peak) },
-  { key: "trainable", title: "Trainable", number: true, show: (row) => (row.trainable === null ? "–" : row.trainable.toLocaleString("en")) },
+  { key: "tried", screen: true, title: "Rates tried", number: true },
+  { key: "runs", screen: true, title: "Runs", number: true },
+  { key: "trainable", screen: true, title: "Trainable", number: true, show: (row) => (row.trainable === null ? "–" : row.trainable.toLocaleString("en")) },
+  { key: "task", screen: true, title: "Task" },
+  { key: "model", screen: true, title: "Model" },
+  { key: "status", screen: true, title: "Status" },
 ];
+const TOLD_ONCE = ["task", "model", "epsilon", "status"]; // have no column where they are the same everywhere
 const FILTERS = ["task", "model", "method", "epsilon", "status"];
-const view = { sort: null, falling: false, page: 0, lines: [] };
+const view = { sort: null, falling: false, page: 0, lines: [], rows: [], open: new Set(), rates: new Map(), size: PAGE };
+
+const classOf = (column) => `${column.number ? "number" : ""}${column.screen ? " screen" : ""}`;
+const ratesOf = (row) => view.rates.get(row.number) ?? [];
 
 function setUpTable() {
+  for (const row of index.rows) {
+    if (!row.kept) view.rates.set(row.family, [...ratesOf({ number: row.family }), row].sort((a, b) => a.lr - b.lr));
+  }
+  for (const row of index.rows) { // a method is found by what its other rates say, too
+    row.text = [row, ...ratesOf(row)].flatMap((r) => [r.name, r.label, r.method, r.task, r.model, r.status, r.error, r.settings, ...r.ids]).join(" ").toLowerCase();
+  }
+  for (const key of TOLD_ONCE) {
+    if (index.rows.every((row) => row[key] === index.rows[0][key])) COLUMNS.splice(COLUMNS.findIndex((column) => column.key === key), 1);
+  }
+  const splits = [...new Set(index.rows.map((row) => row.split))];
+  COLUMNS.find((column) => column.key === "final").title = splits.length > 1 ? "Final" : `Final, ${splits[0] === "whole" ? "whole split" : `${splits[0]} half`}`;
   const heads = COLUMNS.map((column) =>
-    make("th", { scope: "col", "aria-sort": "none", class: column.number ? "number" : "" },
-      make("button", { type: "button", onclick: () => sortBy(column) , text: column.title })));
+    make("th", { scope: "col", "aria-sort": "none", class: classOf(column) },
+      make("button", { type: "button", onclick: () => sortBy(column), text: column.title })));
   byId("table").tHead.append(make("tr", {}, make("th", { scope: "col", class: "plain", text: "Curve" }), ...heads));
   for (const key of FILTERS) {
     const values = [...new Set(index.rows.flatMap((row) => row[`in_${key}`] ?? [row[key]]))];
@@ -33,18 +48,27 @@ function setUpTable() {
     byId(`filter-${key}`).append(
       make("option", { value: "", text: "all" }),
       ...values.map((value) => make("option", { value: JSON.stringify(value), text: key === "epsilon" ? BUDGET(value) : String(value) })));
-    byId(`filter-${key}`).addEventListener("change", refilter);
+    byId(`filter-${key}`).parentElement.hidden = values.length < 2;
+    selectChoice(key, `filter-${key}`, "", refilter);
   }
-  byId("rates-label").hidden = index.rows.every((row) => row.kept);
-  byId("rates").addEventListener("change", refilter);
   let waiting;
-  byId("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(refilter, 120); });
+  byId("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(() => { refilter(); chosen(); }, 120); });
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
-  byId("filters").addEventListener("reset", () => setTimeout(refilter));
+  byId("filters").addEventListener("reset", () => setTimeout(() => { refilter(); chosen(); }));
+  byId("csv").addEventListener("click", saveCsv);
   byId("previous").addEventListener("click", () => turn(-1));
   byId("next").addEventListener("click", () => turn(1));
-  byId("regroup").addEventListener("click", () => { view.sort = null; refilter(); byId("table-box").focus(); });
+  byId("regroup").addEventListener("click", () => { view.sort = null; refilter(); chosen(); byId("table-box").focus(); });
   byId("table").tBodies[0].addEventListener("keydown", walk);
+  addEventListener("beforeprint", () => { view.size = Infinity; view.page = 0; showPage(); });
+  addEventListener("afterprint", () => { view.size = PAGE; showPage(); });
+  choice("q", () => byId("search").value, (text) => { byId("search").value = text; });
+  choice("sort", () => (view.sort === null ? "" : (view.falling ? "-" : "") + view.sort.key), (text) => {
+    view.sort = COLUMNS.find((column) => column.key === text.replace("-", "")) ?? null;
+    view.falling = text.startsWith("-");
+  });
+  choice("rates", () => idsOf(view.open), (text) => { view.open = new Set(rowsOf(text)); refilter(); });
+  choice("page", () => (view.page ? String(view.page + 1) : ""), (text) => { view.page = Math.max(0, (parseInt(text, 10) || 1) - 1); showPage(); });
   refilter();
 }
 
@@ -52,24 +76,23 @@ function sortBy(column) {
   if (view.sort === column) view.falling = !view.falling;
   else Object.assign(view, { sort: column, falling: Boolean(column.falls) });
   refilter();
+  chosen();
 }
 
 function matches() {
   const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
   const wanted = FILTERS.map((key) => [key, byId(`filter-${key}`).value]).filter(([, value]) => value !== "")
     .map(([key, value]) => [key, JSON.parse(value)]);
-  const rates = byId("rates").checked;
-  return (row) => (rates || row.kept) &&
-    wanted.every(([key, value]) => (row[`in_${key}`] ?? [row[key]]).includes(value)) &&
+  return (row) => row.kept && wanted.every(([key, value]) => (row[`in_${key}`] ?? [row[key]]).includes(value)) &&
     words.every((word) => row.text.includes(word));
 }
 
 function refilter() {
-  const rows = index.rows.filter(matches());
-  view.lines = view.sort === null ? grouped(rows) : sorted(rows).map((row) => ({ row }));
+  view.rows = index.rows.filter(matches());
+  view.lines = view.sort === null ? grouped(view.rows) : sorted(view.rows).map((row) => ({ row }));
   view.page = 0;
-  const total = index.rows.filter((row) => row.kept || byId("rates").checked).length;
-  byId("count").textContent = `${rows.length.toLocaleString("en")} of ${total.toLocaleString("en")} rows` +
+  const total = index.rows.filter((row) => row.kept).length;
+  byId("count").textContent = `${view.rows.length.toLocaleString("en")} of ${total.toLocaleString("en")} rows` +
     (view.sort === null ? ", by group and rank" : `, by ${view.sort.title}, ${view.falling ? "largest" : "smallest"} first`);
   byId("regroup").hidden = view.sort === null;
   [...byId("table").tHead.rows[0].cells].slice(1).forEach((cell, i) => {
@@ -111,20 +134,34 @@ function sorted(rows) {
 function turn(by) {
   view.page += by;
   showPage();
+  chosen();
   byId("table-box").scrollTo(0, 0);
   byId("table-box").scrollIntoView({ block: "start" });
 }
 
 function showPage() {
-  const pages = Math.max(1, Math.ceil(view.lines.length / PAGE));
-  const lines = view.lines.slice(view.page * PAGE, (view.page + 1) * PAGE);
-  byId("table").tBodies[0].replaceChildren(...lines.map((line) => (line.group ? groupLine(line.group) : rowLine(line.row))));
+  const pages = Math.max(1, Math.ceil(view.lines.length / view.size));
+  view.page = Math.min(view.page, pages - 1);
+  const lines = view.size === Infinity ? view.lines : view.lines.slice(view.page * view.size, (view.page + 1) * view.size);
+  byId("table").tBodies[0].replaceChildren(...lines.flatMap(({ group, row }) =>
+    (group ? [groupLine(group)] : [rowLine(row), ...(view.open.has(row) ? ratesOf(row).map(rowLine) : [])])));
   if (lines.length === 0) {
     byId("table").tBodies[0].append(make("tr", {}, make("td", { colspan: COLUMNS.length + 1, text: "No row fits; clear the filters." })));
   }
   byId("page-number").textContent = `Page ${view.page + 1} of ${pages}`;
   byId("previous").disabled = view.page === 0;
   byId("next").disabled = view.page + 1 >= pages;
+  for (const id of ["previous", "next", "page-number"]) byId(id).hidden = pages === 1;
+}
+
+// Shows or hides the other learning rates of a method.
+function unfold(row) {
+  if (!view.open.delete(row)) view.open.add(row);
+  const box = byId("table-box"), { scrollLeft, scrollTop } = box;
+  showPage();
+  chosen();
+  box.scrollTo(scrollLeft, scrollTop);
+  byId("table").querySelector(`[data-row="${row.number}"]`)?.focus();
 }
 
 function groupLine(group) {
@@ -139,23 +176,28 @@ function groupLine(group) {
 function rowLine(row) {
   const box = make("input", { type: "checkbox", "aria-label": `Show the curve of ${row.name}, ${row.task}`, checked: isPlotted(row), disabled: !row.curve });
   box.addEventListener("change", () => { if (!plot(row, box.checked)) box.checked = false; });
-  const cells = COLUMNS.map((column) => {
-    const cell = make("td", { class: column.number ? "number" : "" });
-    if (column.key === "name") {
-      cell.append(make("button", { type: "button", class: "open", text: row.name, onclick: () => openRow(row) }));
-      if (row.error) cell.append(make("div", { class: "reason", text: row.error }));
-    } else if (column.key === "status") {
-      cell.append(make("span", { class: `status${row.status === "done" ? "" : " bad"}`, text: row.status }));
-    } else if (column.key === "verdict") {
-      cell.append(make("div", { class: "verdict", text: row.verdict }));
-    } else cell.textContent = column.show ? column.show(row) : row[column.key] ?? "";
-    return cell;
-  });
-  const line = make("tr", { class: `row${isPlotted(row) ? " plotted" : ""}` }, make("td", {}, box), ...cells);
+  const line = make("tr", { class: `row${row.kept ? "" : " rate"}${isPlotted(row) ? " plotted" : ""}` }, make("td", {}, box), ...COLUMNS.map((column) => cellOf(row, column)));
   line.addEventListener("click", (event) => {
     if (!event.target.closest("button, input") && !String(getSelection())) openRow(row);
   });
   return line;
+}
+
+function cellOf(row, column) {
+  const cell = make("td", { class: classOf(column) });
+  if (column.key === "label") {
+    cell.append(make("button", { type: "button", class: "open", text: row.label, title: row.name, onclick: () => openRow(row) }));
+    if (row.error) cell.append(make("div", { class: "reason", text: row.error }));
+  } else if (column.key === "status") {
+    cell.append(make("span", { class: `status${row.status === "done" ? "" : " bad"}`, text: row.status }));
+  } else if (column.key === "verdict") {
+    cell.append(make("div", { class: "verdict", text: row.verdict }));
+  } else if (column.key === "tried") {
+    cell.append(!row.kept ? "" : ratesOf(row).length === 0 ? String(row.tried ?? "–") : make("button", {
+      type: "button", class: "unfold", text: `${row.tried} ${view.open.has(row) ? "▾" : "▸"}`, "data-row": row.number,
+      "aria-expanded": String(view.open.has(row)), "aria-label": `Other learning rates of ${row.name}, ${row.task}`, onclick: () => unfold(row) }));
+  } else cell.textContent = column.show ? column.show(row) : row[column.key] ?? "";
+  return cell;
 }
 
 // Arrow up and down go from row to row.
@@ -164,28 +206,4 @@ function walk(event) {
   const all = [...byId("table").querySelectorAll(".open")];
   const next = all[all.indexOf(event.target) + (event.key === "ArrowDown" ? 1 : -1)];
   if (next) { next.focus(); event.preventDefault(); }
-}
-
-function setUpMatrix() {
-  const methods = [...new Set(index.rows.filter((row) => row.groups.length).map((row) => row.method))].sort();
-  const best = methods.map((method) => index.groups.map((_, i) =>
-    index.rows.filter((row) => row.kept && row.method === method && row.groups.includes(i)).sort((a, b) => a.order - b.order)[0] ?? null));
-  const head = index.groups.map((group) => make("th", { scope: "col", class: "number" }, make("span", { text: group.title }),
-    group.reason ? make("div", { class: "reason", text: "not ranked" }) : null));
-  const lines = methods.map((method, m) => make("tr", {}, make("th", { scope: "row", text: method }),
-    ...index.groups.map((group, g) => matrixCell(best[m][g], group, g, best))));
-  byId("matrix").append(make("thead", {}, make("tr", {}, make("td"), ...head)), make("tbody", {}, ...lines));
-}
-
-function matrixCell(row, group, g, best) {
-  if (row === null) return make("td", { class: "number quiet", text: "–" });
-  const rank = row.rank === null ? "" : `${row.rank}. `;
-  const cell = make("td", { class: `number${row.rank === 1 ? " best" : ""}` },
-    make("button", { type: "button", text: `${rank}${row.final.toFixed(3)}`, "aria-label": `${row.method}, ${group.title}: ${row.final.toFixed(3)}`, onclick: () => openRow(row) }));
-  const all = best.map((line) => line[g]).filter(Boolean).map((other) => other.final);
-  const top = group.higher_is_better ? Math.max(...all) : Math.min(...all);
-  const sign = group.higher_is_better ? 1 : -1;
-  const share = sign * (top - group.chance) <= 0 ? 0 : Math.max(0, Math.min(1, (row.final - group.chance) / (top - group.chance)));
-  cell.style.background = `rgba(var(--shade), ${(0.38 * share).toFixed(3)})`;
-  return cell;
 }

@@ -13,7 +13,7 @@ from mutations import leaves
 
 from .case import Case
 from .values import JSON, NAMES, NESTED, at, other_type
-from .world import PREDICTION, ROOT, SUITE, World, document
+from .world import BOARD, PREDICTION, ROOT, SUITE, World, document
 
 SECTIONS = ("spec", "privacy", "result", "cost", "diagnostics", "provenance", "status", "run_id", "schema", "error")
 
@@ -46,6 +46,18 @@ def suites(world: World, rng: random.Random) -> Case:
     return Case("suites", what, ("plan", str(path), "--results", str(world.folder)), may_accept=fine)
 
 
+def boards(world: World, rng: random.Random) -> Case:
+    """A file of leaderboards with a wrong entry."""
+    tables, what, wrong = spoilt(BOARD, rng)
+    path = world.folder / "boards.toml"
+    path.write_text(document(tables))
+    world.contest(path)
+    place = what.split(" = ")[0].removeprefix("small.")
+    must = wrong and place.split(".")[0] in ("rules", "contests") and ".base." not in place
+    must = must and not place.endswith((".method", ".name", ".title", ".0", ".1"))  # another text may be one, too
+    return Case("boards", what, ("plan", "small", "--results", str(world.folder)), may_accept=not must)
+
+
 def damage(text: bytes, rng: random.Random) -> tuple[bytes, str]:
     """A file that is no file of its kind any more."""
     how = rng.choice(("cut", "empty", "binary", "nested", "latin", "list", "number"))
@@ -63,7 +75,7 @@ def damage(text: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 def texts(world: World, rng: random.Random) -> Case:
     """Records, baselines, golden traces, suites and predictions that are cut, empty, binary, nested."""
-    kind = rng.choice(("record", "baseline", "golden", "suite", "predictions"))
+    kind = rng.choice(("record", "baseline", "golden", "suite", "predictions", "boards"))
     if kind == "record":
         folder = world.copied()
         path = rng.choice(sorted(folder.glob("*.json")))
@@ -80,6 +92,12 @@ def texts(world: World, rng: random.Random) -> Case:
         path.write_bytes(content)
         world.predict(path)
         return Case("texts", f"predictions {how}", ("report", str(world.results), "--predictions"))
+    if kind == "boards":
+        path = world.folder / "boards.toml"
+        content, how = damage(document(BOARD).encode(), rng)
+        path.write_bytes(content)
+        world.contest(path)
+        return Case("texts", f"boards {how}", ("plan", "small", "--results", str(world.folder)))
     source = world.blessed if kind == "baseline" else ROOT / "results/golden.json"
     path = world.folder / "b.json"
     content, how = damage(source.read_bytes(), rng)
@@ -196,6 +214,7 @@ def no_files(world: World, rng: random.Random) -> Case:
 
 FILES = {
     "suites": suites,
+    "boards": boards,
     "texts": texts,
     "records": records,
     "baselines": baselines,

@@ -25,6 +25,26 @@ PREDICTION = {
     "margin": 0.01,
     "task": "low-rank",
 }
+BOARD = {
+    "small": {
+        "description": "a board",
+        "rules": {
+            "trials": 1,
+            "tuning_seeds": 1,
+            "seeds": [2, 3],
+            "block": 1,
+            "margin": 0.01,
+            "baseline": "non-private",
+        },
+        "contests": [
+            {
+                "title": "one",
+                "base": {"task": "low-rank", "model": "linear", "batch_size": 64, "steps": [2, 3]},
+                "arms": [{"method": ["non-private"]}, {"method": "noise-only", "name": "other", "trials": 1}],
+            }
+        ],
+    }
+}
 
 
 class World:
@@ -46,21 +66,27 @@ class World:
         verify_folder(self.results)  # what it computes is kept for the cases
 
     def clear(self) -> None:
-        """An empty `folder`, and the predictions of the package."""
-        from dpft.harness.report import predictions
+        """An empty `folder`, and the predictions and leaderboards of the package."""
 
         if self.folder.is_dir():
             shutil.rmtree(self.folder)
         self.folder.mkdir()
-        predictions.FILE = predictions_file()
-        predictions.predictions.cache_clear()
+        self.predict(packaged("predictions.toml"))
+        self.contest(packaged("boards.toml"))
 
-    def predict(self, path: Path) -> None:
+    def predict(self, path: Any) -> None:
         """Predictions come from `path` until `clear`."""
         from dpft.harness.report import predictions
 
         predictions.FILE = path
         predictions.predictions.cache_clear()
+
+    def contest(self, path: Any) -> None:
+        """Leaderboards come from `path` until `clear`."""
+        from dpft.harness.leaderboard import board
+
+        board.FILE = path
+        board.boards.cache_clear()
 
     def copied(self) -> Path:
         """A folder of records that a case may spoil."""
@@ -71,10 +97,10 @@ class World:
         return sorted(self.results.glob("*.json"))[number % len(RECORDS)]
 
 
-def predictions_file() -> Any:
+def packaged(name: str) -> Any:
     from importlib.resources import files
 
-    return files("dpft.tasks") / "predictions.toml"
+    return files("dpft.tasks") / name
 
 
 def toml(value: Any) -> str:

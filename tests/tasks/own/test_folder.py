@@ -1,6 +1,7 @@
 """Task `images`: a folder with a folder for each class."""
 
 import json
+import tracemalloc
 
 import numpy
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from dpft.harness.errors import BadInput, CannotRun
 from dpft.harness.runs.resolve import resolve
+from dpft.tasks.images import fingerprint, rows
 from dpft.tasks.own.folder import ImageFolder
 
 
@@ -75,6 +77,33 @@ def test_images_of_several_sizes_need_one(folder):
     with pytest.raises(CannotRun, match="other.jpg has 30 x 20 pixels and .*0.png has 10 x 12; .* --set size=224"):
         task(folder).load(None)
     assert {row["image"].shape for row in task(folder, size=8).load(None).train} == {(3, 8, 8)}
+
+
+def test_pixels_are_not_kept(tmp_path):
+    """The fingerprint is that of all pixels held at once; of forty images at no time more than a few are held."""
+    for i in range(40):
+        path = tmp_path / "large" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (160, 160), (i, 2 * i, 3 * i)).save(path)
+    task(tmp_path / "large", validation="0.3").load(None)  # now its libraries are imported
+    tracemalloc.start()
+    data = task(tmp_path / "large", validation="0.4").load(None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    both = data.train, data.validation
+    pixels = sum(row["image"].nbytes for part in both for row in part)
+    assert pixels == 40 * 160 * 160 * 3 and peak < pixels / 4
+    whole = [rows([row["image"] for row in part], [row["label"] for row in part]) for part in both]
+    assert data.fingerprint == fingerprint(*whole)
+    with pytest.raises(KeyError):
+        data.train[0]["text"]
+
+
+def test_an_image_that_changes_in_the_middle_of_a_run_is_named(folder):
+    data = task(folder).load(None)
+    Image.new("RGB", (10, 12)).save(folder / "cat/0.png")
+    with pytest.raises(CannotRun, match="cat/0.png has changed since it was first read"):
+        [row["image"] for row in [*data.train, *data.validation]]
 
 
 def test_pictures_are_turned_upright(folder):
