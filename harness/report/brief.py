@@ -13,7 +13,7 @@ from dpft.harness.report.tables import budget, spread
 from dpft.harness.report.text import Part, Table, told
 from dpft.harness.report.views import Group
 
-MOST, LINES = 6, 20  # columns, rows
+MOST, LINES, LONG = 6, 20, 250  # columns, rows, characters of a budget that stands alone
 SIGNS = {"better": "▲", "worse": "▼", "the same": "≈"}
 
 
@@ -26,7 +26,8 @@ def parts(groups: list[Group], baseline: str | None, pictures: Figures | None) -
         made = {id(group): verdicts(group, baseline) for group in several}
         yield f"**{title(several)}**"
         yield Table(list(_cells(several, made)), names_left=True)
-        yield " ".join(_caption(several, made))
+        spent, *more = _caption(several, made)
+        yield from (spent, " ".join(more)) if len(spent) > LONG else (" ".join((spent, *more)),)
         if pictures is not None:
             drawn = picture([(epsilon(group), _first(group)) for group in several], several[0].result["metric"])
             if drawn is not None:

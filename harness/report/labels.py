@@ -8,6 +8,7 @@ from typing import Any
 
 from dpft.harness.report.rows import Row
 from dpft.harness.report.text import told
+from dpft.harness.runs import registry
 
 SILENT = {"seed", "lr", "options", "clip_groups"}  # each method has its best rate; groups follow the clipping rule
 
@@ -22,7 +23,7 @@ def labels(rows: Sequence[Row], full: Sequence[str]) -> list[str]:
     short = []
     for row in rows:
         same = [other for other in rows if other.method == row.method]
-        keys = [key for key in _settings(row) if key not in SILENT and len({_settings(r).get(key) for r in same}) > 1]
+        keys = _telling([key for key in _settings(row) if key not in SILENT], same)
         said = [_said(key, _settings(row)[key], _usual(key, same), key in row.spec) for key in keys]
         kept = [text for text in said if text] or ([told(_settings(row)[keys[0]])] if keys and one_method else [])
         if one_method and kept:
@@ -33,9 +34,25 @@ def labels(rows: Sequence[Row], full: Sequence[str]) -> list[str]:
     return [long if name in twice else name for name, long in zip(short, full, strict=True)]
 
 
+def _telling(keys: list[str], rows: Sequence[Row]) -> list[str]:
+    """Those of `keys` that are needed to tell the rows apart: of settings that go together the last."""
+    kept = [key for key in keys if len({_settings(r).get(key) for r in rows}) > 1]
+
+    def kinds(some: list[str]) -> int:
+        return len({tuple(_settings(r).get(key) for key in some) for r in rows})
+
+    for key in list(kept):
+        without = [other for other in kept if other != key]
+        if kinds(without) == kinds(kept):
+            kept = without
+    return kept
+
+
 def _settings(row: Row) -> dict[str, Any]:
     """All settings of a row that can be compared, the method's own among them."""
-    return {k: v for k, v in {**row.spec, **row.spec["options"]}.items() if not isinstance(v, (dict, list))}
+    known = registry.methods().get(row.method)
+    usual = known.options if known is not None else {}
+    return {k: v for k, v in {**usual, **row.spec, **row.spec["options"]}.items() if not isinstance(v, (dict, list))}
 
 
 def _usual(key: str, rows: Sequence[Row]) -> Any:

@@ -162,7 +162,7 @@ def budget(privacies: list[dict[str, Any]], steps_free: bool, only: bool = True)
     privacy = privacies[0]
     promised = f"δ = {privacy['delta']:.3g}" if privacy["delta"] else "δ = 0 (pure)"
     spent = f"ε = {privacy['target']:g}, {promised}" if only else promised
-    text = f"Budget: {spent}; {privacy['adjacency']}; {_drawn(privacies)}, "
+    text = f"Budget: {spent}; {privacy['adjacency']}; {_drawn(privacies, only)}, "
     if units.of(privacy) == "user":
         text += units.told(privacies)
         if not steps_free:
@@ -178,13 +178,15 @@ def budget(privacies: list[dict[str, Any]], steps_free: bool, only: bool = True)
     return f"{text}; {_accountants(privacies)}."
 
 
-def _drawn(privacies: list[dict[str, Any]]) -> str:
+def _drawn(privacies: list[dict[str, Any]], all_of_them: bool) -> str:
     """How the batches of the rows were drawn; rows of one table have one kind of sampling, with numbers of their own."""
     said = {
         of_event(event).told() + " of users" * (units.sampled(privacy)[0] == "num_users")
         for privacy in privacies
         for event in privacy["ledger"][:1]
     }
+    if len(said) > 2 and not all_of_them:
+        return "batches drawn as the rows say"
     return " or ".join(sorted(said, key=lambda text: (len(text), text)))
 
 
