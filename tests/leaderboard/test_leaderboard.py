@@ -172,10 +172,10 @@ def test_spaces_are_equally_wide_and_points_are_the_same_for_all():
 
 
 def test_an_arm_says_about_which_rate_to_search():
-    first, *others = space.points("dp-adam", 6, 0.005)
-    assert first == {} and all(0.0005 * 0.95 <= p["lr"] <= 0.05 * 1.05 for p in others)
+    first, *others = space.points("dp-adam", 6, 0.015)
+    assert first == {} and all(0.0015 * 0.95 <= p["lr"] <= 0.15 * 1.05 for p in others)
     arm = next(a for a in boards.load("vision").contests[0].arms if a.name == "dp-adam")
-    assert arm.points() == [first, *others] and arm.tested({}, 0).lr == 0.005
+    assert arm.points() == [first, *others] and arm.tested({}, 0).lr == 0.015
 
 
 def test_the_answer_is_a_sentence_that_follows_from_the_records():
