@@ -86,8 +86,8 @@ def report(
         from dpft.harness.leaderboard import driver
         from dpft.harness.report import leaderboards as verdicts
 
-        make = verdicts.parts if only is None else verdicts.answers
-        parts = make(boards.load(board), driver.looking(store))
+        made = boards.load(board), driver.looking(store)
+        parts = verdicts.parts(*made) if only is None else verdicts.answers(*made, pictures)
     elif theory:
         if options["public"] or csv is not None:
             raise BadInput(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dpft.harness import statistics as st
 from dpft.harness.report.figures import look
@@ -14,6 +15,7 @@ FRONT, OTHER, CONTROL = "#0072B2", "0.6", "#D55E00"
 NEAR = 0.06  # of the panel's height: names closer than this share no line
 WIDE = 0.1  # memories closer than this, as a share of the largest, are not worth an axis
 MANY = 12  # rows, from which on only those of the front are named
+FAR = 0.6  # of the range of the dots: a control further away would squeeze them
 Named = dict[str, Row]
 
 
@@ -45,36 +47,67 @@ def _lines(several: Sequence[tuple[float, Named]], metric: str):
     return paint
 
 
+@dataclass(frozen=True)
+class Point:
+    """A method in a picture.
+
+    Attributes:
+        name: what it is called.
+        cost: where it lies across.
+        score: the metric.
+        competes: whether it is a dot; a control is a line.
+        base: whether others are compared with it; then it is named.
+        error: standard error of the score, 0 where it is not known.
+    """
+
+    name: str
+    cost: float
+    score: float
+    competes: bool = True
+    base: bool = False
+    error: float = 0.0
+
+
 def _scatter(named: Named, ranked: Named, metric: str):
     base = next((row for row in ranked.values() if row.baseline), None)
     scale = base.peak_bytes if base is not None else 2**20
     unit = f"peak memory, over that of {base.method}" if base is not None else "peak memory, MiB"
+    shown = {name: row for name, row in named.items() if name in ranked or not row.competes}
+    points = [Point(name, row.peak_bytes / scale, row.final, row.competes, row is base) for name, row in shown.items()]
+    return scatter(points, unit, metric, next(iter(ranked.values())).higher_is_better)
+
+
+def scatter(points: Sequence[Point], unit: str, metric: str, higher_is_better: bool):
+    """A function that draws the points; named are those that nothing beats in both and the baseline, all where they are few."""
+    dots = [one for one in points if one.competes]
+    low, high = min(one.score for one in dots), max(one.score for one in dots)
+    controls = [one for one in points if not one.competes]
+    lines = [one for one in controls if low - FAR * (high - low) <= one.score <= high + FAR * (high - low)]
+    away = [f"{one.name} {one.score:.2f}" for one in controls if one not in lines]
 
     def paint(axes) -> None:
         axis = axes[0][0]
-        names, rows = list(ranked), list(ranked.values())
-        costs, scores = [row.peak_bytes / scale for row in rows], [row.final for row in rows]
-        on = st.front(costs, scores, rows[0].higher_is_better, SAME_MEMORY)
-        line = sorted((c, s) for c, s, keep in zip(costs, scores, on, strict=True) if keep)
+        costs = [one.cost for one in dots]
+        on = st.front(costs, [one.score for one in dots], higher_is_better, SAME_MEMORY)
+        line = sorted((one.cost, one.score) for one, keep in zip(dots, on, strict=True) if keep)
         axis.plot(*zip(*line, strict=True), color=OTHER, linewidth=1, drawstyle="steps-post", zorder=1)
-        for c, s, keep in zip(costs, scores, on, strict=True):
-            axis.plot(c, s, "o", color=FRONT if keep else OTHER, markersize=6 if keep else 4, zorder=3)
-        for row in named.values():
-            if not row.competes:
-                axis.axhline(row.final, color=CONTROL, linewidth=1, linestyle=(0, (5, 3)), zorder=0)
+        for one, keep in zip(dots, on, strict=True):
+            look = {"color": FRONT if keep else OTHER, "markersize": 6 if keep else 4, "elinewidth": 1}
+            axis.errorbar(one.cost, one.score, one.error or None, fmt="o", zorder=3, **look)
+        for one in lines:
+            axis.axhline(one.score, color=CONTROL, linewidth=1, linestyle=(0, (5, 3)), zorder=0)
         axis.margins(0.1, 0.14)
-        axis.set(xlabel=unit, ylabel=metric)
+        axis.set(xlabel=unit + (f"  (off the scale: {', '.join(away)})" if away else ""), ylabel=metric)
         if max(costs) > 2.5 * statistics.median(costs):
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
             axis.set_xlim(0.8 * min(costs), 1.6 * max(costs))
         else:
             axis.set_xlim(0, 1.3 * max(costs))
-        shown = [keep or row is base or len(rows) <= MANY for keep, row in zip(on, rows, strict=True)]
-        _write(axis, [(s, c, name) for c, s, name, keep in zip(costs, scores, names, shown, strict=True) if keep])
-        for name, row in named.items():
-            if not row.competes:
-                axis.text(axis.get_xlim()[1], row.final, name, ha="right", va="bottom", fontsize=8, color=CONTROL)
+        shown = [one for one, keep in zip(dots, on, strict=True) if keep or one.base or len(dots) <= MANY]
+        _write(axis, [(one.score, one.cost, one.name) for one in shown])
+        for one in lines:
+            axis.text(axis.get_xlim()[1], one.score, one.name, ha="right", va="bottom", fontsize=8, color=CONTROL)
 
     return paint
 

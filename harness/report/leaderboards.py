@@ -8,6 +8,8 @@ import statistics
 
 from dpft.harness.leaderboard.board import Board, Contest, Rules
 from dpft.harness.leaderboard.state import Look, Standing, baseline, judged, leading, plain, standings
+from dpft.harness.report.figures import Figures
+from dpft.harness.report.glance import Point, scatter
 from dpft.harness.report.text import Part, Table
 from dpft.harness.statistics.sequential import LEVEL
 
@@ -22,9 +24,10 @@ def parts(board: Board, look: Look) -> list[Part]:
     return [*found, _reading(board.rules)]
 
 
-def answers(board: Board, look: Look) -> list[Part]:
-    """Which method to use, a sentence for every contest."""
-    lines = []
+def answers(board: Board, look: Look, pictures: Figures | None = None) -> list[Part]:
+    """Which method to use, a sentence for every contest; a picture of the first."""
+    lines: list[str] = []
+    links: list[Part] = []
     for contest in board.contests:
         found = standings(contest, board.rules, look)
         seeds = max((len(one.finals) for one in found), default=0)
@@ -32,7 +35,26 @@ def answers(board: Board, look: Look) -> list[Part]:
             f"- **{contest.title}**: {answer(contest, board.rules, found)}"
             + (f" Up to {seeds} seeds." if seeds else "")
         )
-    return ["\n".join(lines)]
+        if pictures is not None and not links and len(judged(found)) > 1:
+            title, draw = _picture(contest, found, baseline(found, board.rules))
+            links.append(f"![{title}]({pictures.draw(f'{board.name}.svg', draw, size=(6.4, 3.6), neutral=True)})")
+    return ["\n".join(lines), *links]
+
+
+def _picture(contest: Contest, found: list[Standing], base: Standing | None):
+    """(title, a function that draws): the metric on the test half against memory, with standard errors over seeds."""
+    scale = _memory(base) if base is not None and base.finals else 2**20
+    unit = f"peak memory of a step, over that of {base.arm.name}" if scale != 2**20 else "peak memory of a step, MiB"
+    points = []
+    for one in found:
+        if one.finals:
+            values = [_shown(value, one) for value in one.finals.values()]
+            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            mean = statistics.fmean(values)
+            points.append(Point(one.arm.name, _memory(one) / scale, mean, not one.arm.control, one is base, error))
+    record = next(r for one in judged(found) for r in one.records.values() if r["result"])["result"]
+    title = f"{contest.title}: {record['metric']}, test half"
+    return title, scatter(points, unit, f"{record['metric']}, test half", record["higher_is_better"])
 
 
 def answer(contest: Contest, rules: Rules, found: list[Standing]) -> str:
