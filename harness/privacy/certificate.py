@@ -154,6 +154,8 @@ def matched(
             reason = f"has an incomplete privacy section ({type(problem).__name__}: {problem})"
         if reason:
             return f"{name} {reason}."
+    if not privacies:
+        return None
     first, *others = [units.compared(privacy, SAME, free) for privacy in privacies]
     for key in first:
         for name, other in zip(names[1:], others, strict=True):

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 import report_cases
@@ -243,3 +244,12 @@ def test_the_table_and_the_curves_say_what_they_are_measured_on(tmp_path, opened
     before = tab.locator("tr.row").count()
     tab.locator(".unfold").first.click()
     assert tab.locator("tr.row").count() == before + tab.locator("tr.rate").count() == before + 2
+
+
+def test_no_two_scripts_define_one_name():
+    """They share one scope: two `drawn` once left the page without its curves."""
+    folder = Path(page.__file__).parent
+    named = re.findall(
+        r"^(?:function|const|let|class) (\w+)", "\n".join(f.read_text() for f in folder.glob("*.js")), re.MULTILINE
+    )
+    assert len(named) == len(set(named)), sorted({name for name in named if named.count(name) > 1})

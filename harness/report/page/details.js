@@ -47,7 +47,7 @@ function sections(run) {
   return found;
 }
 
-function drawn(event) { // how a batch was drawn, where that is not Poisson sampling
+function drawnBy(event) { // how a batch was drawn, where that is not Poisson sampling
   const { kind, ...numbers } = event.sampling || {};
   return kind ? ` (${[kind, ...Object.entries(numbers).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`)].join(", ")})` : "";
 }
@@ -57,7 +57,7 @@ function certificate(privacy) {
   const { ledger, epsilon, cross_checks: checks, ...rest } = privacy;
   const head = epsilon ? `ε ≤ ${epsilon[2].toFixed(4)} at δ = ${significant(privacy.delta, 3)}` : "ε is not certified";
   const rows = kindsOf(ledger).map(([steps, event]) => make("tr", {},
-    ...[steps, significant(event.sampling_probability, 6) + drawn(event), event.mechanism, significant(event.noise_multiplier, 6), released(event)]
+    ...[steps, significant(event.sampling_probability, 6) + drawnBy(event), event.mechanism, significant(event.noise_multiplier, 6), released(event)]
       .map((text, i) => make("td", { text, class: i === 1 || i === 3 ? "number" : "" }))));
   const heads = ["Steps", "Sampling probability", "Mechanism", "Noise multiplier", "Releases in each step"];
   return [
