@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dpft.harness.report.figures import Figures, stems
-from dpft.harness.report.glance import picture
+from dpft.harness.report.glance import picture, usual_baseline
 from dpft.harness.report.labels import labels
 from dpft.harness.report.pairs import Verdicts, verdicts
 from dpft.harness.report.rows import Row
@@ -73,7 +73,7 @@ def _cells(several: list[Group], made: dict[int, Verdicts | None]) -> Iterator[d
     metric = several[0].result["metric"]
     order = dict.fromkeys(name for first in reversed(firsts) for name in first)
     costs = len(several) + 3 <= MOST
-    base = next((row for first in reversed(firsts) for row in first.values() if row.baseline), None)
+    base = usual_baseline(row for first in reversed(firsts) for row in first.values())
     kept = _few(list(order), firsts[-1])
     for name in kept:
         cells = {"method": name}
@@ -144,5 +144,6 @@ def _caption(several: list[Group], made: dict[int, Verdicts | None]) -> Iterator
     rows = max(len(_first(one)) for one in several)
     if rows > LINES:
         yield f"The best of {rows} rows; all of them in the full tables."
-    if len(several) + 3 <= MOST and any(row.baseline for row in group.rows):
-        yield "Memory and time over dp-adam's."
+    base = usual_baseline(row for one in reversed(several) for row in _first(one).values())
+    if len(several) + 3 <= MOST and base is not None:
+        yield f"Memory and time over those of {base.method}."

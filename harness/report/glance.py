@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dpft.harness import statistics as st
@@ -17,6 +17,12 @@ WIDE = 0.1  # memories closer than this, as a share of the largest, are not wort
 MANY = 12  # rows, from which on only those of the front are named
 FAR = 0.6  # of the range of the dots: a control further away would squeeze them
 Named = dict[str, Row]
+
+
+def usual_baseline(rows: Iterable[Row]) -> Row | None:
+    """What costs are ratios of: dp-adam with a usual clipping rule, else dp-sgd."""
+    known = [row for row in rows if row.baseline]
+    return min(known, key=lambda r: (r.method != "dp-adam", r.spec.get("clipping") != "abadi"), default=None)
 
 
 def picture(several: Sequence[tuple[float, Named]], metric: str):
@@ -69,7 +75,7 @@ class Point:
 
 
 def _scatter(named: Named, ranked: Named, metric: str):
-    base = next((row for row in ranked.values() if row.baseline), None)
+    base = usual_baseline(ranked.values())
     scale = base.peak_bytes if base is not None else 2**20
     unit = f"peak memory, over that of {base.method}" if base is not None else "peak memory, MiB"
     shown = {name: row for name, row in named.items() if name in ranked or not row.competes}

@@ -23,7 +23,7 @@ from dpft.harness.report.text import Part, Table
 from dpft.harness.report.views import Group
 
 FILE = files("dpft.tasks") / "predictions.toml"
-LEVEL = 0.95
+LEVEL, FEWEST = 0.95, 3  # of intervals; seeds
 MEASURES = ("metric", "alignment", "time", "memory")
 # expectation -> (least, greatest) difference that it allows, in margins
 EXPECTATIONS = {
@@ -122,9 +122,12 @@ def answered(one: Prediction, group: Group) -> Answer | None:
 
 
 def decided(one: Prediction, pairs: list[float], against: str = "") -> Answer:
-    """What paired differences say of a prediction; undecided with fewer than two of them."""
-    if len(pairs) < 2:
-        return Answer("undecided", pairs[0] if pairs else None, None, None, len(pairs), against)
+    """What paired differences say of a prediction; undecided with fewer than three of them.
+
+    Accuracies are multiples of one example: two differences are equal by chance now and then, and their interval is a point.
+    """
+    if len(pairs) < FEWEST:
+        return Answer("undecided", statistics.mean(pairs) if pairs else None, None, None, len(pairs), against)
     mean, half = statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
     half *= float(stats.t.ppf((1 + LEVEL) / 2, len(pairs) - 1))
     low, high = mean - half, mean + half

@@ -47,6 +47,7 @@ def with_finals(finals):
         ("same", [0.05, 0.051, 0.049], "failed"),
         ("same", [-0.05, -0.051, -0.049], "failed"),
         ("same", [0.01, 0.011, 0.009], "undecided"),
+        ("better", [0.05, 0.05], "undecided"),  # equal by chance: the interval of two would be a point
         ("better", [0.5], "undecided"),
         ("better", [], "undecided"),
     ],
