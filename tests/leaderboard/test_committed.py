@@ -1,0 +1,53 @@
+"""The committed leaderboard: what it may claim, proven from its records."""
+
+import pytest
+from studies import ROOT
+
+from dpft.harness.leaderboard import board, driver, state
+from dpft.harness.records.store import Store
+from dpft.harness.report import leaderboards
+from dpft.harness.runs import registry
+from dpft.tasks import halves
+
+STORE = Store(ROOT / "results/vision")
+BOARD = board.load("vision")
+
+
+@pytest.fixture(scope="module")
+def look():
+    return driver.looking(STORE)
+
+
+def test_tuning_and_tests_share_no_example_and_no_seed(look):
+    task = registry.task("digits")()
+    data = task.load(None)
+    rows = {split: halves.judged(task, data, split).validation for split in ("tune", "test")}
+    names = {split: {task.identity(row) for row in found} for split, found in rows.items()}
+    assert not names["tune"] & names["test"] and len(rows["tune"]) + len(rows["test"]) == len(data.validation)
+    seeds, seen = {"tune": set(), "test": set()}, 0
+    for record in STORE.each():
+        spec = record["spec"]
+        seeds[spec["split"]].add(spec["seed"])
+        if record["status"] == "done":
+            seen += 1
+            assert record["provenance"]["validation_examples"] == len(rows[spec["split"]])
+    assert seen > 1000 and not seeds["tune"] & seeds["test"]
+
+
+def test_running_it_again_adds_nothing(look):
+    assert list(state.wanted(BOARD, look)) == []
+
+
+def test_half_of_the_verdicts_against_dp_adam_are_in(look):
+    verdicts = [
+        one.verdict.verdict
+        for contest in BOARD.contests
+        for one in state.standings(contest, BOARD.rules, look)
+        if one.verdict is not None
+    ]
+    assert len(verdicts) == 45 and sum(verdict != "undecided" for verdict in verdicts) >= len(verdicts) / 2
+
+
+def test_every_sentence_of_results_follows_from_the_records(look):
+    (text, *_) = leaderboards.answers(BOARD, look)
+    assert text in (ROOT / "RESULTS.md").read_text() and text.count("\n") == len(BOARD.contests) - 1
