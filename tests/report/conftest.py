@@ -10,7 +10,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="session")
 def browser():
     if CHROMIUM is None:
-        pytest.skip("needs Chromium on the PATH (Debian: apt-get install chromium); .ci/run installs it")
+        pytest.skip("needs Chromium on the PATH (Debian: apt-get install chromium)")
     driver = pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright (extra `dev`)")
     with driver.sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
