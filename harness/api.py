@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpft.harness.errors import BadInput
-
 if TYPE_CHECKING:
     import polars
 
@@ -109,11 +107,7 @@ def _runs(suite: str | None, settings: dict[str, Any], data_dir, plugins) -> lis
     for plugin in plugins:
         registry.load_plugin(str(plugin))
     settings = {key: list(value) if isinstance(value, (tuple, range)) else value for key, value in settings.items()}
-    if suite is not None:
-        return list(suites.load_suite(suite, settings, _path(data_dir)).runs)
-    if "task" not in settings or "method" not in settings:
-        raise BadInput("Name a suite (`dpft list suites`), or give at least task= and method=.")
-    return suites.expand(settings, _path(data_dir))
+    return suites.asked(suite, settings, _path(data_dir), "task= and method=")
 
 
 def _path(folder: str | Path | None) -> Path | None:

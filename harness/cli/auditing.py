@@ -6,7 +6,7 @@ import json
 
 import click
 
-from dpft.harness.cli.options import WHERE, Finite, Whole, pairs
+from dpft.harness.cli.options import WHERE, Finite, Whole, pairs, put
 from dpft.harness.errors import BadInput
 
 
@@ -133,6 +133,5 @@ def _planted(question, only, output, check, quiet, as_json):
         if not as_json:
             click.echo(text)
         return 0 if right else 1
-    fresh = reporting.write(text, output, check, report.MARKERS)
-    click.echo(f"{output} {'is up to date' if fresh else 'is stale' if check else 'was rewritten'}.", err=True)
+    fresh = put(text, output, check, report.MARKERS)
     return 0 if right and (fresh or not check) else 1

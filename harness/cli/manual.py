@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dpft.harness.cli.options import Where
+from dpft.harness.cli.options import Where, put
 
 
 def reference(group: click.Group) -> str:
@@ -24,9 +24,8 @@ def reference(group: click.Group) -> str:
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when the file is not up to date.")
 def commands(output, check):
     """Write the reference of all commands between the markers of a markdown file."""
-    from dpft.harness.report import markers, write
+    from dpft.harness.report import markers
 
     root = click.get_current_context().find_root().command
-    fresh = write(reference(root), output, check, markers("commands"))
-    click.echo(f"{output} {'is up to date' if fresh else 'is stale' if check else 'was rewritten'}.", err=True)
+    fresh = put(reference(root), output, check, markers("commands"))
     return 1 if check and not fresh else 0

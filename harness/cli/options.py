@@ -137,6 +137,15 @@ def pairs(context, parameter, items: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+def put(text: str, output: Path, check: bool, section: tuple[str, str]) -> bool:
+    """Put `text` between the markers `section` of a markdown file, or only compare, and say which; whether it was up to date."""
+    from dpft.harness.report import write
+
+    fresh = write(text, output, check, section)
+    click.echo(f"{output} {'is up to date' if fresh else 'is stale' if check else 'was rewritten'}.", err=True)
+    return fresh
+
+
 data_dir_option = click.option("--data-dir", type=WHERE, envvar="DPFT_DATA", help="Local mirror of data sets.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import NoReturn
 import click
 
 from dpft.harness.cli import showing
-from dpft.harness.cli.options import WHERE, Finite, Where, skip_damaged
+from dpft.harness.cli.options import WHERE, Finite, Where, put, skip_damaged
 from dpft.harness.errors import BadInput
 
 VIEWS = ("budget-steps", "budget", "compute", "time", "memory")
@@ -58,7 +59,7 @@ def report(
 
     if check and output is None:
         raise BadInput("--check needs a file to compare with; give it with -o.")
-    if theory + (only is not None) + (board is not None) > 1 and (board is None or only != "brief" or theory):
+    if theory + (only is not None and (board is None or only != "brief")) + (board is not None) > 1:
         raise BadInput(
             "--theory, --brief, --methods, --predictions and --board are reports of their own; leave out all but one "
             "(--board and --brief go together)."
@@ -66,11 +67,12 @@ def report(
     if watch and (html is None or any((output, figures, latex, csv, theory, only, board))):
         raise BadInput("--watch keeps one page fresh and makes nothing else; give it --html FILE, and no other report.")
     store, pictures = Store(folder, passed_over), None
+    read = functools.cache(lambda: _of(task, reporting.summaries(store)))
     if html is not None:
         from dpft.harness.report import page
 
         if task is not None and not watch:
-            _of(task, reporting.summaries(store))
+            read()
         if watch:
             _follow(html, store, reporting.Options(public=options["public"], baseline=options["baseline"]), task)
         records = (record for record in store.each() if task in (None, record["spec"]["task"]))
@@ -97,8 +99,9 @@ def report(
     else:
         view = reporting.View(options["view"], options["memory_cap"])
         chosen = reporting.Options(options["curves"], options["all_lr"], options["public"], view, options["baseline"])
-        made = reporting.Report(_of(task, reporting.summaries(store)), store, chosen)
-        parts = list(made.parts(pictures)) if only is None else getattr(made, only)(pictures)
+        made = reporting.Report(read(), store, chosen)
+        drawing = {None: made.parts, "brief": made.brief}
+        parts = list(drawing[only](pictures)) if only in drawing else getattr(made, only)()
         if csv is not None and not check:
             made.csv(csv)
             click.echo(f"{csv} was written.", err=True)
@@ -109,8 +112,7 @@ def report(
     if output is None:
         showing.show(parts)
         return 0
-    fresh = reporting.write(markdown(parts), output, check, reporting.markers(section))
-    click.echo(f"{output} {'is up to date' if fresh else 'is stale' if check else 'was rewritten'}.", err=True)
+    fresh = put(markdown(parts), output, check, reporting.markers(section))
     return 1 if check and not fresh else 0
 
 

@@ -206,7 +206,7 @@ def plan(suite, overrides, data_dir, results, tries, what_if, samplers, users, a
         return 0
     runs = _runs(suite, overrides, data_dir)
     if what_if or samplers:
-        return _noise_of(runs, "--what-if" if what_if else "--samplers", data_dir, as_json)
+        return planning.noise(runs, "--what-if" if what_if else "--samplers", data_dir, as_json)
     if users:
         return planning.users(runs, data_dir, as_json)
     rows = overview(runs, store, data_dir, tries)
@@ -249,47 +249,7 @@ def prepare(suite, overrides, data_dir, results, dry_run):
     read(runs, data_dir, lambda text: click.echo(text, err=True))
 
 
-def _noise_of(runs, asked: str, data_dir, as_json: bool) -> None:
-    from tabulate import tabulate
-
-    from dpft.harness.runs import planner
-    from dpft.harness.runs.sources import Sources
-
-    sources = Sources(data_dir)
-    settings = {(s.task, s.epsilon, s.delta, s.batch_size, s.steps, s.mechanism, s.noise_shape) for s in runs}
-    if len(settings) > 1:
-        raise BadInput(
-            f"{asked} is about one setting, and these runs have {len(settings)}; name task, method and epsilon."
-        )
-    if any(spec.unit == "user" for spec in runs):
-        raise BadInput(f"{asked} counts examples; of users `dpft plan --users` says what they cost: leave out unit.")
-    spec, size = runs[0], sources.train_size(runs[0])
-    if asked == "--samplers":
-        rows, table = planner.samplers(spec, size, data_dir), planner.samplers_table
-    else:
-        rows, table = planner.alternatives(spec, size, lambda: _dimension(spec, data_dir), data_dir), planner.table
-    if as_json:
-        click.echo(json.dumps(rows, indent=1, allow_nan=False))
-        return
-    click.echo(tabulate(table(rows), headers="keys", tablefmt="github", disable_numparse=True))
-    for row in rows:
-        if row["problem"]:
-            click.echo(f"{row.get('change') or row['sampler']}: {row['problem']}")
-    click.echo(planner.NOTES[asked])
-
-
-def _dimension(spec, data_dir) -> int:
-    from dpft.harness.train.run import release_dimension  # torch, for noise whose epsilon depends on the model
-    from dpft.harness.train.settings import Settings
-
-    return release_dimension(spec, Settings(data_dir))
-
-
 def _runs(suite: str | None, overrides: dict[str, Any], data_dir: Path | None):
     from dpft.harness.runs import suites
 
-    if suite is not None:
-        return list(suites.load_suite(suite, overrides, data_dir).runs)
-    if "task" not in overrides or "method" not in overrides:
-        raise BadInput("Name a suite (`dpft list suites`), or give at least --task and --method.")
-    return suites.expand(overrides, data_dir)
+    return suites.asked(suite, overrides, data_dir, "--task and --method")

@@ -112,11 +112,11 @@ class Report:
         """One screen: at most six columns, all budgets of a setting in one table, one picture each."""
         return list(brief.parts(self.groups, self.options.baseline, pictures))
 
-    def overview(self, pictures: Figures | None = None) -> list[Part]:
+    def overview(self) -> list[Part]:
         """One line a method: what trains, what is asked, what it costs, what was claimed and found."""
         return methods.overview(self.groups, self.options.baseline)
 
-    def predictions(self, pictures: Figures | None = None) -> list[Part]:
+    def predictions(self) -> list[Part]:
         """What was predicted of these runs, and whether it held."""
         return predictions.answers(self.groups)
 

@@ -65,6 +65,18 @@ def load_suite(name: str, overrides: dict[str, Any] | None = None, data_dir: Pat
     return Suite(name, suite.description, tuple(unique.values()))
 
 
+def asked(name: str | None, settings: dict[str, Any], data_dir: Path | None, least: str) -> list[RunSpec]:
+    """The runs of the suite `name` with `settings` in place of its own, or of `settings` alone.
+
+    least: what these must have where there is no suite, as the user writes it. Raises BadInput where they have not.
+    """
+    if name is not None:
+        return list(load_suite(name, settings, data_dir).runs)
+    if "task" not in settings or "method" not in settings:
+        raise BadInput(f"Name a suite (`dpft list suites`), or give at least {least}.")
+    return expand(settings, data_dir)
+
+
 def suites() -> dict[str, Table]:
     """The suites of tasks/suites.toml by name."""
     from importlib.resources import files
