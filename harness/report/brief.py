@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dpft.harness.report.figures import Figures, stems
-from dpft.harness.report.glance import picture, usual_baseline
+from dpft.harness.report.glance import Named, picture, usual_baseline
 from dpft.harness.report.labels import labels
 from dpft.harness.report.pairs import Verdicts, verdicts
 from dpft.harness.report.rows import Row
@@ -23,13 +23,15 @@ def parts(groups: list[Group], baseline: str | None, pictures: Figures | None) -
         yield "There are no runs yet; make some with `dpft run`."
     names = dict(zip(map(id, groups), stems(groups), strict=True))
     for several in settings(groups):
-        made = {id(group): verdicts(group, baseline) for group in several}
+        made = [verdicts(group, baseline) for group in several]
+        firsts = [_first(group) for group in several]
+        base = usual_baseline(row for first in reversed(firsts) for row in first.values())
         yield f"**{title(several)}**"
-        yield Table(list(_cells(several, made)), names_left=True)
-        spent, *more = _caption(several, made)
+        yield Table(list(_cells(several, firsts, made, base)), names_left=True)
+        spent, *more = _caption(several, firsts, made, base)
         yield from (spent, " ".join(more)) if len(spent) > LONG else (" ".join((spent, *more)),)
         if pictures is not None:
-            drawn = picture([(epsilon(group), _first(group)) for group in several], several[0].result["metric"])
+            drawn = picture(list(zip(map(epsilon, several), firsts, strict=True)), several[0].result["metric"])
             if drawn is not None:
                 caption, draw = drawn
                 name = f"{names[id(several[-1])]}-brief.svg"
@@ -56,7 +58,7 @@ def epsilon(group: Group) -> float:
     return group.private[0].spec["epsilon"] if group.private else float("inf")
 
 
-def _first(group: Group) -> dict[str, Row]:
+def _first(group: Group) -> Named:
     """Short name -> the row of each method that has a rank or is a control; other rates of a ranked method are left out."""
     ranked = {row.method for row, rank in zip(group.rows, group.ranks, strict=True) if rank is not None}
     kept = [
@@ -68,42 +70,37 @@ def _first(group: Group) -> dict[str, Row]:
     return dict(zip(labels(rows, names), rows, strict=True))
 
 
-def _cells(several: list[Group], made: dict[int, Verdicts | None]) -> Iterator[dict[str, str]]:
-    firsts = [_first(group) for group in several]
+def _cells(
+    several: list[Group], firsts: list[Named], made: list[Verdicts | None], base: Row | None
+) -> Iterator[dict[str, str]]:
     metric = several[0].result["metric"]
     order = dict.fromkeys(name for first in reversed(firsts) for name in first)
-    costs = len(several) + 3 <= MOST
-    base = usual_baseline(row for first in reversed(firsts) for row in first.values())
-    kept = _few(list(order), firsts[-1])
-    for name in kept:
+    for name in _few(list(order), firsts[-1]):
         cells = {"method": name}
-        for group, first in zip(several, firsts, strict=True):
+        for group, first, found in zip(several, firsts, made, strict=True):
             column = metric if len(several) == 1 else f"ε {epsilon(group):g}"
-            cells[column] = _value(first.get(name), group, made[id(group)])
-        if costs:
+            cells[column] = _value(first.get(name), group, found)
+        if _has_costs(several):
             row = next(first[name] for first in reversed(firsts) if name in first)
             cells["memory"] = _ratio(row.peak_bytes, base and base.peak_bytes)
-            cells["step time"] = _ratio(
-                *((row.step_cpu_s, base.step_cpu_s) if _timed(row, base) else _walls(row, base))
-            )
+            processor = base is not None and None not in (row.step_cpu_s, base.step_cpu_s)
+            time = "step_cpu_s" if processor else "step_s"
+            cells["step time"] = _ratio(getattr(row, time), base and getattr(base, time))
         yield cells
 
 
-def _few(names: list[str], first: dict[str, Row]) -> list[str]:
+def _has_costs(several: list[Group]) -> bool:
+    """Whether there is room for memory and time beside the budgets."""
+    return len(several) + 3 <= MOST
+
+
+def _few(names: list[str], first: Named) -> list[str]:
     """The best of many, the controls, and the baseline."""
     if len(names) <= LINES:
         return names
     kept = [name for name in names if name in first and (first[name].baseline or not first[name].competes)]
     rest = [name for name in names if name not in kept][: LINES - len(kept)]
     return [name for name in names if name in kept or name in rest]
-
-
-def _timed(row: Row, base: Row | None) -> bool:
-    return base is not None and None not in (row.step_cpu_s, base.step_cpu_s)
-
-
-def _walls(row: Row, base: Row | None) -> tuple[float | None, float | None]:
-    return row.step_s, base.step_s if base is not None else None
 
 
 def _value(row: Row | None, group: Group, found: Verdicts | None) -> str:
@@ -121,7 +118,7 @@ def _ratio(value: float | None, base: float | None) -> str:
     return "–" if value is None or not base else f"{value / base:.2f}"
 
 
-def _caption(several: list[Group], made: dict[int, Verdicts | None]) -> Iterator[str]:
+def _caption(several: list[Group], firsts: list[Named], made: list[Verdicts | None], base: Row | None) -> Iterator[str]:
     """The budget, whether verdicts are in, and what the columns are ratios of."""
     group = several[-1]
     privacies = [r["privacy"] for row in group.private for r in row.records if r["privacy"] and not r.get("rejected")]
@@ -131,7 +128,7 @@ def _caption(several: list[Group], made: dict[int, Verdicts | None]) -> Iterator
         yield f"Columns: {group.result['metric']} at ε."
     seeds = sorted({len(row.records) for one in several for row in one.rows})
     yield f"Seeds: {seeds[0] if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'}."
-    known = [one for one in made.values() if one is not None]
+    known = [one for one in made if one is not None]
     said = [comparison.verdict for one in known for comparison in one.found.values()]
     if said and not any(verdict.startswith(tuple(SIGNS)) for verdict in said):
         reason = f" ({said[0].partition(': ')[2]})" if len(set(said)) == 1 and ": " in said[0] else ""
@@ -141,9 +138,8 @@ def _caption(several: list[Group], made: dict[int, Verdicts | None]) -> Iterator
     reasons = {one.reason for one in several if one.reason}
     for reason in sorted(reasons):
         yield f"Not ranked: {reason}"
-    rows = max(len(_first(one)) for one in several)
+    rows = max(map(len, firsts))
     if rows > LINES:
         yield f"The best of {rows} rows; all of them in the full tables."
-    base = usual_baseline(row for one in reversed(several) for row in _first(one).values())
-    if len(several) + 3 <= MOST and base is not None:
+    if _has_costs(several) and base is not None:
         yield f"Memory and time over those of {base.method}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,33 +19,39 @@ def labels(rows: Sequence[Row], full: Sequence[str]) -> list[str]:
     The method, where there are several, and those settings in which rows of one method differ: words of the run by their value
     alone, numbers and options of the method with their names, what is not set not at all.
     """
-    one_method = len({row.method for row in rows}) == 1
+    of_method: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    settings = [_settings(row) for row in rows]
+    for row, own in zip(rows, settings, strict=True):
+        of_method[row.method].append(own)
+    telling = {method: _telling(found) for method, found in of_method.items()}
     short = []
-    for row in rows:
-        same = [other for other in rows if other.method == row.method]
-        keys = _telling([key for key in _settings(row) if key not in SILENT], same)
-        said = [_said(key, _settings(row)[key], _usual(key, same), key in row.spec) for key in keys]
-        kept = [text for text in said if text] or ([told(_settings(row)[keys[0]])] if keys and one_method else [])
-        if one_method and kept:
-            short.append(", ".join(kept))
-        else:
+    for row, own in zip(rows, settings, strict=True):
+        said = [_said(key, own.get(key), usual, key in row.spec) for key, usual in telling[row.method].items()]
+        kept = [text for text in said if text]
+        if len(of_method) > 1:
             short.append(row.method + (f" ({', '.join(kept)})" if kept else ""))
+        else:  # where nothing is left to say, all is as usual: the first of it
+            usual = next((told(own.get(key)) for key in telling[row.method]), row.method)
+            short.append(", ".join(kept) or usual)
     twice = {name for name, count in Counter(short).items() if count > 1}
     return [long if name in twice else name for name, long in zip(short, full, strict=True)]
 
 
-def _telling(keys: list[str], rows: Sequence[Row]) -> list[str]:
-    """Those of `keys` that are needed to tell the rows apart: of settings that go together the last."""
-    kept = [key for key in keys if len({_settings(r).get(key) for r in rows}) > 1]
+def _telling(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Settings that are needed to tell the rows of one method apart, of those that go together the last -> the value that goes
+    without saying: the one that most rows have, None where there is none."""
+    keys = [key for key in dict.fromkeys(key for own in rows for key in own) if key not in SILENT]
 
     def kinds(some: list[str]) -> int:
-        return len({tuple(_settings(r).get(key) for key in some) for r in rows})
+        return len({tuple(own.get(key) for key in some) for own in rows})
 
+    kept = [key for key in keys if kinds([key]) > 1]
     for key in list(kept):
         without = [other for other in kept if other != key]
         if kinds(without) == kinds(kept):
             kept = without
-    return kept
+    counted = {key: Counter(own.get(key) for own in rows).most_common(1)[0] for key in kept}
+    return {key: value if count > len(rows) / 2 else None for key, (value, count) in counted.items()}
 
 
 def _settings(row: Row) -> dict[str, Any]:
@@ -53,12 +59,6 @@ def _settings(row: Row) -> dict[str, Any]:
     known = registry.methods().get(row.method)
     usual = known.options if known is not None else {}
     return {k: v for k, v in {**usual, **row.spec, **row.spec["options"]}.items() if not isinstance(v, (dict, list))}
-
-
-def _usual(key: str, rows: Sequence[Row]) -> Any:
-    """The value of a word that goes without saying: the one that most rows have."""
-    value, count = Counter(_settings(row).get(key) for row in rows).most_common(1)[0]
-    return value if count > len(rows) / 2 else None
 
 
 def _said(key: str, value: Any, usual: Any, of_run: bool) -> str:
