@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpft.harness.errors import CannotRun
 from dpft.methods.base import Method
-from dpft.methods.prompt import body_of
+from dpft.methods.prompt import body_of, table_of
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +44,7 @@ class PrefixTuning(Method):
 
     def skip(self, model: nn.Module) -> str | None:
         body = body_of(model)
-        table = body.get_input_embeddings() if hasattr(body, "get_input_embeddings") else None
-        if not hasattr(table, "num_embeddings"):
+        if table_of(body) is None:
             return "prefix starts from words and this model has no table of them; use dp-lora."
         layers = attention_layers(body)
         if not layers or any(getattr(layer.config, "_attn_implementation", None) != "sdpa" for layer in layers):
@@ -62,7 +61,7 @@ class PrefixTuning(Method):
         AttentionInterface.register(JOINED, _joined)
         model.requires_grad_(False)
         body = body_of(model)
-        layers, vocabulary = attention_layers(body), body.get_input_embeddings().num_embeddings
+        layers, vocabulary = attention_layers(body), table_of(body).num_embeddings
         words = torch.randint(vocabulary, (1, self.settings["tokens"]), generator=generator)
         for layer in layers:  # a configuration of its own: the masks are still made for sdpa
             layer.config = copy.deepcopy(layer.config)

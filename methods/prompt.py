@@ -42,8 +42,7 @@ class PromptTuning(Method):
 
     def skip(self, model: nn.Module) -> str | None:
         body = body_of(model)
-        table = body.get_input_embeddings() if hasattr(body, "get_input_embeddings") else None
-        if not hasattr(table, "num_embeddings"):
+        if table_of(body) is None:
             return "prompt joins tokens of a text and this model has no table of them; use dp-lora."
         if not {"inputs_embeds", "position_ids"} <= inspect.signature(body.forward).parameters.keys():
             return "prompt needs a model that takes embedded inputs and positions and this one does not; use dp-lora."
@@ -73,6 +72,12 @@ def body_of(model: nn.Module) -> nn.Module | None:
     if hasattr(model, "encoder"):
         return model.encoder
     return next((module.base_model for module in model.modules() if hasattr(module, "base_model")), None)
+
+
+def table_of(body: nn.Module | None) -> nn.Embedding | None:
+    """The table of the words of such a body; None where it has none."""
+    table = body.get_input_embeddings() if hasattr(body, "get_input_embeddings") else None
+    return table if hasattr(table, "num_embeddings") else None
 
 
 def _looks_ahead(body: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 from dpft.harness.errors import BadInput
 from dpft.tasks import grouping
@@ -21,7 +21,7 @@ COUNT, LEAST = 64, 24  # canaries when the model's name does not say; fewer than
 MAGNITUDES = (1e2, 1e4)  # smallest and largest: every gradient is far above any usual clip norm
 
 
-class Canaries(Task):
+class Canaries(grouping.MadeUp, Task):
     """Canary i multiplies a unit vector into every layer it aims at, and reads one of its outputs, times its magnitude.
 
     Its gradient is one coordinate (i, p(i)) of each weight, coordinate i of each bias, and in the embedding table coordinate i of
@@ -43,16 +43,7 @@ class Canaries(Task):
     default_model = f"canaries-{COUNT}"
     default_head = "native"
     default_max_length = 1
-    options: ClassVar[dict[str, Any]] = grouping.OPTION
-
-    def __init__(self, options: dict[str, Any] | None = None) -> None:
-        super().__init__(options)
-        if self.settings["user_rows"]:
-            self.users = f"every {self.settings['user_rows']} canaries"
-
-    def validate(self) -> None:
-        """As `Task.validate`."""
-        grouping.check(self.settings["user_rows"])
+    made_up = "every {} canaries"
 
     def train_size(self, data_dir: Path | None) -> int:
         """The number of canaries of the default model."""

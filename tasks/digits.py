@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
 
 from dpft.tasks import grouping
 from dpft.tasks.base import Data, Example
@@ -15,7 +14,7 @@ from dpft.tasks.images import ImageClassification, fingerprint, rows
 TRAIN, VALIDATION = 800, 277
 
 
-class Digits(ImageClassification):
+class Digits(grouping.MadeUp, ImageClassification):
     """Which of the digits 4 to 9; those of 0 to 3 are the public data that `digits-vit` and `digits-resnet` were trained on.
 
     So pretraining has seen pen strokes, but none of these classes and none of these images. Who wrote them is not known;
@@ -33,16 +32,6 @@ class Digits(ImageClassification):
     threshold = 0.80
     public = "the digits 0 to 3, which pretrained the models"
     default_model = "digits-vit"
-    options: ClassVar[dict[str, Any]] = grouping.OPTION
-
-    def __init__(self, options: dict[str, Any] | None = None) -> None:
-        super().__init__(options)
-        if self.settings["user_rows"]:
-            self.users = grouping.said(self.settings["user_rows"])
-
-    def validate(self) -> None:
-        """As `Task.validate`."""
-        grouping.check(self.settings["user_rows"])
 
     def train_size(self, data_dir: Path | None) -> int:
         """Number of private training images; a constant."""

@@ -9,7 +9,6 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
 
 from dpft.harness.errors import CannotRun
 from dpft.tasks import grouping, lexicon
@@ -27,7 +26,7 @@ TRAIN = 18348
 FINGERPRINT = "f08a1b7be56b0eff5e9fd7f4f2776d6c37b5c5a84d571832f6c8cc59af48029c"
 
 
-class Sentences(TextClassification):
+class Sentences(grouping.MadeUp, TextClassification):
     """Sign of the mean human rating (-4..4) of a sentence; ratings within 0.5 of zero are left out.
 
     user_rows: 0, and a user is who wrote a text (300 reviews of products and 498 editorials have several sentences, every other
@@ -44,16 +43,6 @@ class Sentences(TextClassification):
     template = "*cls**sent_0*_It_was*mask*.*sep+*"
     label_words = ("terrible", "great")
     users = "who wrote a review or an editorial; every tweet and every sentence on a film has an author of its own"
-    options: ClassVar[dict[str, Any]] = grouping.OPTION
-
-    def __init__(self, options: dict[str, Any] | None = None) -> None:
-        super().__init__(options)
-        if self.settings["user_rows"]:
-            self.users = grouping.said(self.settings["user_rows"])
-
-    def validate(self) -> None:
-        """As `Task.validate`."""
-        grouping.check(self.settings["user_rows"])
 
     def train_size(self, data_dir: Path | None) -> int:
         """Number of training sentences; a constant, because the file is pinned by its hash."""
