@@ -68,7 +68,7 @@ class Truncated(Poisson):
 @dataclass(frozen=True)
 class Cyclic(Poisson):
     """`groups` fixed public groups of equal size, of which step t samples group t mod `groups` alone, at `groups` times the rate;
-    the noise of as many steps is correlated by a banded strategy with columns of length 1 (harness/train/banded.py).
+    the noise of as many steps is correlated by a banded strategy with columns of length 1 (harness/train/correlated.py).
 
     Theorem 4 of 2306.08153: the steps of one round cost one Poisson-sampled Gaussian at the strategy's sensitivity, which is 1.
     An example is drawn once a round, and what it adds has left the bands when its group is next: so a round is one event of
