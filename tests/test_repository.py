@@ -205,3 +205,9 @@ def test_the_readme_counts_the_planted_bugs_that_are_found():
     found = sum(verdict == "**violation**" for verdict in verdicts)
     said = re.search(r"Of (\d+)\s+planted bugs it finds (\d+)", (ROOT / "README.md").read_text())
     assert verdicts[0] == "consistent" and said.groups() == (str(len(verdicts) - 1), str(found))
+
+
+def test_a_study_s_page_is_of_that_study_alone():
+    """That of `rows` once held three others, cut out with it, which no command kept fresh."""
+    for page in ROOT.glob("results/*/README.md"):
+        assert re.findall(r"<!-- dpft report(.*): begin -->", page.read_text()) == [""], page
