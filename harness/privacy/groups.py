@@ -4,7 +4,9 @@ How many of k examples a Poisson batch holds is Binomial(k, q), and j of them mo
 bound the step's pair is N(0, sigma^2) and sum_j p_j N(j, sigma^2): the mixture of Gaussians (2310.15526).
 It covers every way in which the contributions may point, several releases on one batch and questions that follow from earlier
 answers among them: under the first law the likelihood ratio of any of these is a sum p_j exp(Z_j - Var(Z_j) / 2), and every
-convex function of it has its largest mean where all Z_j are one normal times j / sigma (Kahane's inequality). A user with fewer
+convex function of it has its largest mean where all Z_j are one normal times j / sigma (Kahane's inequality: no covariance of two
+Z_j is larger than there). Where questions follow from answers, that holds of the last release given all before it; its terms are
+then of a normal of their own, so it holds of the one before it given that normal, and so on to the first. A user with fewer
 examples is covered by one with k.
 
 The loss grows with the noisy value, so a divergence is that of a threshold t. With l_j(t) the likelihood ratio of a shift by j it
