@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from contextlib import nullcontext, redirect_stderr
+from contextlib import nullcontext, redirect_stderr, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from dpft.harness.errors import CannotRun
-from dpft.tasks import loaders, models
+from dpft.tasks import gguf, loaders, models
 from dpft.tasks.batchnorm import refuse_batch_norm
 from dpft.tasks.vocabulary import NO_TARGET, vocabulary_loss
 
@@ -53,6 +53,17 @@ def causal_model() -> type[nn.Module]:
 
 
 def load(source: str) -> tuple[nn.Module, str]:
+    """As `_load`; what was unpacked of a GGUF file before is held against the sum of its weights."""
+    if source.endswith(".gguf") and (weights := gguf.fingerprint(source)) is not None:
+        with suppress(CannotRun):
+            found = _load(source)
+            if found[1] == weights:
+                return found
+        gguf.forget(source)  # spoilt since then
+    return _load(source)
+
+
+def _load(source: str) -> tuple[nn.Module, str]:
     """(model in fp32 and train mode, sha256 of its weights) from a folder, a hub id or a GGUF file; dropout is off.
 
     Raises CannotRun for a checkpoint that is missing, damaged or lacks weights, and for a model that is not causal or whose
@@ -76,14 +87,17 @@ def load(source: str) -> tuple[nn.Module, str]:
         raise CannotRun(f"{source} has no trained weights for {sorted(lacking)[0]}; take a whole checkpoint.")
     refuse_batch_norm(inner, source)
     _check_scores(inner.eval(), source)
-    return causal_model()(inner).train(), models.fingerprint_of(inner, set())
+    weights = models.fingerprint_of(inner, set())
+    if "gguf_file" in options:
+        gguf.keep(source, inner, models.load_tokenizer(source), weights)
+    return causal_model()(inner).train(), weights
 
 
 def load_config(source: str) -> tuple[Any, str, dict[str, str]]:
-    """(configuration, dropout off, and what `models.place` says) of a causal language model. Raises CannotRun for others."""
+    """(configuration, dropout off, and what `gguf.place` says) of a causal language model. Raises CannotRun for others."""
     import transformers
 
-    place, options = models.place(source)
+    place, options = gguf.place(source)
     with loaders.quiet(), loaders.readable("the configuration of", source):
         config = transformers.AutoConfig.from_pretrained(place, **options)
     if getattr(config, "is_encoder_decoder", False) or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:

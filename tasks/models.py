@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpft.harness.cache import cache_dir
 from dpft.harness.errors import CannotRun, unknown
-from dpft.tasks import heads
+from dpft.tasks import gguf, heads
 from dpft.tasks.base import HEADS
 from dpft.tasks.batchnorm import settle
 from dpft.tasks.downloads import sdist, sha256_of, unpack
@@ -112,19 +112,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of `source` (a folder or hub id). Raises CannotRun when it cannot be had."""
     from transformers import AutoTokenizer
 
-    where, options = place(source)
+    where, options = gguf.place(source)
     with quiet(), readable("the tokenizer of", source):
         return AutoTokenizer.from_pretrained(where, **options)
-
-
-def place(source: str) -> tuple[str, dict[str, str]]:
-    """(folder or hub id, further arguments) by which transformers finds `source`, which may be a GGUF file."""
-    path = Path(source)
-    if path.suffix != ".gguf":
-        return source, {}
-    if importlib.util.find_spec("gguf") is None:
-        raise CannotRun(f"{path.name} is read by the package gguf, which is not installed; run pip install gguf.")
-    return str(path.parent), {"gguf_file": path.name}
 
 
 def load_model(
