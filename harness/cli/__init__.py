@@ -60,6 +60,7 @@ for command in (
     reporting.verify,
     reporting.merge,
     reporting.pack,
+    reporting.trip,
     listing.list_,
     listing.describe,
     measuring.bench,

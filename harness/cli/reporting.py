@@ -188,3 +188,21 @@ def pack(folders):
     for folder in folders:
         runs, before, after = pack_folder(folder)
         click.echo(f"{folder}: {runs} runs, {before / 1e6:.2f} MB before, {after / 1e6:.2f} MB now.", err=True)
+
+
+@click.command()
+@click.argument("run_id")
+@click.option("--results", type=WHERE, default=Path("results/runs"), show_default=True, help="Folder of records.")
+@click.option("-o", "--output", type=FILE, required=True, help="Picture to write (SVG).")
+def trip(run_id, results, output):
+    """Draw the trip of a batch through finished run RUN_ID, with its numbers: who sees examples, and what crosses."""
+    from dpft.harness.records.store import Store, atomic
+    from dpft.harness.report.trip import picture
+
+    store = Store(results)
+    record = store.read(run_id)
+    if record is None:
+        raise BadInput(f"{results} holds no run {run_id[:40]}; `dpft report {results} --csv runs.csv` lists the ids.")
+    with atomic(output) as temporary:
+        temporary.write_text(picture(record), encoding="utf-8")
+    click.echo(f"{output} was written.", err=True)
