@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import Process
 
 from dpft.harness.records.store import Store
 
@@ -222,9 +223,8 @@ def test_kill_at_any_moment_then_run_again_gives_the_same_records(dpft, small, t
     """kill -9 at three moments of three runs; what is finished stays, nothing is half-written, the end is the same."""
     command = ["run", *small, "--method", "dp-adam,dp-lora,last-layer", "--steps", "12", "--checkpoint-every", "0"]
     assert dpft(*command, "--results", tmp_path / "whole", "--quiet")[0] == 0
-    again = [sys.executable, "-m", "dpft.harness", *map(str, command)]
     for lines, pause in ((4, 0.0), (9, 0.02), (6, 0.05)):  # of some 8 a run: in the first, the second and the third
-        process = subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = Process(*command)
         for _ in range(lines):
             process.stderr.readline()
         time.sleep(pause)
@@ -239,8 +239,7 @@ def test_kill_at_any_moment_then_run_again_gives_the_same_records(dpft, small, t
 
 @pytest.mark.slow
 def test_interrupt_is_exit_code_130_without_a_traceback(small):
-    command = [sys.executable, "-m", "dpft.harness", "run", *small, "--method", "dp-adam", "--steps", "2000"]
-    process = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True)
+    process = Process("run", *small, "--method", "dp-adam", "--steps", "2000")
     for line in process.stderr:
         if "step 2/" in line:
             break
@@ -251,11 +250,8 @@ def test_interrupt_is_exit_code_130_without_a_traceback(small):
 
 @pytest.mark.slow
 def test_two_processes_at_once_share_the_work(small):
-    command = [sys.executable, "-m", "dpft.harness", "run", *small, "--method", "dp-adam,dp-lora,last-layer"]
-    both = [
-        subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    command = ["run", *small, "--method", "dp-adam,dp-lora,last-layer"]
+    both = [Process(*command) for _ in range(2)]
     (out1, err1), (out2, err2) = (process.communicate() for process in both)
     assert [process.returncode for process in both] == [0, 0], err1 + err2
     assert out1 == out2

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from forks import Process
 from small_runs import a_spec
 
-from dpft.harness import cli
 from dpft.harness.execution import local
 from dpft.harness.execution.progress import Quiet
 from dpft.harness.records import provenance
@@ -23,11 +24,10 @@ STEPS = ["--steps", "4", "--batch-size", "60", "--epsilon", "3", "--set", "eval_
 
 
 @pytest.fixture
-def command(tiny_bert, mirror, tmp_path):
+def arguments(tiny_bert, mirror, tmp_path):
     def build(folder, *more):
-        base = [sys.executable, "-m", "dpft.harness", "run", "--task", "sst2", "--model", str(tiny_bert)]
-        base += ["--data-dir", str(mirror), "--results", str(tmp_path / folder), *STEPS]
-        return [*base, "--method", "dp-adam,noise-only", "--seeds", "0,1", *more]
+        base = ["run", "--task", "sst2", "--model", tiny_bert, "--data-dir", mirror, "--results", tmp_path / folder]
+        return [*base, *STEPS, "--method", "dp-adam,noise-only", "--seeds", "0,1", *more]
 
     return build
 
@@ -41,51 +41,39 @@ def writers(folder):
     return {path.stem: path.stat().st_mtime_ns for path in folder.glob("*.json")}
 
 
-def test_two_jobs_make_what_one_makes_and_overwrite_makes_each_once(command, tmp_path, monkeypatch, capsys):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    monkeypatch.setattr(sys, "argv", ["dpft", *command("one", "--json", "--quiet")[3:]])
-    with pytest.raises(SystemExit):
-        cli.main()
-    one = capsys.readouterr().out
-    two = subprocess.run(
-        command("two", "--json", "--jobs", "2"), capture_output=True, text=True, env=environment, check=True
-    )
-    assert len(results(two.stdout)) == 4 and results(two.stdout) == results(one)
-    made_here = two.stderr.count("step 4/4")
-    assert 0 < made_here < 4, "the sibling made none, or all"
-    before = writers(tmp_path / "two")
-    again = subprocess.run(
-        command("two", "--json", "--jobs", "2", "--overwrite"),
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=True,
-    )
-    after = writers(tmp_path / "two")
-    assert all(after[key] > before[key] for key in before) and results(again.stdout) == results(one)
-    assert again.stderr.count("step 4/4") < 4, "the parent made again what the sibling had made"
+def test_two_jobs_make_again_what_one_made_and_each_run_once(arguments, tmp_path, dpft):
+    _, one, _ = dpft(*arguments("runs", "--json", "--quiet"))
+    before = writers(tmp_path / "runs")
+    command = [
+        sys.executable,
+        "-m",
+        "dpft.harness",
+        *map(str, arguments("runs", "--json", "--jobs", "2", "--overwrite")),
+    ]
+    two = subprocess.run(command, capture_output=True, text=True, check=True)  # both import, so that both get some
+    after = writers(tmp_path / "runs")
+    assert len(results(one)) == 4 and results(two.stdout) == results(one)
+    assert all(after[key] > before[key] for key in before)
+    assert 0 < two.stderr.count("step 4/4") < 4, "the sibling made none, or the parent made again what it had made"
 
 
-def test_a_killed_sibling_leaves_its_run_to_the_others(command):
-    process = subprocess.Popen(
-        command("killed", "--json", "--jobs", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 60
+def test_a_killed_sibling_leaves_its_run_to_the_others(arguments):
+    more = ["--json", "--jobs", "2", "--method", "dp-adam", "--seeds", "0,1,2,3,4", "--steps", "60"]
+    process = Process(*arguments("killed", *more))
     found = []
-    while not found and time.monotonic() < deadline:
-        found = children(process.pid)
-    time.sleep(3)
+    while not found and process.poll() is None:
+        time.sleep(0.05)
+        found = [one for one in children(process.pid) if claims(one)]
+    assert found, "no sibling had a run"
     os.kill(found[0], signal.SIGKILL)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert [status for status, *_ in results(output).values()] == ["done"] * 4
+    assert [status for status, *_ in results(output).values()] == ["done"] * 5
 
 
-def test_siblings_leave_with_a_parent_that_was_killed(command):
-    process = subprocess.Popen(
-        [*command("orphans", "--jobs", "2"), "--steps", "100000"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    while b"100000 steps" not in process.stderr.readline():
+def test_siblings_leave_with_a_parent_that_was_killed(arguments):
+    process = Process(*arguments("orphans", "--jobs", "2", "--steps", "100000"))
+    while "100000 steps" not in process.stderr.readline():
         pass
     [sibling] = children(process.pid)
     process.kill()
@@ -96,13 +84,8 @@ def test_siblings_leave_with_a_parent_that_was_killed(command):
     assert not alive(sibling), "it works on for nobody"
 
 
-def test_a_terminated_command_takes_its_siblings_with_it(command):
-    process = subprocess.Popen(
-        [*command("terminated", "--jobs", "2"), "--steps", "100000"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def test_a_terminated_command_takes_its_siblings_with_it(arguments):
+    process = Process(*arguments("terminated", "--jobs", "2", "--steps", "100000"))
     while "100000 steps" not in process.stderr.readline():
         pass
     [sibling] = children(process.pid)
@@ -121,8 +104,12 @@ def alive(pid):
 
 
 def children(pid):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(one) for one in found.stdout.split()]
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def claims(pid):
+    """Whether a process holds a lock."""
+    return any(line.split()[4] == str(pid) for line in Path("/proc/locks").read_text().splitlines() if "->" not in line)
 
 
 def test_overwrite_looks_at_no_clock(dpft, tmp_path):
