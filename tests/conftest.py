@@ -1,5 +1,6 @@
 """Small real models and data that the tests share: random weights from the architectures' own config classes."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on a network
@@ -20,6 +21,13 @@ def pytest_collection_modifyitems(items):
     together = [item for own in methods.values() for item in own]
     left, moved = iter(together), set(together)
     items[:] = [next(left) if item in moved else item for item in items]
+
+
+def pytest_collection_finish():
+    """What is imported by now is there to stay; to look at it again and again is a tenth of the suite."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 NEUTRAL = ["the", "film", "is", "was", "a", "not", "very", "plot", "cast", "and", "but", "so", "it", "story", "ending"]
@@ -117,7 +125,7 @@ def prepared_once():
     found, prepare = {}, TextClassification.prepare
 
     def once(self, data, spec, generator):
-        key = (type(self), str(vars(self)), data.fingerprint, str(data.public), spec, bytes(generator.get_state()))
+        key = (type(self), str(vars(self)), data.fingerprint, str(data.public), spec, generator.get_state().numpy().tobytes())
         if key not in found:
             found[key] = prepare(self, data, spec, generator)
         return replace(found[key], model=deepcopy(found[key].model))

@@ -239,7 +239,7 @@ def test_kill_at_any_moment_then_run_again_gives_the_same_records(dpft, small, t
 
 @pytest.mark.slow
 def test_interrupt_is_exit_code_130_without_a_traceback(small):
-    process = Process("run", *small, "--method", "dp-adam", "--steps", "2000")
+    process = Process("run", *small, "--method", "dp-adam", "--steps", "200")
     for line in process.stderr:
         if "step 2/" in line:
             break
