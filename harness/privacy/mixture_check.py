@@ -12,6 +12,7 @@ from typing import Any
 from dpft.harness.privacy.mixtures import Kinds, atoms_of
 
 MAX_CELLS = 2**22
+ZERO, ONE = -39.0, 8.5  # where a normal distribution function is 0 and 1 in double precision
 WIDTHS = 30.0  # the window holds this many standard deviations of the composed loss on either side of its mean
 
 
@@ -66,13 +67,19 @@ def _pmf(q: float, atoms: tuple[Any, Any, float], interval: float, remove: bool)
         with numpy.errstate(divide="ignore", invalid="ignore"):
             ratio = (numpy.expm1(loss if remove else -loss) + q) / q  # the likelihood ratio of one unsampled step
             base = numpy.where(ratio > 0, numpy.log(numpy.maximum(ratio, 1e-300)), -numpy.inf)
-        total = numpy.zeros(len(loss))
-        for sigma, mass in zip(sigmas, masses, strict=True):
-            at = base * sigma + 0.5 / sigma  # the noisy value, in standard deviations from the example's absence
+        total, sign = numpy.zeros(len(loss)), 1 if remove else -1
+        ends = (numpy.array([[ZERO], [ONE]]) * sign - 0.5 / sigmas + remove * numpy.array([[0], [1]]) / sigmas) / sigmas
+        first, last = numpy.searchsorted(sign * base, sign * ends)  # sign * base is sorted
+        for sigma, mass, start, stop in zip(sigmas, masses, first, last, strict=True):
+            at = (
+                base[start:stop] * sigma + 0.5 / sigma
+            )  # the noisy value, in standard deviations from the example's absence
             if remove:
-                total += mass * ((1 - q) * ndtr(at) + q * ndtr(at - 1 / sigma))
+                total[start:stop] += mass * ((1 - q) * ndtr(at) + q * ndtr(at - 1 / sigma))
+                total[stop:] += mass * ((1 - q) + q)
             else:
-                total += mass * ndtr(-at)
+                total[start:stop] += mass * ndtr(-at)
+                total[stop:] += mass
         return total
 
     half = 64
