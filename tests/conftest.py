@@ -125,7 +125,14 @@ def prepared_once():
     found, prepare = {}, TextClassification.prepare
 
     def once(self, data, spec, generator):
-        key = (type(self), str(vars(self)), data.fingerprint, str(data.public), spec, generator.get_state().numpy().tobytes())
+        key = (
+            type(self),
+            str(vars(self)),
+            data.fingerprint,
+            str(data.public),
+            spec,
+            generator.get_state().numpy().tobytes(),
+        )
         if key not in found:
             found[key] = prepare(self, data, spec, generator)
         return replace(found[key], model=deepcopy(found[key].model))

@@ -28,8 +28,8 @@ def small(tiny_bert, mirror, tmp_path):
     return Small(["--task", "sst2", "--model", tiny_bert, "--data-dir", mirror, "--results", Small.results, *SMALL])
 
 
-def test_noise_says_what_mechanisms_need_and_what_a_published_one_leaks(dpft, monkeypatch, tmp_path):
-    monkeypatch.setenv("DPFT_CACHE", str(tmp_path))
+@pytest.mark.usefixtures("noise_cache")
+def test_noise_says_what_mechanisms_need_and_what_a_published_one_leaks(dpft):
     code, out, err = dpft("noise", "--epsilon", "3", "--dimension", "50", "--json")
     assert code == 0, err
     rows = {row["mechanism"]: row["over Gaussian, d = 50"] for row in json.loads(out)}

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from small_runs import a_spec, quiet, weights
+from small_runs import a_spec, quiet, trained, weights
 from torch import nn
 
 from dpft.harness.errors import BadInput
@@ -16,12 +16,11 @@ from dpft.harness.query.queries import Gradients, Seen, Values
 from dpft.harness.query.updates import apply
 from dpft.harness.runs import registry
 from dpft.harness.runs.releases import shares
-from dpft.harness.train import loop, run
+from dpft.harness.train import run
 from dpft.harness.train.answer import Answers
 from dpft.harness.train.core import Watcher
 from dpft.harness.train.mechanism import GaussianMechanism
 from dpft.harness.train.noise import source
-from dpft.harness.train.parts import Run
 from dpft.methods.decoders.row_moments import RowAdam, Velocity
 from dpft.methods.token_table import token_table
 
@@ -43,12 +42,6 @@ class Notes(Watcher):
 
     def released(self, name, noisy):  # directions are made in place
         self.answers[name] = dataclasses.replace(noisy, tensors={n: t.clone() for n, t in noisy.tensors.items()})
-
-
-def trained(setup, observe=quiet):
-    done = Run()
-    loop.train(setup, done, observe)
-    return done
 
 
 def silent(setup, sigma=0.0):
@@ -328,9 +321,9 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(name, options, cut, more, setup_
 
     path = tmp_path / "run.ckpt"
     with pytest.raises(KeyboardInterrupt):
-        trained(dataclasses.replace(setup_of(name, path, **more), checkpoint_seconds=0.0), interrupt)
+        trained(dataclasses.replace(setup_of(name, path, **more), checkpoint_seconds=0.0), interrupt, watched=False)
     resumed, seen = setup_of(name, path, **more), []
-    again = trained(resumed, lambda step, row: seen.append(step))
+    again = trained(resumed, lambda step, row: seen.append(step), watched=False)
     assert seen[0] == cut + 1 and again.progress.curve == first.progress.curve
     assert again.progress.ledger.events == first.progress.ledger.events
     assert all(torch.equal(value, weights(whole)[n]) for n, value in weights(resumed).items())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from asking import answered, recorded
 from engine_cases import batch_for, loss, model_for
-from small_runs import a_spec, not_private, quiet, silent, stopped, trained, weights
+from small_runs import a_spec, not_private, quiet, silent, stopped, trained, unwatched, weights
 
 from dpft.harness.errors import BadInput
 from dpft.harness.runs import registry
@@ -136,9 +136,10 @@ def test_releases_of_several_steps_are_averaged_before_their_norm_is_taken():
 def test_a_run_cut_in_the_probe_resumes_bit_for_bit(setup_of, tmp_path):
     whole = setup_of("dp-sapf", **PHASES)
     made, path = trained(whole), tmp_path / "run.ckpt"
-    stopped(setup_of("dp-sapf", path, **PHASES), 4)
+    with unwatched():
+        stopped(setup_of("dp-sapf", path, **PHASES), 4)
     resumed = setup_of("dp-sapf", path, **PHASES)
-    assert trained(resumed).progress.curve == made.progress.curve
+    assert trained(resumed, watched=False).progress.curve == made.progress.curve
     assert resumed.method.selected == whole.method.selected
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(resumed).items())
 

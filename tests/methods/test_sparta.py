@@ -7,7 +7,7 @@ import torch
 from asking import answered, encodings_of, first
 from engine_cases import batch_for, clipped, loss, model_for, no_clock
 from image_cases import batch_of, model_of
-from small_runs import a_spec, not_private, quiet, silent, stopped, trained, weights
+from small_runs import a_spec, not_private, quiet, silent, stopped, trained, unwatched, weights
 
 from dpft.harness import probes
 from dpft.harness.engine import engine_class
@@ -83,7 +83,7 @@ def test_rows_that_were_not_chosen_keep_their_bits(method, optimizer, setup_of):
     more = {"optimizer": optimizer, "momentum": 0.9, "lr": 0.02}
     setup = setup_of(method, **more, **(PHASES if method in ("sparta", "oracle-rows") else {}))
     before = weights(setup)
-    trained(setup)
+    trained(setup, watched=False)
     after = weights(setup)
     for name, rows in setup.method.chosen.items():
         frozen = torch.ones(len(after[name]), dtype=torch.bool).index_fill(0, rows, False)
@@ -92,17 +92,20 @@ def test_rows_that_were_not_chosen_keep_their_bits(method, optimizer, setup_of):
     assert all(torch.equal(after[n], before[n]) for n in after if n not in setup.parameters)
 
 
-@pytest.mark.parametrize("cut", [1, 3, 4, 5])
 @pytest.mark.parametrize("more", [{"score": "absolute"}, {"optimizer": "sgd", "momentum": 0.9}])
-def test_a_run_cut_in_any_phase_resumes_bit_for_bit(cut, more, setup_of, tmp_path):
-    whole = setup_of("sparta", **PHASES, **more)
-    made, path = trained(whole), tmp_path / "run.ckpt"
-    stopped(setup_of("sparta", path, **PHASES, **more), cut + 1)
-    resumed = setup_of("sparta", path, **PHASES, **more)
-    again = trained(resumed)
-    assert again.progress.curve == made.progress.curve
-    assert again.diagnostics.selection == made.diagnostics.selection
-    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(resumed).items())
+def test_a_run_cut_in_any_phase_resumes_bit_for_bit(more, setup_of, tmp_path):
+    whole, path = setup_of("sparta", **PHASES, **more), tmp_path / "run.ckpt"
+    made = trained(whole)
+    for cut in (1, 3, 4, 5):
+        with unwatched():
+            stopped(setup_of("sparta", path, **PHASES, **more), cut + 1)
+        resumed = setup_of("sparta", path, **PHASES, **more)
+        seen = []
+        again = trained(resumed, lambda step, row, seen=seen: seen.append(step), watched=False)
+        assert seen[0] == cut + 1 and again.progress.curve == made.progress.curve
+        assert again.diagnostics.selection == made.diagnostics.selection
+        assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(resumed).items())
+        path.unlink()
 
 
 def test_moments_start_anew_after_the_selection_and_have_the_size_of_the_rows(setup_of):
@@ -229,7 +232,7 @@ def test_memory_of_a_training_step_falls_with_the_fraction(setup_of):
     peaks = {}
     for fraction in (1.0, 0.5, 0.05):
         setup = setup_of("sparta", **PHASES, trainable_fraction=fraction)
-        trained(setup)
+        trained(setup, watched=False)
         batch, maps = setup.prepared.collate(setup.prepared.train[:8]), encodings_of(setup.method, setup.parameters, 5)
         with LiveBytes(setup.clock) as live:
             sums = zero_sums(setup.parameters, maps)
