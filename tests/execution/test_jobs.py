@@ -65,6 +65,8 @@ def test_a_killed_sibling_leaves_its_run_to_the_others(arguments):
         time.sleep(0.05)
         found = [one for one in children(process.pid) if claims(one)]
     assert found, "no sibling had a run"
+    os.kill(found[0], signal.SIGSTOP)  # so that it has one still when nothing else is left
+    assert any("waiting for it" in line for line in iter(process.stderr.readline, ""))
     os.kill(found[0], signal.SIGKILL)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
