@@ -125,6 +125,7 @@ def _forked(request, descriptors, link):
     code = 70
     try:
         link.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
         for at, one in enumerate(descriptors, start=1):
             os.dup2(one, at)
             os.close(one)
