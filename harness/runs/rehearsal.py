@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput
+from dpft.harness.plugins import blame
 from dpft.harness.records.store import Store
 from dpft.harness.runs import registry
 from dpft.harness.runs.spec import RunSpec
@@ -69,8 +70,9 @@ class _Stage:
                 self._known[key] = ask(), []
             except BadInput as error:
                 self._known[key] = otherwise, [str(error)]
-            except Exception as error:  # of a library or a plug-in: the run would end with it
-                self._known[key] = otherwise, [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+            except (Exception, SystemExit) as error:  # of a library or a plug-in: the run would end with it
+                plain = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                self._known[key] = otherwise, [blame.told(error) or plain]
         return self._known[key]
 
     def needs(self, spec: RunSpec) -> tuple[list[Fetch], list[str]]:

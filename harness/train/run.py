@@ -19,6 +19,7 @@ from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import ForwardEngine, PlainEngine, zero_sums
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.errors import BadInput, CannotRun, Diverged
+from dpft.harness.plugins import blame
 from dpft.harness.plugins.contract import called
 from dpft.harness.probes import Clock, spectra
 from dpft.harness.query import fitting
@@ -98,6 +99,8 @@ def classify(error: BaseException) -> tuple[str, str]:
     for kind, status in STATUS_OF.items():
         if isinstance(error, kind):
             return status, text
+    if sentence := blame.told(error):
+        return "error", one_line(sentence)
     where = error.__traceback__
     while where is not None and where.tb_next is not None:
         where = where.tb_next
