@@ -50,7 +50,9 @@ def ended(command: Callable[[], int | None]) -> int:
         if type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):  # so click ends where nobody reads on (`| head`)
             return CLOSED
         told = blame.told(error)
-        return _say(told or f"{_place(error)} ends the program with sys.exit, which nothing may here; take that out.", BAD)
+        return _say(
+            told or f"{_place(error)} ends the program with sys.exit, which nothing may here; take that out.", BAD
+        )
     except BaseException as error:
         if sentence := blame.told(error):  # not a fault of dpft
             if os.environ.get("DPFT_DEBUG"):

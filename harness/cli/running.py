@@ -222,7 +222,8 @@ def plan(suite, overrides, data_dir, results, tries, what_if, samplers, users, a
         click.echo(json.dumps(rows, indent=1, allow_nan=False))
     else:
         click.echo(showing.grid(table(rows)))
-        for line in (*to_fetch(found.fetches), *stopped(problems, len(rows))):
+        skips = {sentence: [spec.run_id for spec in skipped] for sentence, skipped in found.skips.items()}
+        for line in (*to_fetch(found.fetches), *stopped(skips, len(rows), "be skipped"), *stopped(problems, len(rows))):
             click.echo(f"\n{line}")
     if problems:
         concerned = {run for ids in problems.values() for run in ids}

@@ -105,10 +105,10 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "releases": text} for row, text in zip(rows, said, strict=True)]
 
 
-def stopped(problems: Mapping[str, Sequence[str]], total: int) -> list[str]:
+def stopped(problems: Mapping[str, Sequence[str]], total: int, what: str = "fail") -> list[str]:
     """A line for every problem, with the ids of the runs that it stops."""
     return [
-        f"{len(runs)} of {total} runs would fail ({', '.join(runs[:SHOWN])}{', ...' if len(runs) > SHOWN else ''}): {text}"
+        f"{len(runs)} of {total} runs would {what} ({', '.join(runs[:SHOWN])}{', ...' if len(runs) > SHOWN else ''}): {text}"
         for text, runs in problems.items()
     ]
 
