@@ -47,8 +47,12 @@ def execute(
     observe: loop.Observer,
     checkpoint_path: Path | None = None,
     note: Callable[..., None] = lambda text, trouble=True: None,
+    witness: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Make one run; returns (record, curve). Only KeyboardInterrupt and the like leave as exceptions. note: as in parts.Setup."""
+    """Make one run; returns (record, curve). Only KeyboardInterrupt and the like leave as exceptions.
+
+    note, witness: as in parts.Setup.
+    """
     keep_freed_memory()
     exact_fp32()
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -62,7 +66,7 @@ def execute(
             setup = dataclasses.replace(build(spec, settings, privacy_plan, checkpoint_path), begun=begin)
             stack.callback(setup.engine.close)
             stack.callback(setup.mechanism.close)
-            loop.train(dataclasses.replace(setup, note=functools.cache(note)), made, observe)
+            loop.train(dataclasses.replace(setup, note=functools.cache(note), witness=witness), made, observe)
     except (Exception, SystemExit) as reason:  # a plug-in that calls sys.exit ends its run, not dpft
         status, error = classify(reason)
     seconds = made.cost.earlier_seconds + time.perf_counter() - begin
