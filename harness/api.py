@@ -71,9 +71,11 @@ def plan(
     import polars
 
     from dpft.harness.records.store import Store
-    from dpft.harness.runs.forecast import overview
+    from dpft.harness.runs.forecast import estimated, overview, there
 
-    rows = overview(_runs(suite, settings, data_dir, plugins), Store(Path(results)), _path(data_dir), None)
+    runs, store = _runs(suite, settings, data_dir, plugins), Store(Path(results))
+    records = there(store)
+    rows = estimated(overview(runs, store, records, _path(data_dir)), runs, records)
     flat = [{key: value for key, value in row.items() if not isinstance(value, (dict, list))} for row in rows]
     return polars.DataFrame(flat, infer_schema_length=None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import types
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -76,7 +77,10 @@ def body_of(model: nn.Module) -> nn.Module | None:
 
 def table_of(body: nn.Module | None) -> nn.Embedding | None:
     """The table of the words of such a body; None where it has none."""
-    table = body.get_input_embeddings() if hasattr(body, "get_input_embeddings") else None
+    table = None
+    if hasattr(body, "get_input_embeddings"):
+        with contextlib.suppress(NotImplementedError):  # what transformers raises of models for images
+            table = body.get_input_embeddings()
     return table if hasattr(table, "num_embeddings") else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import threading
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from dpft.harness.errors import CannotRun, first_line
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PROBE = 3.0  # seconds that the hub has to accept a connection
+PROBE = 2.5  # seconds that the hub has to answer
+GATEWAY = (502, 503, 504)  # what a proxy says where there is nobody behind it
 SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # of huggingface_hub: the cache alone is looked into
 READ = (".json", ".txt", ".model", ".safetensors", ".bin", ".jinja", ".tiktoken", ".py")  # what loaders read of a model
 WEIGHTS = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
@@ -54,8 +54,8 @@ def silent() -> str | None:
         return None
     _silenced.append(True)
     os.environ[SWITCHES[0]] = "1"
-    if "huggingface_hub" in sys.modules:
-        sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE = True
+    if "huggingface_hub.constants" in sys.modules:  # it has looked at the environment
+        sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE = True
     return f"{_endpoint()} does not answer"
 
 
@@ -68,25 +68,28 @@ def _endpoint() -> str:
 
 @cache
 def _answers(address: str) -> bool:
-    """Whether the host of a URL, or the proxy on the way to it, accepts a connection within PROBE seconds."""
-    import urllib.parse
+    """Whether what is behind a URL says anything over HTTP within PROBE seconds, through the proxy where there is one."""
+    import ssl
+    import urllib.error
     import urllib.request
+    from http.client import HTTPException
 
-    url = urllib.parse.urlsplit(address)
-    proxy = urllib.request.getproxies().get(url.scheme)
-    if proxy and not urllib.request.proxy_bypass(url.hostname or ""):
-        url = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    port = url.port or (80 if url.scheme == "http" else 443)
+    unchecked = ssl._create_unverified_context()  # nothing is sent, and what comes is not looked at
     found: list[bool] = []
 
-    def connect() -> None:
+    def ask() -> None:
         try:
-            with socket.create_connection((url.hostname, port), timeout=PROBE):
+            with urllib.request.urlopen(
+                urllib.request.Request(address, method="HEAD"), timeout=PROBE, context=unchecked
+            ):
                 found.append(True)
-        except OSError:
+        except urllib.error.HTTPError as error:
+            if error.code not in GATEWAY:
+                found.append(True)
+        except (OSError, ValueError, HTTPException):  # ValueError: HF_ENDPOINT is no URL
             pass
 
-    attempt = threading.Thread(target=connect, daemon=True)  # a thread, as looking up a name knows no time limit
+    attempt = threading.Thread(target=ask, daemon=True)  # a thread, as looking up a name knows no time limit
     attempt.start()
     attempt.join(PROBE)
     return bool(found)
@@ -94,12 +97,18 @@ def _answers(address: str) -> bool:
 
 def cached_model(name: str) -> bool:
     """Whether configuration and weights of a hub id lie in the hub's cache."""
+    return cached_config(name) and any(_cached(name, file) for file in WEIGHTS)
+
+
+def cached_config(name: str) -> bool:
+    """Whether the configuration of a hub id lies in the hub's cache."""
+    return _cached(name, "config.json")
+
+
+def _cached(name: str, file: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    def there(file: str) -> bool:
-        return isinstance(try_to_load_from_cache(name, file), str)
-
-    return there("config.json") and any(map(there, WEIGHTS))
+    return isinstance(try_to_load_from_cache(name, file), str)
 
 
 def cached_data(hub: str) -> bool:

@@ -18,10 +18,8 @@ ENGINES = {
     "reference": 20.0,
     "opacus-hooks": 4.0,
     "opacus-ghost": 1.9,
-    "fastdp": 2.7,
 }
-DEFAULT_ENGINES = (BASELINE, "factored", "opacus-hooks", "opacus-ghost", "fastdp")
-PACKAGES = {"fastdp": "fastDP"}  # imported as; not on PyPI
+DEFAULT_ENGINES = (BASELINE, "factored", "opacus-hooks", "opacus-ghost")
 START_SECONDS = 6.0  # imports and loading a model
 SECONDS_PER_TOKEN = 6e-4  # a non-private step of MiniLM-L6 on two cores; replaced by the first measurement
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 
 import click
 
-from dpft.harness.bench.cells import ENGINES, PACKAGES, SECONDS_PER_TOKEN, Job
+from dpft.harness.bench.cells import ENGINES, SECONDS_PER_TOKEN, Job
 from dpft.harness.errors import BadInput
 
 
@@ -45,7 +44,7 @@ def run_all(jobs: list[Job]) -> tuple[list[Record], bool]:
                     finished(job, None)
                     continue
                 started(job)
-                result = _missing(job) or measure(job)
+                result = measure(job)
                 if result["status"] == "bad input" and seconds_per_token is None:
                     raise BadInput(result["reason"])
                 if result["status"] != "done":
@@ -72,15 +71,8 @@ def measure(job: Job) -> dict[str, Any]:
         return {"status": status, "reason": "killed" if process.returncode == -9 else lines[-1][:500]}
 
 
-def _missing(job: Job) -> dict[str, Any] | None:
-    package = PACKAGES.get(job.engine)
-    if package is None or importlib.util.find_spec(package) is not None:
-        return None
-    return {"status": "not installed", "reason": f"there is no package {package}"}
-
-
 def _estimate(jobs: list[Job], seconds_per_token: float) -> str:
-    rest = sum(job.expected_seconds(seconds_per_token) for job in jobs if not _missing(job))
+    rest = sum(job.expected_seconds(seconds_per_token) for job in jobs)
     return f"{len(jobs)} more measurements, about {max(1, round(rest / 60))} min."
 
 
@@ -105,7 +97,7 @@ def _progress(jobs: list[Job]) -> Iterator[tuple[Callable, Callable, Callable]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     # drawn once a second: the bar shares the cores with what is measured
     with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=1) as bar:
-        costs = [0.0 if _missing(job) else job.expected_seconds(SECONDS_PER_TOKEN) for job in jobs]
+        costs = [job.expected_seconds(SECONDS_PER_TOKEN) for job in jobs]
         task = bar.add_task("starting", total=sum(costs))
         say = functools.partial(bar.console.print, markup=False, highlight=False)
 

@@ -1,8 +1,7 @@
 """One function per engine: it takes (job, model) and returns `step(microbatches)`, one whole training step.
 
 A step that can tell its phases apart has a `clock`.
-Every engine ends in the same fused AdamW. The peers are called as their own documentation says: Opacus 1.6 and fastDP
-(awslabs/fast-differential-privacy). Its ancestor private-transformers takes no model but transformers' own classes.
+Every engine ends in the same fused AdamW. The peer is called as its own documentation says: Opacus 1.6.
 """
 
 from __future__ import annotations
@@ -188,35 +187,8 @@ def _opacus_step(optimizer, loss: Callable[[Batch], object]) -> Step:
     return step
 
 
-def _fastdp(job: Job, model: nn.Module) -> Step:
-    from fastDP import PrivacyEngine
-
-    optimizer, loss = _optimizer(job, model), loss_of(job)
-    PrivacyEngine(
-        model,
-        batch_size=job.examples,
-        sample_size=1000 * job.examples,
-        epochs=1,
-        noise_multiplier=job.noise_multiplier,
-        max_grad_norm=job.clip_norm,
-        clipping_fn="Abadi",
-        clipping_mode="MixOpt",
-        clipping_style="all-layer",
-        loss_reduction="mean",
-    ).attach(optimizer)
-
-    def step(batches):
-        for batch in batches:
-            loss(model, batch).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
 PEERS: dict[str, Callable[[Job, nn.Module], Step]] = {
     "non-private": non_private_step,
     "opacus-hooks": _opacus_hooks,
     "opacus-ghost": _opacus_ghost,
-    "fastdp": _fastdp,
 }

@@ -15,6 +15,7 @@ import click
 from dpft.harness.border.values import one_line
 from dpft.harness.errors import BadInput
 from dpft.harness.execution import interrupts, jobs
+from dpft.harness.plugins import blame
 
 BAD, CRASHED, CLOSED = 2, 70, 128 + signal.SIGPIPE
 
@@ -48,8 +49,15 @@ def ended(command: Callable[[], int | None]) -> int:
     except SystemExit as error:
         if type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):  # so click ends where nobody reads on (`| head`)
             return CLOSED
-        return _say(f"{_place(error)} ends the program with sys.exit, which nothing may here; take that out.", BAD)
+        told = blame.told(error)
+        return _say(
+            told or f"{_place(error)} ends the program with sys.exit, which nothing may here; take that out.", BAD
+        )
     except BaseException as error:
+        if sentence := blame.told(error):  # not a fault of dpft
+            if os.environ.get("DPFT_DEBUG"):
+                traceback.print_exception(error)
+            return _say(sentence, BAD)
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":  # a panic of polars
             raise
         return _crashed(error)

@@ -43,6 +43,9 @@ def memory(model, methods, batch, length, precision, head, logits, more, fits, c
         return _claims(output, figures, as_json)
     if output is not None or figures is not None:
         raise BadInput("-o and --figures go with --claims; leave them out, or add --claims.")
+    from dpft.harness.memory import configs
+
+    configs.found(model)  # before torch: whoever has no network hears of it at once
     from dpft.harness.memory.largest import largest, parse_size
     from dpft.harness.memory.prediction import Question, predict
 

@@ -60,13 +60,12 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
         passed_over):  # fmt: skip
     """Make the missing runs of SUITE (a suite, a leaderboard, or --task/--method ...) and print the table."""
     from dpft.harness import engine as engines
-    from dpft.harness import report
     from dpft.harness.errors import unknown
     from dpft.harness.execution import cluster, progress
     from dpft.harness.execution import jobs as processes
     from dpft.harness.execution import local as execution
     from dpft.harness.records.store import Store
-    from dpft.harness.runs import remarks
+    from dpft.harness.runs import preparation, remarks
     from dpft.harness.runs.sources import Sources
     from dpft.harness.train.settings import Settings, pick_device
 
@@ -94,6 +93,8 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     policy = execution.Policy(retry_failed or single, overwrite, resume, _shard(shard), seen)
     sources = Sources(data_dir)
     pending = execution.pending(execution.wanted(runs, store, policy), store, policy, sources)
+    if executor == "local" and (reason := preparation.none_can_be_made(pending, data_dir)):
+        raise BadInput(reason)
     reporter = progress.reporter(len(pending), quiet)
     for text in remarks.of_changes(runs, store):
         reporter.note(text)
@@ -110,6 +111,8 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     if as_json:
         click.echo(json.dumps(records, indent=1, allow_nan=False))
     elif not (single and failed):
+        from dpft.harness import report
+
         showing.show(list(report.Report(records, store, report.Options()).parts()))
     if failed:
         click.echo(
@@ -194,7 +197,7 @@ def plan(suite, overrides, data_dir, results, tries, what_if, samplers, users, a
     """
     from dpft.harness.privacy.selection import check_tries
     from dpft.harness.records.store import Store
-    from dpft.harness.runs.forecast import overview, stopped, table, to_fetch
+    from dpft.harness.runs.forecast import estimated, overview, stopped, table, there, to_fetch
     from dpft.harness.runs.rehearsal import rehearse
 
     if tries is not None:
@@ -209,7 +212,8 @@ def plan(suite, overrides, data_dir, results, tries, what_if, samplers, users, a
         return planning.noise(runs, "--what-if" if what_if else "--samplers", data_dir, as_json)
     if users:
         return planning.users(runs, data_dir, as_json)
-    rows = overview(runs, store, data_dir, tries)
+    records = there(store)
+    rows = overview(runs, store, records, data_dir, tries)
     pending = [spec for spec, row in zip(runs, rows, strict=True) if not row["state"].startswith(("done", "skipped"))]
     found = rehearse(pending, store, data_dir)
     problems: dict[str, list[str]] = {}
@@ -218,11 +222,13 @@ def plan(suite, overrides, data_dir, results, tries, what_if, samplers, users, a
         row["problem"] = " ".join(said) or None
         for sentence in said:
             problems.setdefault(sentence, []).append(row["run"])
+    rows = estimated(rows, runs, records)
     if as_json:
         click.echo(json.dumps(rows, indent=1, allow_nan=False))
     else:
         click.echo(showing.grid(table(rows)))
-        for line in (*to_fetch(found.fetches), *stopped(problems, len(rows))):
+        skips = {sentence: [spec.run_id for spec in skipped] for sentence, skipped in found.skips.items()}
+        for line in (*to_fetch(found.fetches), *stopped(skips, len(rows), "be skipped"), *stopped(problems, len(rows))):
             click.echo(f"\n{line}")
     if problems:
         concerned = {run for ids in problems.values() for run in ids}

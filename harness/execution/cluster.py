@@ -20,7 +20,7 @@ from dpft.harness.execution.local import Policy, Reporter, collect, pending, wan
 from dpft.harness.records.store import Store, atomic
 from dpft.harness.runs.sources import Sources
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train.journal import path_of
+from dpft.harness.train import journal
 from dpft.harness.train.settings import Settings
 
 BETWEEN = 0.5  # seconds between two looks of a worker at whether it is to end
@@ -42,7 +42,8 @@ def run_all(
     GPUs and `settings.device` is not the CPU, its share of those. Joins the cluster that RAY_ADDRESS names, or starts one here.
     dpft, plug-in files and the data mirror must lie at the same paths on every node. When this process is interrupted, workers
     end their steps and send their checkpoints, from which the next command goes on; a run that its worker takes with it is
-    made again. Raises CannotRun without ray, and, when everything else has been made, for runs that were lost.
+    made again. With `settings.secure_noise` each release is counted here before a worker makes it, so that it is charged then.
+    Raises CannotRun without ray, and, when everything else has been made, for runs that were lost.
     """
     try:
         import ray
@@ -63,7 +64,7 @@ def run_all(
             stack.callback(ray.shutdown)
             share, most = _share(ray.cluster_resources(), settings.device, jobs)
             work = ray.remote(_work).options(max_retries=0, **share)
-            stop = ray.remote(_Stop).options(num_cpus=0).remote()
+            home = _beside(ray.remote(_Home)).remote()
             waiting, flying = list(claimed), {}
 
             def landed(done) -> None:
@@ -91,11 +92,16 @@ def run_all(
                 while waiting or flying:
                     while waiting and len(flying) < most:
                         spec = waiting.pop(0)
-                        kept = _read(_places(store.checkpoint_path(spec.run_id))) if policy.resume else ()
-                        flying[work.remote(spec, settings, list(plugins), share["num_cpus"], stop, kept)] = spec
+                        places = _places(store.checkpoint_path(spec.run_id))
+                        if not policy.resume:
+                            for path in places:
+                                path.unlink(missing_ok=True)
+                        counted = str(places[1].absolute())
+                        sent = _Task(spec, settings, tuple(plugins), share["num_cpus"], _read(places), counted)
+                        flying[work.remote(sent, home)] = spec
                     landed(ray.wait(list(flying), num_returns=1)[0][0])
             except KeyboardInterrupt:  # ray makes one of what a handler raises
-                stop.ask.remote()
+                home.stop.remote()
                 for done in ray.wait(list(flying), num_returns=len(flying), timeout=interrupts.GRACE)[0]:
                     landed(done)
                 interrupts.end()
@@ -129,17 +135,48 @@ def _share(resources: dict[str, float], device: str, jobs: int | None) -> tuple[
     return share, most
 
 
-class _Stop:
-    """An actor that all workers ask, between steps, whether to end."""
+def _beside(actor):
+    """An actor on the node of this process, whose disk has the results."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    return actor.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
+
+
+class _Home:
+    """An actor beside the driver: workers ask it between steps whether to end, and tell it of releases before they make them."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._stopped = False
 
-    def ask(self) -> None:
-        self._asked = True
+    def stop(self) -> None:
+        self._stopped = True
 
-    def asked(self) -> bool:
-        return self._asked
+    def stopped(self) -> bool:
+        return self._stopped
+
+    def count(self, path: str) -> None:
+        """One release of a run whose journal is at `path`; on disk when this returns."""
+        journal.note(Path(path))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a worker is sent for one run.
+
+    Attributes:
+        threads: that it may use.
+        kept: of an earlier command, to go on from: contents of its `_places`.
+        journal: where the driver's node counts its releases.
+    """
+
+    spec: RunSpec
+    settings: Settings
+    plugins: tuple[str, ...]
+    threads: int
+    kept: tuple[bytes, ...]
+    journal: str
 
 
 @dataclass(frozen=True)
@@ -152,8 +189,8 @@ class _Sent:
     notes: list[str]
 
 
-def _work(spec: RunSpec, settings: Settings, plugins: list[str], threads: int, stop, kept: tuple[bytes, ...]) -> _Sent:
-    """One run on a worker, which keeps its process for others. kept: of an earlier command, to go on from."""
+def _work(task: _Task, home) -> _Sent:
+    """One run on a worker, which keeps its process for others. home: the actor `_Home`."""
     import ray
     import torch
 
@@ -161,40 +198,46 @@ def _work(spec: RunSpec, settings: Settings, plugins: list[str], threads: int, s
     from dpft.harness.train.run import execute
     from dpft.harness.train.settings import pick_device
 
-    for plugin in plugins:
+    spec = task.spec
+    for plugin in task.plugins:
         registry.load_plugin(plugin)
-    torch.set_num_threads(threads)
-    settings = dataclasses.replace(settings, device=pick_device(settings.device))
+    torch.set_num_threads(task.threads)
+    settings = dataclasses.replace(task.settings, device=pick_device(task.settings.device))
     notes, looked = [], time.monotonic()
 
     def observe(step: int, row: dict[str, Any]) -> None:
         nonlocal looked
         if time.monotonic() - looked > BETWEEN:
             looked = time.monotonic()
-            if ray.get(stop.asked.remote()):
+            if ray.get(home.stopped.remote()):
                 raise Interrupted(signal.SIGTERM)
+
+    def witness() -> None:
+        ray.get(home.count.remote(task.journal))
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{spec.run_id}.ckpt"
-        _keep(_places(path), kept)
+        _keep(_places(path), task.kept)
         try:
-            record, curve = execute(spec, settings, observe, path, lambda text, trouble=True: notes.append(text))
+            record, curve = execute(
+                spec, settings, observe, path, lambda text, trouble=True: notes.append(text), witness
+            )
         except Interrupted:
             record, curve = None, []
         return _Sent(record, curve, _read(_places(path)), notes)
 
 
 def _places(checkpoint: Path) -> tuple[Path, Path]:
-    return checkpoint, path_of(checkpoint)
+    return checkpoint, journal.path_of(checkpoint)
 
 
-def _read(paths: tuple[Path, ...]) -> tuple[bytes, ...]:
+def _read(paths: tuple[Path, Path]) -> tuple[bytes, ...]:
     return tuple(path.read_bytes() if path.exists() else b"" for path in paths)
 
 
-def _keep(paths: tuple[Path, ...], kept: tuple[bytes, ...]) -> None:
-    """Write what there is; what is empty was never there."""
-    for path, content in zip(paths, kept, strict=False):
-        if content:
+def _keep(paths: tuple[Path, Path], kept: tuple[bytes, ...]) -> None:
+    """Write what there is; what is empty was never there. A count of releases is not replaced by a lower one."""
+    for path, content in zip(paths, kept, strict=True):
+        if len(content) > (journal.releases(path) if path == paths[1] else 0):
             with atomic(path) as temporary:
                 temporary.write_bytes(content)

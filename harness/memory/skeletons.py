@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 from dpft.harness.errors import BadInput, CannotRun
+from dpft.harness.memory import configs
 from dpft.harness.memory.shapes import SHAPES
 from dpft.tasks.causal import causal_model
-from dpft.tasks.hub import silent
 
 CLASSES = 2
 HEADS = ("classes", "tokens")
@@ -86,17 +86,7 @@ def _config(name: str) -> Any:
 
     if name in SHAPES:
         return transformers.AutoConfig.for_model(SHAPES[name].kind, **SHAPES[name].settings)
-    from dpft.tasks.models import ALIASES, resolve
-
-    try:
-        source = resolve(name)
-    except CannotRun as error:
-        if "called" not in str(error):
-            raise
-        from dpft.harness.errors import unknown
-
-        raise unknown("model", name, {*SHAPES, *ALIASES}) from None
-    silent()  # a hub that does not answer is not asked again and again
+    source = configs.found(name)
     try:
         return transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 RECORDS, CURVES = "records.parquet", "curves.parquet"
 SCHEMA = 1
+TEXTS = ("string", "string_view")
+LISTS = tuple(f"list<{name}: {kind}>" for name in ("item", "element") for kind in (*TEXTS, "large_string"))
+TYPES = {"run_id": TEXTS, "record": TEXTS, "columns": LISTS, "step": ("int64",)}  # as arrow calls them, large_ or not
 
 
 class Packed:
@@ -72,7 +75,7 @@ class Packed:
         """`run_id` and these columns of all steps that were evaluated; what no curve has is null."""
         import polars
 
-        if not self._curves.path.is_file():
+        if not self._curves.opened():
             return None
         lazy = polars.scan_parquet(self._curves.path, glob=False)
         there = lazy.collect_schema().names()
@@ -98,7 +101,7 @@ class _Blocks:
         self._held: tuple[int, polars.DataFrame] | None = None
 
     def ids(self) -> list[str]:
-        if not self._open():
+        if not self.opened():
             return []
         return self.guarded(lambda: self._file.read(["run_id"])["run_id"].to_pylist())
 
@@ -106,7 +109,7 @@ class _Blocks:
         """The row group in which `run_id` is, if it is in the file; None without a file."""
         import polars
 
-        if not self._open():
+        if not self.opened():
             return None
         index = max(0, bisect.bisect_right(self._firsts, run_id) - 1)
         if self._held is None or self._held[0] != index:
@@ -114,7 +117,7 @@ class _Blocks:
             self._held = index, table
         return self._held[1]
 
-    def _open(self) -> bool:
+    def opened(self) -> bool:
         """Whether there is a file with runs in it; opened, and read anew where it is not the one that was opened."""
         import pyarrow.parquet
 
@@ -148,3 +151,6 @@ def _check_schema(path: Path, schema, columns: tuple[str, ...]) -> None:
         raise BadInput(f"{shown_path(path)} {has}; read it with the dpft that wrote it, or move it away.")
     if lacking := [name for name in columns if name not in schema.names]:
         raise BadInput(f"{shown_path(path)} is damaged (it lacks the column {lacking[0]}); get it again.")
+    for name in columns:
+        if (kind := str(schema.field(name).type).removeprefix("large_")) not in TYPES[name]:
+            raise BadInput(f"{shown_path(path)} is damaged (its column {name} is of type {kind}); get it again.")

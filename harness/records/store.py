@@ -238,7 +238,7 @@ def check_place(record: Any, run_id: str, where: str) -> None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path that replaces `path`, flushed to disk, when the block ends well.
+    """A temporary path that replaces `path`, flushed to disk, when the block ends well. An OSError names `path`.
 
     It lies in a folder of its own beside `path`, as libraries (safetensors) put temporary files of theirs beside it. While the
     folder is there, its process holds a lock in it, which ends with the process: `Store.sweep` removes what nobody holds. A lock
@@ -253,6 +253,11 @@ def atomic(path: Path) -> Iterator[Path]:
             with open(temporary, "rb") as handle:
                 os.fsync(handle.fileno())
             os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        reason = os.strerror(error.errno) if error.errno else str(error)  # of a write, which does not say of what
+        raise OSError(error.errno, reason, str(path)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -157,7 +157,7 @@ def _asked(method: str) -> list[dict[str, Any]] | str:
 
     try:
         return questions(resolve({"task": "canaries", "method": method, "batch_size": 8, "steps": 100}))
-    except Exception as reason:  # a plug-in may do anything
+    except (Exception, SystemExit) as reason:  # a plug-in may do anything
         return f"not shown: {classify(reason)[1]}"
 
 

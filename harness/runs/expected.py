@@ -30,7 +30,7 @@ SETTINGS = (
 
 
 class Expected:
-    """Estimates for the runs of one command. records: those that there are; predict: whether memory may be predicted."""
+    """Estimates for the runs of one command. records: those that there are."""
 
     def __init__(self, records: Sequence[Mapping[str, Any]]):
         costs = [(completed(record["spec"]), record) for record in records if record["cost"]["step_s"]]
@@ -39,14 +39,14 @@ class Expected:
             self._made.setdefault(_kind(other), []).append((other, record))
         self._spent = 0.0
 
-    def of(self, spec: RunSpec) -> dict[str, Any]:
+    def of(self, spec: RunSpec, predict: bool = True) -> dict[str, Any]:
         """`seconds`; `peak_bytes` of a step; `by`: the id of the run that says so, with what differs, or `prediction`; null each
-        where nothing is known.
+        where nothing is known. predict: whether memory may be predicted.
         """
         mine = spec.to_dict()
         near = min(self._made.get(_kind(mine), ()), key=lambda pair: _distance(mine, *pair), default=None)
         if near is None:
-            peak = self._predicted(spec)
+            peak = self._predicted(spec) if predict else None
             return {"seconds": None, "peak_bytes": peak, "by": None if peak is None else "prediction (memory)"}
         other, record = near
         cost, larger = record["cost"], spec.batch_size / other["batch_size"]

@@ -22,16 +22,24 @@ from dpft.tasks.hub import Fetch
 SHOWN = 5  # ids of runs in a line
 
 
+def there(store: Store) -> list[dict[str, Any]]:
+    """The records of the folder, none where it is yet to be made."""
+    return store.records() if store.folder.is_dir() else []
+
+
 def overview(
-    runs: list[RunSpec], store: Store, data_dir: Path | None, tries: float | None = None
+    runs: list[RunSpec],
+    store: Store,
+    records: Sequence[dict[str, Any]],
+    data_dir: Path | None,
+    tries: float | None = None,
 ) -> list[dict[str, Any]]:
     """One row per run; tries: also what the best of about so many such runs costs (harness/privacy/selection.py).
 
-    `releases`: the shares of the budget, by name, of every stretch of equal steps. Time and memory: runs/expected.py.
+    records: what is `there`. `releases`: the shares of the budget, by name, of every stretch of equal steps.
     """
-    records = store.records() if store.folder.is_dir() else []
     by_id = {r["run_id"]: r for r in records}
-    sources, expected = Sources(data_dir), Expected(records)
+    sources = Sources(data_dir)
     rows = []
     for spec in runs:
         record = by_id.get(spec.run_id)
@@ -43,9 +51,16 @@ def overview(
             "seed": spec.seed,
             "state": _state(record, spec, sources) if record is not None else _absent(store, spec),
         }
-        row |= _budget(spec, sources, tries) | expected.of(spec)
-        rows.append(row)
+        rows.append(row | _budget(spec, sources, tries))
     return rows
+
+
+def estimated(
+    rows: Sequence[dict[str, Any]], runs: Sequence[RunSpec], records: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows with time and memory (runs/expected.py). Of what is stopped no memory is predicted, which takes seconds."""
+    expected = Expected(records)
+    return [row | expected.of(spec, row["problem"] is None) for row, spec in zip(rows, runs, strict=True)]
 
 
 def _absent(store: Store, spec: RunSpec) -> str:
@@ -105,10 +120,10 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "releases": text} for row, text in zip(rows, said, strict=True)]
 
 
-def stopped(problems: Mapping[str, Sequence[str]], total: int) -> list[str]:
+def stopped(problems: Mapping[str, Sequence[str]], total: int, what: str = "fail") -> list[str]:
     """A line for every problem, with the ids of the runs that it stops."""
     return [
-        f"{len(runs)} of {total} runs would fail ({', '.join(runs[:SHOWN])}{', ...' if len(runs) > SHOWN else ''}): {text}"
+        f"{len(runs)} of {total} runs would {what} ({', '.join(runs[:SHOWN])}{', ...' if len(runs) > SHOWN else ''}): {text}"
         for text, runs in problems.items()
     ]
 

@@ -23,11 +23,35 @@ def lacking(runs: Sequence[RunSpec], data_dir: Path | None) -> list[Fetch]:
     return list(found.values())
 
 
+def none_can_be_made(runs: Sequence[RunSpec], data_dir: Path | None) -> str | None:
+    """Why not a single one of `runs` can be made here, where that is a hub that does not answer, in a sentence; else None.
+
+    Found without torch: whoever has no network hears of it at once. Other runs end as records, each with its own reason.
+    """
+    sentence = None
+    for spec in _apart(runs).values():
+        task = registry.task(spec.task)(spec.task_options)
+        try:
+            away = [
+                one for one in (*task.lacking(data_dir), *task.lacking_model(spec.model)) if one.source == "the hub"
+            ]
+        except Exception:  # of a plug-in, too: the run says it
+            return None
+        if not away or not (why := silent()):
+            return None
+        sentence = sentence or _cannot(away[0], why)
+    return sentence
+
+
+def _cannot(one: Fetch, why: str) -> str:
+    return f"{one.what[0].upper()}{one.what[1:]} cannot be fetched: {why}; {one.instead}."
+
+
 def fetch(fetches: Sequence[Fetch], told: Callable[[str], None]) -> None:
     """Fetch all of them; `told` hears of each before. Raises CannotRun for the first that cannot be had."""
     for one in fetches:
         if one.source == "the hub" and (why := silent()):
-            raise CannotRun(f"{one.what[0].upper()}{one.what[1:]} cannot be fetched: {why}; {one.instead}.")
+            raise CannotRun(_cannot(one, why))
         told(f"fetching {one.what} from {one.source}")
         with patient():
             one.get()

@@ -45,7 +45,7 @@ def load_plugin(path: str | Path) -> ModuleType:
         if Path(module.__file__).resolve() == path.resolve():
             return module
     module = loading.imported(path)
-    loading.classes(module, _bases())
+    loading.classes(module, bases())
     _PLUGINS.append(module)
     forget()
     return module
@@ -145,13 +145,14 @@ def instance(spec: Any) -> Any:
     return made
 
 
+def bases() -> dict[type, str]:
+    """The base classes of what is registered, with what messages call them."""
+    return {_base(kind): kind for kind in KINDS}
+
+
 def _base(kind: str) -> type:
     package, name, _ = KINDS[kind]
     return getattr(importlib.import_module(f"{package}.base"), name)
-
-
-def _bases() -> dict[type, str]:
-    return {_base(kind): kind for kind in KINDS}
 
 
 @cache
@@ -164,7 +165,7 @@ def _found(kind: str) -> Found:
             if issubclass(cls, base) and "name" in vars(cls) and cls.__module__ == module.__name__:
                 _add(found, cls, kind)
     for module in _PLUGINS:
-        for cls in loading.classes(module, _bases()):
+        for cls in loading.classes(module, bases()):
             if issubclass(cls, base):
                 _add(found, cls, kind)
     for point in entry_points(group=group):

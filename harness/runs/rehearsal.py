@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.errors import BadInput
+from dpft.harness.plugins import blame
 from dpft.harness.records.store import Store
 from dpft.harness.runs import registry
 from dpft.harness.runs.spec import RunSpec
@@ -22,9 +23,11 @@ STATES = 4  # numbers kept a trained number: itself, Adam's two moments, and one
 
 @dataclass
 class Findings:
-    """problems: sentence -> the runs that it stops; fetches: what is to be fetched first, once each."""
+    """problems: sentence -> the runs that it stops; skips: a method's reason not to run -> its runs; fetches: what is to be
+    fetched first, once each."""
 
     problems: dict[str, list[RunSpec]] = field(default_factory=dict)
+    skips: dict[str, list[RunSpec]] = field(default_factory=dict)
     fetches: list[Fetch] = field(default_factory=list)
 
     def of(self, spec: RunSpec) -> list[str]:
@@ -41,7 +44,10 @@ def rehearse(runs: Iterable[RunSpec], store: Store, data_dir: Path | None) -> Fi
         found.fetches += [fetch for fetch in fetches if fetch not in found.fetches]
         if not fetches and not problems:
             trained, problems = stage.trained(spec)
-            largest = max(largest, trained)
+            if isinstance(trained, str):
+                found.skips.setdefault(trained, []).append(spec)
+            else:
+                largest = max(largest, trained)
         for sentence in problems:
             found.problems.setdefault(sentence, []).append(spec)
     if found.fetches and (why := silent()):
@@ -69,8 +75,9 @@ class _Stage:
                 self._known[key] = ask(), []
             except BadInput as error:
                 self._known[key] = otherwise, [str(error)]
-            except Exception as error:  # of a library or a plug-in: the run would end with it
-                self._known[key] = otherwise, [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+            except (Exception, SystemExit) as error:  # of a library or a plug-in: the run would end with it
+                plain = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                self._known[key] = otherwise, [blame.told(error) or plain]
         return self._known[key]
 
     def needs(self, spec: RunSpec) -> tuple[list[Fetch], list[str]]:
@@ -82,12 +89,13 @@ class _Stage:
         )
         return [*data, *model], [*bad, *worse]
 
-    def trained(self, spec: RunSpec) -> tuple[int, list[str]]:
-        """(how many numbers the method trains, 0 where that is not known; what stops it) on a model without weights."""
+    def trained(self, spec: RunSpec) -> tuple[int | str, list[str]]:
+        """(how many numbers the method trains, 0 where that is not known, or why it skips; what stops it) on a model without
+        weights."""
         settings = {key: value for key, value in spec.to_dict().items() if key not in _IRRELEVANT}
         return self._once(("method", repr(settings)), lambda: self._prepare(spec), 0)
 
-    def _prepare(self, spec: RunSpec) -> int:
+    def _prepare(self, spec: RunSpec) -> int | str:
         task = registry.task(spec.task)(spec.task_options)
         wanted = ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm)
         model, problems = self._once(("bare", *_task(spec), wanted), lambda: task.bare_model(wanted), None)
@@ -97,11 +105,15 @@ class _Stage:
             return 0
         import torch
 
+        from dpft.harness.train.hooks import check_reason
         from dpft.harness.train.public_rows import needed
 
         method, model = registry.instance(spec), copy.deepcopy(model)
-        if needed(method) or method.skip(model) is not None:
+        if needed(method):
             return 0
+        if (reason := method.skip(model)) is not None:
+            check_reason(method, reason)
+            return reason
         method.noise_multiplier = 1.0
         try:
             model = method.prepare(model, torch.Generator().manual_seed(0))

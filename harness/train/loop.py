@@ -131,6 +131,7 @@ def _book(setup: Setup, run: Run, declared: dict[str, float]) -> None:
     run.progress.ledger.append(step, sampler.sampling_probability, entries, sampler.sampling)
     if setup.secure_noise and setup.checkpoint_path is not None:
         journal.note(journal.path_of(setup.checkpoint_path))
+        setup.witness()
 
 
 def _charge_lost(setup: Setup, run: Run) -> None:

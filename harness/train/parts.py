@@ -44,6 +44,7 @@ class Setup:
         begun: when this process began with the run (time.perf_counter).
         secure_noise: no generator's state is written to disk, and a resumed run goes on with new entropy.
         note: told what the user should know, once each, with trouble=False where nothing went wrong.
+        witness: with secure_noise called before each release, beside the journal; raises where it cannot be counted.
     """
 
     spec: RunSpec
@@ -66,6 +67,7 @@ class Setup:
     checkpoint_seconds: float = 300.0
     secure_noise: bool = False
     note: Callable[..., None] = lambda text, trouble=True: None
+    witness: Callable[[], None] = lambda: None
 
     @cached_property
     def starts(self) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import ForwardEngine, PlainEngine, zero_sums
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.errors import BadInput, CannotRun, Diverged
+from dpft.harness.plugins import blame
 from dpft.harness.plugins.contract import called
 from dpft.harness.probes import Clock, spectra
 from dpft.harness.query import fitting
@@ -46,8 +47,12 @@ def execute(
     observe: loop.Observer,
     checkpoint_path: Path | None = None,
     note: Callable[..., None] = lambda text, trouble=True: None,
+    witness: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Make one run; returns (record, curve). Only KeyboardInterrupt and the like leave as exceptions. note: as in parts.Setup."""
+    """Make one run; returns (record, curve). Only KeyboardInterrupt and the like leave as exceptions.
+
+    note, witness: as in parts.Setup.
+    """
     keep_freed_memory()
     exact_fp32()
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -61,7 +66,7 @@ def execute(
             setup = dataclasses.replace(build(spec, settings, privacy_plan, checkpoint_path), begun=begin)
             stack.callback(setup.engine.close)
             stack.callback(setup.mechanism.close)
-            loop.train(dataclasses.replace(setup, note=functools.cache(note)), made, observe)
+            loop.train(dataclasses.replace(setup, note=functools.cache(note), witness=witness), made, observe)
     except (Exception, SystemExit) as reason:  # a plug-in that calls sys.exit ends its run, not dpft
         status, error = classify(reason)
     seconds = made.cost.earlier_seconds + time.perf_counter() - begin
@@ -98,6 +103,8 @@ def classify(error: BaseException) -> tuple[str, str]:
     for kind, status in STATUS_OF.items():
         if isinstance(error, kind):
             return status, text
+    if sentence := blame.told(error):
+        return "error", one_line(sentence)
     where = error.__traceback__
     while where is not None and where.tb_next is not None:
         where = where.tb_next

@@ -33,14 +33,13 @@ def test_the_command_measures_real_engines(dpft, tiny_bert, tmp_path):
     page = tmp_path / "SPEED.md"
     page.write_text("before\n" + "\n".join(table.MARKERS) + "\nafter\n")
     command = ["bench", "--model", tiny_bert, "--cells", "B4T8", "--rounds", 1, "--steps", 2, "--json", "-o", page]
-    code, out, err = dpft(*command, "--engines", "factored,opacus-ghost,fastdp")
+    code, out, err = dpft(*command, "--engines", "factored,opacus-ghost")
     assert code == 0, err
     document = json.loads(out)
     assert set(document) == {"machine", "baseline", "rows", "processes", "interrupted"}
     rows = {row["row"]: row for row in document["rows"]}
-    assert list(rows) == ["non-private", "factored", "opacus-ghost", "fastdp"]
+    assert list(rows) == ["non-private", "factored", "opacus-ghost"]
     assert rows["non-private"]["time"] == rows["non-private"]["memory"] == {"median": 1.0, "low": 1.0, "high": 1.0}
-    assert rows["fastdp"]["status"] == "not installed" and rows["fastdp"]["time"] is None
     for process in document["processes"][:3]:
         assert process["result"]["status"] == "done", process
         assert len(process["result"]["seconds"]) == 2
@@ -50,7 +49,7 @@ def test_the_command_measures_real_engines(dpft, tiny_bert, tmp_path):
     assert document["machine"]["versions"]["torch"] == torch.__version__
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
-    assert "| fastdp " in text and "not installed" in text and "1.00 / 1.00" in text
+    assert "| opacus-ghost " in text and "1.00 / 1.00" in text
 
 
 @pytest.mark.slow
@@ -202,13 +201,13 @@ def test_ratios_are_paired_within_a_round():
         record("non-private", 2, 1.0, 100, 0.5),
         record("factored", 2, 1.1, 120),
         record("factored", 3, 9.0, 120),  # interrupted: its pair is missing
-        launch.Record(Job("fastdp", "fastdp", 4, 8), {"status": "not installed", "reason": "no package"}),
+        launch.Record(Job("opacus-hooks", "opacus-hooks", 4, 8), {"status": "failed", "reason": "no memory"}),
     ]
-    plain, factored, fastdp = table.aggregate(records, "non-private")
+    plain, factored, hooks = table.aggregate(records, "non-private")
     assert plain.time == table.Spread(1.0, 1.0, 1.0) and plain.floor_share == 0.5
     assert factored.time == table.Spread(1.2, 1.1, 2.0) and factored.memory == table.Spread(1.2, 1.1, 1.5)
     assert factored.floor_share == pytest.approx(1 / 1.2) and factored.seconds == 2.6
-    assert fastdp.time is None and fastdp.status == "not installed"
+    assert hooks.time is None and hooks.status == "failed"
     machine = {"versions": dict.fromkeys(("torch", "opacus", "transformers", "dpft"), "1"), "git": None}
     text = table.markdown(records, "non-private", {**machine, "hardware": {"cpu": "abacus"}})
     assert "| 1.20 (1.10-2.00) / 1.20 | 83% " in text and "| 2.00 " in text and "abacus" in text

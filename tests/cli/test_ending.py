@@ -70,9 +70,9 @@ def test_a_fault_leaves_a_report_without_the_data_that_its_message_may_quote(dpf
         "python 3",
     ):
         assert part in text
+    monkeypatch.setenv("DPFT_DEBUG", "")  # as it is put back, what the command sets goes
     _, _, err = dpft("--debug", "list", "methods")
     assert "Traceback" in err and secret in err
-    monkeypatch.delenv("DPFT_DEBUG")
 
 
 def test_a_report_goes_where_it_can(monkeypatch, tmp_path, capsys):
@@ -111,16 +111,23 @@ def own_plugins(monkeypatch):
 
 
 @pytest.mark.usefixtures("own_plugins")
-@pytest.mark.parametrize("place", ["import", "use"])
-def test_a_plug_in_that_exits_does_not_end_dpft_with_its_code(dpft, tmp_path, place):
-    end = "import sys\nsys.exit(0)\n" if place == "import" else ""
+@pytest.mark.parametrize(
+    "ends, said",
+    [
+        ("", "quits.py does not import (line 2: it ends the program by sys.exit)"),
+        ("sys.exit(0)", "`validate` of method quits (class Quits) calls sys.exit (quits.py:10)"),
+        ("{}['gone']", "`validate` of method quits (class Quits) ends with KeyError at quits.py:10 ('gone'); mend it"),
+        ("raise GeneratorExit", "`validate` of method quits (class Quits) ends with GeneratorExit"),
+    ],
+)
+def test_a_plug_in_that_fails_is_named_and_does_not_end_dpft_with_its_code(dpft, tmp_path, ends, said):
     path = tmp_path / "quits.py"
     path.write_text(
-        f"{end}import sys\nfrom dpft.methods.base import Method\n\n\nclass Quits(Method):\n    name = 'quits'\n"
-        "    summary = 'leaves'\n\n    def validate(self, spec):\n        sys.exit(0)\n"
+        f"import sys\n{'' if ends else 'sys.exit(0)'}\nfrom dpft.methods.base import Method\n\n\nclass Quits(Method):\n"
+        f"    name = 'quits'\n    summary = 'leaves'\n    def validate(self, spec):\n        {ends or '...'}\n"
     )
     code, out, err = dpft("--plugin", path, "plan", "--task", "low-rank", "--method", "quits")
-    assert (code, out) == (2, "") and "quits.py" in err and "sys.exit" in err and len(err.splitlines()) == 1
+    assert (code, out) == (2, "") and said in err and len(err.splitlines()) == 1 and err.endswith(".\n")
 
 
 def test_a_reader_that_has_enough_ends_the_command_quietly():

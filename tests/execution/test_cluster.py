@@ -3,13 +3,14 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
-from dpft.harness.execution.cluster import _share
+from dpft.harness.execution.cluster import _keep, _places, _share
 
 STEPS = ["--steps", "2", "--batch-size", "60", "--epsilon", "3", "--set", "eval_every=2", "--set", "max_length=32"]
 
@@ -61,7 +62,19 @@ def test_a_cluster_makes_what_this_process_makes(tiny_bert, mirror, tmp_path):
     assert results(again.stdout) == results(here.stdout) and "step" not in again.stderr
 
 
+def test_a_count_of_releases_is_never_replaced_by_a_lower_one(tmp_path):
+    places = _places(tmp_path / "run.ckpt")
+    for sent, kept in (
+        ((b"one", b".."), (b"one", b"..")),
+        ((b"two", b"."), (b"two", b"..")),
+        ((b"", b"..."), (b"two", b"...")),
+    ):
+        _keep(places, sent)
+        assert tuple(path.read_bytes() for path in places) == kept
+
+
 SLOW = """
+import os
 import time
 from pathlib import Path
 
@@ -74,26 +87,52 @@ class Slow(DPAdam):
     description = "waits in every step, and says in which one it is"
 
     def step(self, ask, now):
-        (Path(__file__).parent / "now").write_text(str(now))
+        (Path(__file__).parent / "now").write_text(f"{now} {os.getpid()}")
         time.sleep(0.2)
         return super().step(ask, now)
 """
 
 
-@needs_ray
-def test_an_interrupted_driver_has_its_workers_send_checkpoints(tmp_path):
+def slow_run(tmp_path):
+    """The command, up to the folder of its results."""
     (tmp_path / "slow.py").write_text(SLOW)
     call = [sys.executable, "-m", "dpft.harness", "--plugin", str(tmp_path / "slow.py"), "run", "--task", "low-rank"]
     call += ["--model", "linear", "--method", "slow", "--epsilon", "8", "--batch-size", "64", "--steps", "40"]
-    call += ["--set", "eval_every=40", "--json", "--results"]
+    return [*call, "--set", "eval_every=40", "--json", "--results"]
+
+
+def begun(tmp_path, step):
+    """The process that takes that step or a later one, once it does."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        found = (tmp_path / "now").read_text().split() if (tmp_path / "now").exists() else ()
+        if len(found) == 2 and int(found[0]) >= step:
+            return int(found[1])
+        time.sleep(0.1)
+    raise TimeoutError
+
+
+@needs_ray
+def test_with_secure_noise_what_a_killed_worker_released_is_charged(tmp_path):
+    call = [*slow_run(tmp_path), str(tmp_path / "there"), "--executor", "ray", "--jobs", "1", "--secure-noise"]
+    with subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as first:
+        os.kill(begun(tmp_path, 5), signal.SIGKILL)
+        assert "was lost (WorkerCrashedError)" in first.stderr.read() and first.wait() == 2
+    second = subprocess.run(call, capture_output=True, text=True)
+    [found] = json.loads(second.stdout)
+    privacy = found["privacy"]
+    assert found["status"] == "done" and 5 <= privacy["steps_lost"] <= 40 and privacy["steps_run"] == 40
+    assert privacy["within_budget"] and not list((tmp_path / "there").glob("*.releases"))
+
+
+@needs_ray
+def test_an_interrupted_driver_has_its_workers_send_checkpoints(tmp_path):
+    call = slow_run(tmp_path)
     whole = subprocess.run([*call, str(tmp_path / "here")], capture_output=True, text=True)
     (tmp_path / "now").unlink()
     there = [*call, str(tmp_path / "there"), "--executor", "ray", "--jobs", "1"]
     first = subprocess.Popen(there, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 120
-    while not (tmp_path / "now").exists() and time.monotonic() < end:
-        time.sleep(0.1)
-    time.sleep(1)
+    begun(tmp_path, 5)
     first.terminate()
     assert first.wait(30) == 143, first.stderr.read()
     assert len(list((tmp_path / "there").glob("*.ckpt"))) == 1 and not list((tmp_path / "there").glob("*.json"))

@@ -117,10 +117,13 @@ def test_rows_start_as_words_of_the_vocabulary_that_the_generator_draws():
     assert table.any(), "the prompt is no view of the table"
 
 
-@pytest.mark.parametrize("kind, reason", [("vit", "no table"), ("deberta-v2", "order of tokens")])
+@pytest.mark.parametrize(
+    "kind, reason", [("vit", "no table"), ("resnet", "no table"), ("deberta-v2", "order of tokens")]
+)
 def test_models_that_cannot_take_prompts_are_skipped_with_a_reason(kind, reason):
     small = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
-    config = CONFIGS["vit"] if kind == "vit" else hf.DebertaV2Config(**small, relative_attention=True)
+    configs = {"vit": CONFIGS["vit"], "resnet": hf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])}
+    config = configs.get(kind) or hf.DebertaV2Config(**small, relative_attention=True)
     model = torch.nn.Module()
     model.encoder = hf.AutoModel.from_config(config)
     assert reason in method().skip(model)

@@ -130,6 +130,22 @@ def test_damaged_and_newer_files_are_named(copies, name):
         Store(store.folder).read(run_id), Store(store.folder).curve(run_id)
 
 
+@pytest.mark.parametrize(
+    "column, table", [("run_id", RECORDS), ("record", RECORDS), ("columns", RECORDS), ("step", CURVES)]
+)
+def test_a_column_of_another_type_is_named(copies, dpft, column, table):
+    """A number as id went through `verify` as a fault of dpft."""
+    import pyarrow.parquet
+
+    packed = copies[1].folder
+    path = packed / table
+    old = pyarrow.parquet.read_table(path)
+    other = old.set_column(old.column_names.index(column), column, pyarrow.array([0.5] * len(old)))
+    pyarrow.parquet.write_table(other.replace_schema_metadata(old.schema.metadata), path)
+    code, _, err = dpft(*(("report", packed, "--curves") if table == CURVES else ("verify", packed)))
+    assert code == 2 and err.count("\n") == 1 and f"its column {column} is of type double" in err
+
+
 def test_merge_unpacks(copies, tmp_path):
     one, two = copies
     assert merge([two.folder], tmp_path / "again") == Merged(len(one.ids()))

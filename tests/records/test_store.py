@@ -83,3 +83,10 @@ def test_a_library_may_replace_what_it_writes(store):
     assert [one.name for one in store.folder.iterdir()] == ["x.ckpt"] and (
         store.folder / "x.ckpt"
     ).read_text() == "whole"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "Detail: 28"), OSError("No space left on device (os error 28)")])
+def test_a_full_disk_is_told_with_the_file_that_it_had_no_room_for(tmp_path, error):
+    with pytest.raises(OSError, match="No space left on device") as seen, atomic(tmp_path / "a.json"):
+        raise error
+    assert seen.value.filename == str(tmp_path / "a.json") and list(tmp_path.iterdir()) == []

@@ -76,6 +76,12 @@ def test_what_a_method_cannot_do_with_a_model_is_found_without_its_weights(plan,
     assert code == 2 and "nonsense" in rows[0]["problem"]
 
 
+def test_what_a_method_would_skip_is_said_and_is_no_failure(dpft, tmp_path):
+    of = ["--model", "layers", "--batch-size", "64", "--steps", "2", "--epsilon", "1", "--results", tmp_path / "runs"]
+    code, out, _ = dpft("plan", "--task", "low-rank", "--method", "prompt,dp-sgd", *of)
+    assert code == 0 and out.count("1 of 2 runs would be skipped") == 1 and "no table of them; use dp-lora." in out
+
+
 def test_runs_that_are_done_are_not_rehearsed_and_say_what_others_should_cost(dpft, plan, tiny_bert, mirror, tmp_path):
     command = ["run", "--task", "sst2", "--model", tiny_bert, "--results", tmp_path / "runs", *SIZE]
     assert dpft(*command, "--data-dir", mirror, "--method", "last-layer", "--quiet")[0] == 0

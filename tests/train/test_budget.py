@@ -111,6 +111,21 @@ def test_a_killed_run_with_secure_noise_books_every_release_it_made(tiny_bert, s
     assert not journal.path_of(path).exists()
 
 
+def test_nothing_is_released_that_the_witness_of_secure_noise_cannot_count(tiny_bert, settings, tmp_path):
+    """Where it sits on another machine, it may be gone; what is not counted there would be forgotten with this process."""
+    one, secret = a_spec("last-layer", tiny_bert), dataclasses.replace(settings, secure_noise=True)
+    counted = []
+
+    def witness():
+        counted.append(1)
+        if len(counted) == 3:
+            raise ConnectionError("gone")
+
+    record, curve = run.execute(one, secret, lambda step, row: None, tmp_path / "run.ckpt", witness=witness)
+    assert record["status"] == "error" and "gone" in record["error"] and len(curve) == 2
+    assert len(counted) == record["privacy"]["ledger"][-1]["step_to"] == 3
+
+
 def test_a_step_outside_the_plan_is_refused(setup_of):
     setup, declared = setup_of("dp-adam"), {"gradient": 1.0}
     late = Run()
