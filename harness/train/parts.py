@@ -21,6 +21,7 @@ from dpft.harness.runs.releases import kind_starts
 from dpft.harness.runs.spec import RunSpec
 from dpft.harness.train.core import Core
 from dpft.harness.train.mechanism import Mechanism
+from dpft.harness.train.ranks import ALONE, Ranks
 from dpft.harness.train.sampling import Sampler
 from dpft.methods.base import Method
 from dpft.tasks.base import Prepared, Task
@@ -44,6 +45,7 @@ class Setup:
         begun: when this process began with the run (time.perf_counter).
         secure_noise: no generator's state is written to disk, and a resumed run goes on with new entropy.
         note: told what the user should know, once each, with trouble=False where nothing went wrong.
+        ranks: the processes that share the run.
     """
 
     spec: RunSpec
@@ -66,6 +68,7 @@ class Setup:
     checkpoint_seconds: float = 300.0
     secure_noise: bool = False
     note: Callable[..., None] = lambda text, trouble=True: None
+    ranks: Ranks = ALONE
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -89,6 +92,7 @@ class Setup:
             clip_norm,
             self.clock,
             f"Method {called(self.method)}",
+            self.ranks,
         )
 
 
