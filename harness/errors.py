@@ -20,6 +20,10 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+class RankLost(BaseException):
+    """Another process of this run is gone or does not answer (harness/train/ranks.py): nothing can be agreed on any more."""
+
+
 class CannotRun(BadInput):
     """This run cannot be made as asked (unsupported layer, missing data, unreachable budget): a typed status in a sweep."""
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 
 from dpft.harness.border.values import one_line
-from dpft.harness.errors import BadInput
-from dpft.harness.execution import interrupts, jobs
+from dpft.harness.errors import BadInput, RankLost
+from dpft.harness.execution import interrupts, jobs, launching
 from dpft.harness.plugins import blame
 
 BAD, CRASHED, CLOSED = 2, 70, 128 + signal.SIGPIPE
@@ -46,6 +46,12 @@ def ended(command: Callable[[], int | None]) -> int:
         return _say("There is not enough memory; finished runs are kept, ask for less at once and run again.", BAD)
     except KeyboardInterrupt as stop:
         return _interrupted(stop)
+    except RankLost as error:
+        return (
+            launching.LOST
+            if launching.led()
+            else _say(f"{error}; finished runs are kept, the same command continues.", BAD)
+        )
     except SystemExit as error:
         if type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):  # so click ends where nobody reads on (`| head`)
             return CLOSED
@@ -64,13 +70,14 @@ def ended(command: Callable[[], int | None]) -> int:
 
 
 def _interrupted(stop: BaseException | None) -> int:
-    """128 and the number of the signal: 130 for SIGINT, 143 for SIGTERM."""
-    if not jobs.is_sibling():  # its parent says it
+    if not (jobs.is_sibling() or launching.led()):  # its parent says it
         _say("interrupted; finished runs are kept, the same command continues.", BAD)
-    return 128 + getattr(stop, "number", signal.SIGINT)
+    return launching.code_of(stop)
 
 
 def _say(text: str, code: int) -> int:
+    if launching.silent() and code != CRASHED:
+        return code
     text = re.sub(r"\S{300,}", lambda word: f"{word[0][:60]}...", one_line(text))
     click.echo(f"dpft: {text}" + ("" if text.endswith((".", ".)", "?")) else "."), err=True)
     return code

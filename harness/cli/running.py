@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from dpft.harness.cli import contests, planning, showing
+from dpft.harness.cli import contests, planning, sharing, showing
 from dpft.harness.cli.helping import Grouped, completing
 from dpft.harness.cli.options import FINITE, Finite, Whole, skip_damaged, spec_options
 from dpft.harness.errors import BadInput
@@ -30,6 +30,9 @@ from dpft.harness.errors import BadInput
 @click.option("--shard", default="1/1", metavar="I/N", help="Make every N-th run, from the I-th.")
 @click.option(
     "--jobs", type=Whole(1, 10**4), help="Runs at once.  [default: 1; on ray as many as there are GPUs, or CPUs]"
+)
+@click.option(
+    "--ranks", type=Whole(1, 10**4), help="Processes that share each run, on CUDA with a card each.  [default: 1]"
 )
 @click.option(
     "--executor",
@@ -55,13 +58,14 @@ from dpft.harness.errors import BadInput
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON document instead of the table.")
 @skip_damaged
-def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, jobs, executor, timeout,
+@sharing.among_ranks
+def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, jobs, start, executor, timeout,
         checkpoint_every, resume, retry_failed, secure_noise, overwrite, replay, budget, quiet, as_json,
         passed_over):  # fmt: skip
     """Make the missing runs of SUITE (a suite, a leaderboard, or --task/--method ...) and print the table."""
     from dpft.harness import engine as engines
     from dpft.harness.errors import unknown
-    from dpft.harness.execution import cluster, progress
+    from dpft.harness.execution import cluster, launching, progress
     from dpft.harness.execution import jobs as processes
     from dpft.harness.execution import local as execution
     from dpft.harness.records.store import Store
@@ -83,7 +87,9 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
                 "A leaderboard makes here what its records lack; leave out --overwrite, --retry-failed, --json, --executor and "
                 "--shard."
             )
-        return _board(suite, overrides, store, settings, resume, jobs, budget, quiet)
+        return (
+            launching.launch(start) if start else _board(suite, overrides, store, settings, resume, jobs, budget, quiet)
+        )
     if budget is not None:
         raise BadInput("--budget is an option of leaderboards (`dpft list boards`); leave it out.")
     runs = _runs(suite, overrides, data_dir)
@@ -95,6 +101,8 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     pending = execution.pending(execution.wanted(runs, store, policy), store, policy, sources)
     if executor == "local" and (reason := preparation.none_can_be_made(pending, data_dir)):
         raise BadInput(reason)
+    if start and pending:
+        return launching.launch(start)
     reporter = progress.reporter(len(pending), quiet)
     for text in remarks.of_changes(runs, store):
         reporter.note(text)

@@ -49,16 +49,19 @@ def handled() -> Iterator[None]:
 
 
 @contextmanager
-def between_steps() -> Iterator[Callable[[Any], Any]]:
+def between_steps(everyones: Callable[[int], list[int]] = lambda number: [number]) -> Iterator[Callable[[Any], Any]]:
     """Around one run: gives a function that wraps its observer, so that Interrupted is raised after a step, and else at the end.
 
-    A step that takes longer than GRACE is not waited for.
+    A step that takes longer than GRACE is not waited for. everyones: told which signal has come here (0: none), says what came
+    to the other processes that share the run, so that all end after the same step.
     """
 
     def pausing(observe: Callable[..., None]) -> Callable[..., None]:
         def observed(*arguments: Any) -> None:
             observe(*arguments)
-            end()
+            if number := max(everyones(_Asked.number or 0)):
+                _Asked.number = number
+                end()
             _Asked.training = True
 
         return observed

@@ -72,11 +72,11 @@ def seen(store, run_ids: Sequence[str]) -> Stamps:
     """Stamps of the records that there were when the command was given: now, or what the process that started this one says."""
     if not is_sibling():
         return store.stamps(run_ids)
-    threading.Thread(target=_leave_with, args=(int(os.environ[PARENT]),), daemon=True).start()
+    threading.Thread(target=leave_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     return {run_id: tuple(stamp) for run_id, stamp in json.load(sys.stdin).items()}
 
 
-def _leave_with(parent: int) -> None:
+def leave_with(parent: int) -> None:
     """End this process when `parent` has ended without saying so: kill -9 tells nobody."""
     while os.getppid() == parent:
         time.sleep(LOOK)

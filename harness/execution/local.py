@@ -12,6 +12,7 @@ from dpft.harness.records.store import Store
 from dpft.harness.runs import sources as origin
 from dpft.harness.runs.sources import Sources
 from dpft.harness.runs.spec import RunSpec
+from dpft.harness.train import ranks
 from dpft.harness.train.journal import path_of
 
 
@@ -128,12 +129,13 @@ def collect(runs: Sequence[RunSpec], store: Store, made: set[str], sources: Sour
 def _make(spec: RunSpec, store: Store, settings, policy: Policy, reporter: Reporter) -> None:
     from dpft.harness.train.run import execute  # torch is imported when there is something to run
 
-    path = store.checkpoint_path(spec.run_id)
+    path, together = store.checkpoint_path(spec.run_id), ranks.here()
     store.sweep()
     if not policy.resume:
         path.unlink(missing_ok=True)
         path_of(path).unlink(missing_ok=True)
-    with interrupts.between_steps() as pausing:
+    together.everyones((spec, settings, path))  # for this the others wait, in launching.py
+    with interrupts.between_steps(together.everyones) as pausing:
         with reporter.run(spec) as observe:
             record, curve = execute(spec, settings, pausing(observe), path, reporter.note)
         store.write(record, curve)

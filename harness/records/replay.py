@@ -127,7 +127,8 @@ def differing(was: Mapping[str, Any], settings: Settings) -> list[str]:
     hardware, versions = was["hardware"], was["versions"]
     old = {"torch": versions.get("torch"), "numpy": versions.get("numpy")}
     old |= {key: hardware.get(key) for key in ("device", "cpu", "capability", "threads")}
-    new = {**platform(), "device": "cpu", "threads": _thread_count()}
+    old |= {"ranks": was["settings"].get("ranks", 1)}
+    new = {**platform(), "device": "cpu", "threads": _thread_count(), "ranks": settings.ranks}
     if old["capability"] is None:  # records older than it
         del old["capability"], new["capability"]
     new["numpy"] = now["versions"]["numpy"]

@@ -118,6 +118,7 @@ def configurations(records: Iterable[dict[str, Any]]) -> dict[str, Configuration
 
 def _run(record: dict[str, Any]) -> Run:
     source = record["provenance"]
+    ranks = source["settings"].get("ranks", 1)  # older records have one, and do not say so
     return Run(
         final=record["result"]["final"],
         steps_to_threshold=record["result"]["steps_to_threshold"],
@@ -128,7 +129,11 @@ def _run(record: dict[str, Any]) -> Run:
             **{key: source[key] for key in ("data_fingerprint", "model_fingerprint")},
         },
         censored=_censored(record["result"]),
-        hardware={**source["hardware"], **{key: source["settings"].get(key) for key in SETTINGS}},
+        hardware={
+            **source["hardware"],
+            **{key: source["settings"].get(key) for key in SETTINGS},
+            **({} if ranks == 1 else {"ranks": ranks}),
+        },
     )
 
 

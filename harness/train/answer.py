@@ -3,6 +3,7 @@
     ask(name=query, ...)
       -> the clipping rule adds this step's bound, and what it asks for itself
       -> microbatches -> engine (gradients) or forward passes (numbers) -> rows per example -> clipped -> summed
+      -> added to the sums of other processes, where several share the run (ranks.py)
       -> booked (all releases of the step, once) -> noise -> NoisySum
 
 Training, bench, memory prediction, audit, replay and golden traces all run this code; who wants to look is a `Watcher`.
@@ -68,9 +69,11 @@ class Answers:
         self._watcher.asked(amended)
         with self._watcher.passing():
             sums, found = self._sums(amended)
-        for name, query in amended.items():
+        for name in amended:
             if not found[name].finite:
                 raise Diverged("A training loss or gradient is not finite; lower lr, or look for broken examples.")
+        self._core.ranks.add(sums[name] for name in amended)
+        for name, query in amended.items():
             self._watcher.summed(name, query, sums[name], found[name])
         self.charge()
         answers = {name: self._release(name, query, sums[name]) for name, query in amended.items()}

@@ -16,6 +16,7 @@ from dpft.harness.query.encoding import Encoding
 from dpft.harness.query.noisy_sum import NoisySum
 from dpft.harness.query.queries import Bound, Gradients, Query
 from dpft.harness.train.mechanism import Mechanism
+from dpft.harness.train.ranks import ALONE, Ranks
 from dpft.methods.clipping.base import ClippingRule
 
 NOT_ASKED = Encoding(left=torch.zeros(0, dtype=torch.int64))
@@ -33,6 +34,7 @@ class Core:
         clip_norm: the run's C; infinite where nothing is clipped.
         clock: of the phases.
         asker: who asks, for messages.
+        ranks: who else has examples of the batch.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class Core:
     clip_norm: float
     clock: Any
     asker: str = "The method"
+    ranks: Ranks = ALONE
 
     @property
     def device(self) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import chain
 
 import torch
 
@@ -19,22 +20,33 @@ def evaluate(setup: Setup, run: Run, examples: int | None) -> dict[str, float]:
     """The task's metrics on the validation split, or on `examples` of it, evenly spaced: splits may be sorted."""
     start = time.perf_counter()
     model, prepared = setup.prepared.model, setup.prepared
-    metric = setup.task.make_metric()
     model.eval()
-    size = len(prepared.validation)
-    indices = spread(size, size if examples is None else examples)
+    size, lengths = len(prepared.validation), prepared.validation_lengths
+    indices = setup.ranks.share(spread(size, size if examples is None else examples), lengths)
     found = []
-    for micro in buckets(indices, prepared.validation_lengths, setup.max_tokens * 2):
+    for micro in buckets(indices, lengths, setup.max_tokens * 2):
         batch = batch_of(setup, prepared.validation, micro)
         predictions, references = setup.task.predict(model, batch)
         hooks.check_predictions(setup.task, predictions, references, len(micro))
         found += zip(micro, predictions, references, strict=True)
-    found.sort(key=lambda item: item[0])
     model.train()
-    values = metric.compute(predictions=[p for _, p, _ in found], references=[r for _, _, r in found])
-    hooks.check_metrics(setup.task, values)
+    found = sorted(chain.from_iterable(setup.ranks.everyones(found)), key=lambda item: item[0])
+
+    def of_all() -> dict[str, float]:
+        values = setup.task.make_metric().compute(
+            predictions=[p for _, p, _ in found], references=[r for _, _, r in found]
+        )
+        hooks.check_metrics(setup.task, values)
+        return {key: float(value) for key, value in values.items()}
+
+    values = setup.ranks.same(of_all)
     run.cost.eval_seconds += time.perf_counter() - start
-    return {key: float(value) for key, value in values.items()}
+    return values
+
+
+def samples(setup: Setup) -> list[dict[str, str]]:
+    """What the model writes, on the first rank."""
+    return setup.ranks.same(lambda: setup.task.samples(setup.prepared, setup.device))
 
 
 def finish(setup: Setup, run: Run) -> None:
@@ -43,12 +55,12 @@ def finish(setup: Setup, run: Run) -> None:
     run.outcome.metrics = evaluate(setup, run, None)
     run.outcome.final = run.outcome.metrics[setup.task.metric]
     start = time.perf_counter()
-    dear, run.outcome.definitions = setup.task.last_metrics(setup.prepared, setup.device)
+    dear, run.outcome.definitions = setup.ranks.same(lambda: setup.task.last_metrics(setup.prepared, setup.device))
     run.outcome.metrics |= dear
     for name, value in run.outcome.metrics.items():
         if not math.isfinite(value):
             raise Diverged(
                 f"The {name} of the trained model is {value}, which says nothing; lower lr, or mend the metric."
             )
-    run.outcome.samples["after"] = setup.task.samples(setup.prepared, setup.device)
+    run.outcome.samples["after"] = samples(setup)
     run.cost.eval_seconds += time.perf_counter() - start

@@ -14,10 +14,10 @@ from dpft.harness.errors import CannotRun, Diverged, Interrupted
 from dpft.harness.query import updates
 from dpft.harness.records import chain
 from dpft.harness.runs.releases import shares
-from dpft.harness.train import buffers, guard, hooks, journal, resuming
+from dpft.harness.train import agreeing, buffers, guard, hooks, journal, resuming
 from dpft.harness.train.answer import Answers
 from dpft.harness.train.batches import microbatches
-from dpft.harness.train.evaluation import evaluate, finish
+from dpft.harness.train.evaluation import evaluate, finish, samples
 from dpft.harness.train.parts import MEMORY_STEPS, OutOfTime, Run, Setup
 from dpft.harness.train.watching import StepWatcher
 
@@ -40,18 +40,21 @@ def train(setup: Setup, run: Run, observe: Observer) -> None:
         resuming.restore(setup, run, optimizer)
         _charge_lost(setup, run)
     if "before" not in run.outcome.samples:
-        run.outcome.samples["before"] = setup.task.samples(setup.prepared, setup.device)
+        run.outcome.samples["before"] = samples(setup)
+    agreeing.at_start(setup, run)
     saved = time.monotonic()
     setup.prepared.model.train()
     if setup.engine.needs_per_example:
         buffers.refuse_statistics(setup.prepared.model, setup.engine.batched)
     begun = progress.step
     while progress.step + progress.lost < spec.steps:
-        if setup.deadline is not None and time.monotonic() > setup.deadline:
+        if agreeing.late(setup):
             resuming.keep(setup, run, optimizer)
             raise OutOfTime(f"The run passed its time limit at step {progress.step} of {spec.steps}.")
-        row = _measured_step(setup, run, optimizer, setup.sampler.sample(), begun)
+        drawn = setup.ranks.share(setup.sampler.sample(), setup.prepared.train_lengths)
+        row = _measured_step(setup, run, optimizer, drawn, begun)
         progress.step += 1
+        agreeing.after_step(setup, run, row)
         if progress.step % spec.eval_every == 0 or progress.step + progress.lost == spec.steps:
             row["metric"] = evaluate(setup, run, spec.eval_examples)[setup.task.metric]
         progress.curve.append(row)
@@ -129,7 +132,7 @@ def _book(setup: Setup, run: Run, declared: dict[str, float]) -> None:
         raise RuntimeError(f"Step {step} is outside the certified plan.")
     entries, sampler = setup.mechanism.entries(declared), setup.sampler
     run.progress.ledger.append(step, sampler.sampling_probability, entries, sampler.sampling)
-    if setup.secure_noise and setup.checkpoint_path is not None:
+    if setup.secure_noise and setup.checkpoint_path is not None and setup.ranks.first:
         journal.note(journal.path_of(setup.checkpoint_path))
         setup.witness()
 

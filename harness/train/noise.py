@@ -26,6 +26,7 @@ import numpy
 import torch
 
 from dpft.harness.train.old_noise import LegacyStream
+from dpft.harness.train.ranks import ALONE, Ranks
 
 PIECE = 1 << 18  # numbers of a piece on a CPU, part of what stream 2 is; each piece costs some twenty calls
 DEVICE_PIECE = 1 << 22  # on a GPU every piece costs some launches, and some buffers in float64
@@ -158,9 +159,9 @@ def source(device: str | torch.device, *key: object, version: int = 2) -> Source
     return KeyStream(_digest(key)) if torch.device(device).type == "cpu" else DeviceStream(stream(device, *key))
 
 
-def secret_source() -> KeyStream:
-    """A stream with 256 bits of the operating system's entropy as its key, which is kept nowhere else."""
-    return KeyStream(os.urandom(32))
+def secret_source(ranks: Ranks = ALONE) -> KeyStream:
+    """A stream with 256 bits of the operating system's entropy as its key, which is kept nowhere else; on all ranks the same."""
+    return KeyStream(ranks.same(lambda: os.urandom(32)))
 
 
 def stream(device: str | torch.device, *key: object) -> torch.Generator:

@@ -21,6 +21,7 @@ from dpft.harness.runs.releases import kind_starts
 from dpft.harness.runs.spec import RunSpec
 from dpft.harness.train.core import Core
 from dpft.harness.train.mechanism import Mechanism
+from dpft.harness.train.ranks import ALONE, Ranks
 from dpft.harness.train.sampling import Sampler
 from dpft.methods.base import Method
 from dpft.tasks.base import Prepared, Task
@@ -45,6 +46,7 @@ class Setup:
         secure_noise: no generator's state is written to disk, and a resumed run goes on with new entropy.
         note: told what the user should know, once each, with trouble=False where nothing went wrong.
         witness: with secure_noise called before each release, beside the journal; raises where it cannot be counted.
+        ranks: the processes that share the run.
     """
 
     spec: RunSpec
@@ -68,6 +70,7 @@ class Setup:
     secure_noise: bool = False
     note: Callable[..., None] = lambda text, trouble=True: None
     witness: Callable[[], None] = lambda: None
+    ranks: Ranks = ALONE
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -91,6 +94,7 @@ class Setup:
             clip_norm,
             self.clock,
             f"Method {called(self.method)}",
+            self.ranks,
         )
 
 

@@ -24,7 +24,7 @@ COMPUTING = (*(f"harness/{room}" for room in ("engine", "privacy", "probes", "qu
 
 def keep(setup: Setup, run: Run, optimizer) -> None:
     """Write a checkpoint where one is wanted; a run is worth more than its checkpoint, so a full disk is no failure."""
-    if setup.checkpoint_path is not None:
+    if setup.checkpoint_path is not None and setup.ranks.first:
         try:
             _save(setup, run, optimizer)
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:

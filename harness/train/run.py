@@ -30,7 +30,7 @@ from dpft.harness.records.schema import SCHEMA
 from dpft.harness.runs import registry, users
 from dpft.harness.runs.plan import PrivacyPlan, plan
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import by_user, hooks, loop, public_rows, sections
+from dpft.harness.train import by_user, hooks, loop, public_rows, ranks, sections
 from dpft.harness.train.core import encodings_of
 from dpft.harness.train.mechanism import Mechanism
 from dpft.harness.train.noise import secret_source, source, stream
@@ -55,20 +55,25 @@ def execute(
     """
     keep_freed_memory()
     exact_fp32()
+    together = ranks.here()
+    settings = dataclasses.replace(settings, ranks=together.count)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     made, status, error = Run(), "done", None
     setup = privacy_plan = files = None
     begin = time.perf_counter()
     try:
-        privacy_plan = plan(spec, settings.data_dir, lambda: release_dimension(spec, settings))
+        privacy_plan = together.same(lambda: plan(spec, settings.data_dir, lambda: release_dimension(spec, settings)))
         with contextlib.ExitStack() as stack:
             files = model_files.files_fingerprint(spec.model)
             setup = dataclasses.replace(build(spec, settings, privacy_plan, checkpoint_path), begun=begin)
             stack.callback(setup.engine.close)
             stack.callback(setup.mechanism.close)
             loop.train(dataclasses.replace(setup, note=functools.cache(note), witness=witness), made, observe)
+            together.everyones(None)  # none has failed at the very end
+    except ranks.Failed as reason:
+        status, error = reason.status, str(reason)
     except (Exception, SystemExit) as reason:  # a plug-in that calls sys.exit ends its run, not dpft
-        status, error = classify(reason)
+        status, error = together.failed(*classify(reason))
     seconds = made.cost.earlier_seconds + time.perf_counter() - begin
     record = {
         "schema": SCHEMA,
@@ -166,7 +171,7 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multip
 
 def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoint_path: Path | None) -> Setup:
     """Model, data, engine, sampler and mechanism of a run. Raises CannotRun or Skipped with one sentence."""
-    device, secure = torch.device(settings.device), settings.secure_noise
+    device, secure, together = torch.device(settings.device), settings.secure_noise, ranks.here()
     if secure and spec.bands > 1:
         raise CannotRun(
             "Noise that is correlated over steps goes on from earlier noise, which a checkpoint of secure noise must not hold; "
@@ -201,13 +206,13 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
             spec.batch_size,
             spec.task,
             spec.seed,
-            secret_source() if secure else None,
+            secret_source(together) if secure else None,
         ),
         mechanism=Mechanism(
             privacy_plan.noise,
             spec.clip_norm or 0.0,
             spec.batch_size,
-            secret_source() if secure else source(device, *key, version=spec.noise_stream),
+            secret_source(together) if secure else source(device, *key, version=spec.noise_stream),
             spec.bands,
         ),
         device=device,
@@ -217,6 +222,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
         checkpoint_path=checkpoint_path,
         checkpoint_seconds=settings.checkpoint_seconds,
         secure_noise=secure,
+        ranks=together,
     )
 
 

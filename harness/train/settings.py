@@ -16,7 +16,7 @@ MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
 class Settings:
     """max_tokens: padded tokens per microbatch, None: MAX_TOKENS of the device; timeout: seconds per run;
     checkpoint_seconds: between checkpoints. secure_noise: batches and noise from the operating system's entropy, which no
-    file holds; such a run cannot be repeated.
+    file holds; such a run cannot be repeated. ranks: processes that share the run (harness/train/ranks.py), whatever was asked.
     """
 
     data_dir: Path | None = None
@@ -26,6 +26,7 @@ class Settings:
     timeout: float | None = None
     checkpoint_seconds: float = 300.0
     secure_noise: bool = False
+    ranks: int = 1
 
 
 def keep_freed_memory() -> None:

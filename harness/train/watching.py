@@ -96,6 +96,7 @@ class StepWatcher(Watcher):
         with setup.clock.stopped(), probes.uncounted():
             batches = microbatches(setup, self._indices, self._run.progress.step)
             total = probes.gradient(setup.engine, batches)
+            setup.ranks.add([total])
         look = probes.Look(total, setup.spec.batch_size, [])
         look.by_parameter = {name: {"noisy": None} for name in total}
         return look
@@ -103,14 +104,18 @@ class StepWatcher(Watcher):
     @property
     def loss(self) -> float | None:
         """The mean loss of the step's examples, where losses were computed."""
-        losses = [t for t in self._found.losses if len(t)] if self._found is not None else []
-        return float(torch.cat(losses).mean()) if losses else None
+        losses = self._of_all([] if self._found is None else self._found.losses)
+        return float(losses.mean()) if len(losses) else None
+
+    def _of_all(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """[examples of the step], from those of each microbatch of each rank."""
+        return self._setup.ranks.joined(torch.cat(parts) if parts else torch.empty(0))
 
     def row(self) -> dict[str, Any]:
         """The columns of the curve that say what was asked and answered."""
-        over = [t for t in self._found.over if len(t)] if self._found is not None else []
+        over = self._of_all([] if self._found is None else self._found.over)
         return {
-            "clipped_fraction": float(torch.cat(over).double().mean()) if over and self._setup.private else None,
+            "clipped_fraction": float(over.double().mean()) if len(over) and self._setup.private else None,
             **dict.fromkeys(("alignment_noisy", "alignment_decoded", "snr")),
             **(self._look.row if self._look is not None else {}),
             **({"clip_norm": self._bound} if self._setup.method.rule.adaptive else {}),
