@@ -164,6 +164,9 @@ def with_head(
 ) -> nn.Module:
     """`inner` as a model of `heads`. outside: parameters beyond its encoder; fresh: those of them that are drawn anew."""
     if image:
+        for module in inner.modules():
+            if getattr(module, "mask_token", None) is not None:  # of pretraining alone (DINOv2): no image reaches it
+                module.mask_token = None
         return heads.image_classifier()(inner, fresh)
     if head == "mean":
         return heads.mean_classifier()(inner, classes)

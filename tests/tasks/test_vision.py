@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from engine_cases import check, no_clock
-from image_cases import CONFIGS, batch_of, model_of
+from image_cases import BODY, CONFIGS, batch_of, model_of
 from small_runs import quiet
 
 from dpft.harness.engine import engine_class
@@ -80,6 +80,14 @@ def test_batch_norm_is_refused_or_converted_with_its_weights(folders):
     assert all(torch.equal(m.weight, original.get_submodule(n).weight) for n, m in norms.items())
     assert model.head_parameters == ["model.classifier.1.weight", "model.classifier.1.bias"]
     assert model.model.classifier[1].out_features == 4
+
+
+def test_what_only_pretraining_masks_with_is_not_trained(tmp_path):
+    """DINOv2's mask token: no image reaches it, and a run that trained it was refused."""
+    hf.AutoModelForImageClassification.from_config(hf.Dinov2Config(**BODY, num_labels=3)).save_pretrained(tmp_path)
+    model, _ = models.load_model(str(tmp_path), "native", 3, torch.Generator(), batch_norm="refuse")
+    assert not any("mask_token" in name for name, _ in model.named_parameters())
+    check(model.double(), digits.Digits().loss, batch_of(3, 1))
 
 
 def frozen(folders):
