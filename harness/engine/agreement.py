@@ -86,13 +86,17 @@ def compare(
     losses, norms: [batch], [batch, groups], what the step found of these examples in their real microbatches.
     """
 
+    before: list[torch.Tensor] = []
+
     def ask(batch: Batch, alone: Sequence[Batch] | None) -> None:
         with undrawn(engine.parameters):
             total = RunningSums(engine.parameters, encodings)
             found = engine.accumulate(batch, total, bound, encodings)
-            # in float64 the step's own norms may be from the other side of a kink; its losses are near those here
-            step = (losses, norms if losses.dtype == found[0].dtype else None)
-            _compare(engine, batch, encodings, bound, alone, half, total.complete(), [found, step])
+            before.append(found[1])
+            # asked again in float64: the step's norms may be from the other side of a kink, where those in fp32 are, too
+            same = torch.isclose(norms, before[0], rtol=TOLERANCE, atol=0.0)
+            step = norms if found[1] is before[0] else torch.where(same, found[1], norms)
+            _compare(engine, batch, encodings, bound, alone, half, total.complete(), [found, (losses, step)])
 
     at_least_in_double(ask, engine.model, batch, alone, half)
 
@@ -132,9 +136,9 @@ def _compare(engine, batch, encodings, bound, alone, half, total: Sums, found) -
         if not (torch.isfinite(loss) and torch.isfinite(norm).all()):
             raise _disagreement(engine, "is finite in its batch and not alone")
         for losses, norms in found:
-            floor, above = _floor(engine, bound, norm, found[0][1])[0], max(tolerance, CHARGED)
+            floor, above = _floor(engine, bound, norm, norms)[0], max(tolerance, CHARGED)
             same_loss = _alike(losses[i], loss, tolerance, LEAST_LOSS)
-            if same_loss and (norms is None or _alike(norms[i], norm[0], tolerance, floor, above)):
+            if same_loss and _alike(norms[i], norm[0], tolerance, floor, above):
                 continue
             if not engine.batched and _is_random(engine, example):
                 return  # one example at a time: dropout mixes nothing, but nothing can be compared
