@@ -159,7 +159,7 @@ def baselines(world: World, rng: random.Random) -> Case:
     content, what, wrong = spoilt(json.loads(world.blessed.read_text()), rng)
     path = world.folder / "baseline.json"
     path.write_text(json.dumps(content))
-    must = wrong and "environment" not in what
+    must = wrong and "environment" not in what and not what.endswith("step_s = 'None'")  # too few steps were timed
     return Case("baselines", what, checker(world, path, "baseline"), may_accept=not must, may_say_no=True)
 
 
