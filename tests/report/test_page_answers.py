@@ -65,6 +65,19 @@ def test_the_answer_names_the_leader_the_ties_and_the_cheapest_of_them(told):
     assert verdicts["last-layer"].startswith("worse (-0.0500") and verdicts["dp-adam"] == "the baseline"
 
 
+def test_of_rows_of_one_method_none_is_both_level_and_worse(tmp_path):
+    """All rows of `users` are dp-adam's, so the best of them is leader and baseline in one."""
+    store = Store(ROOT / "results/users")
+    page.write(tmp_path / "page.html", store, store.each())
+    ((two, eight),) = (answer["lines"] for answer in unpacked(tmp_path / "page.html", "index")["answers"])
+    assert "not shown to be worse: uls, group size 8, uls, group size 2; " in two["text"]
+    assert (
+        two["evidence"].startswith("8 methods, seeds 0 to 29. Worse than it: ")
+        and "uls, group size 8" not in two["evidence"]
+    )
+    assert "Against" not in eight["evidence"]
+
+
 def test_of_two_seeds_nothing_can_be_told_and_the_page_says_how_many_could(tmp_path):
     ((line,),) = (answer["lines"] for answer in index_of(tmp_path, study(range(2)))["answers"])
     assert (

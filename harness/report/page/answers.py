@@ -28,7 +28,7 @@ def of_group(group: Group, verdicts: pairs.Verdicts | None, called: dict[str, st
     if lead is None:
         return {**found, "cannot": "Nothing can be told: no method has a rank yet.", "text": "", "evidence": None}
     cannot = None if lead.cannot is None else f"Nothing can be told: {lead.cannot}."
-    text, evidence = _sentence(group, lead, verdicts, called), _evidence(group, verdicts, called)
+    text, evidence = _sentence(group, lead, verdicts, called), _evidence(group, lead, verdicts, called)
     return {**found, "cannot": cannot, "text": text, "evidence": evidence}
 
 
@@ -75,12 +75,16 @@ def _cheapest(rows: dict[str, Row], verdicts: pairs.Verdicts | None) -> tuple[st
     return best, f"{cost(rows[best]) / cost(base):.2f} of the {what} of {base.method}"
 
 
-def _evidence(group: Group, verdicts: pairs.Verdicts | None, called: dict[str, str]) -> str:
+def _evidence(group: Group, lead: pairs.Leading, verdicts: pairs.Verdicts | None, called: dict[str, str]) -> str:
     ranked = sum(rank is not None for rank in group.ranks)
     over = f"seed{'s' if len(group.seeds) > 1 else ''} {said(group.seeds)}"
     text = f"{ranked} method{'s' if ranked > 1 else ''}, {over}."
     if verdicts is None:
         return f"{text} No verdicts: no method shares two seeds with a baseline."
+    alike = sum(row.method == verdicts.baseline.method for row in group.rows)
+    if verdicts.base == lead.first and alike > 1 and not lead.cannot:
+        # the best of several rows of one method became the baseline, and verdicts against it do not count that choice
+        return f"{text} {_told('Worse than it', [called[name] for name in lead.behind])}." if lead.behind else text
     found: dict[str, list[str]] = {}
     for name, one in verdicts.found.items():
         found.setdefault(one.verdict, []).append(called.get(name, plain(name)))
@@ -90,7 +94,7 @@ def _evidence(group: Group, verdicts: pairs.Verdicts | None, called: dict[str, s
 
 def _told(verdict: str, names: list[str]) -> str:
     """A verdict and whom it is of; names only where something was decided."""
-    if verdict not in ("better", "worse"):
+    if verdict not in ("better", "worse", "Worse than it"):
         return f"{verdict}: {len(names)} method{'s' if len(names) > 1 else ''}"
     more = f" and {len(names) - AT_MOST} more" if len(names) > AT_MOST else ""
     return f"{verdict}: {', '.join(names[:AT_MOST])}{more}"
