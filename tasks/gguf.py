@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shutil
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpft.harness.cache import cache_dir
 from dpft.harness.errors import CannotRun
+from dpft.tasks import folders
 from dpft.tasks.downloads import sha256_of
 
 if TYPE_CHECKING:
@@ -25,12 +24,13 @@ NOTE = "unpacked.json"
 
 
 def place(source: str) -> tuple[str, dict[str, str]]:
-    """(folder or hub id, further arguments) by which transformers finds `source`: of a GGUF file what was unpacked, or itself."""
+    """(folder or hub id, further arguments) by which transformers finds `source`: of a GGUF file what was unpacked, or itself.
+
+    Raises CannotRun without the package gguf, as all of this module does.
+    """
     path = Path(source)
     if path.suffix != ".gguf":
         return source, {}
-    if importlib.util.find_spec("gguf") is None:
-        raise CannotRun(f"{path.name} is read by the package gguf, which is not installed; run pip install gguf.")
     if fingerprint(source) is not None:
         return str(_folder(source)), {}
     return str(path.parent), {"gguf_file": path.name}
@@ -50,28 +50,23 @@ def keep(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     """Keep what was unpacked of `source`; where it cannot be kept, it is unpacked again next time."""
     from safetensors import SafetensorError
 
-    folder, scratch = _folder(source), None
-    with contextlib.suppress(OSError, SafetensorError):  # the disk is full, say
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-")
+    with (
+        contextlib.suppress(OSError, SafetensorError),  # the disk is full, say
+        folders.made(_folder(source), lambda: fingerprint(source) is not None) as scratch,
+    ):
         _save(model, scratch)
         tokenizer.save_pretrained(scratch)
-        note = {"weights": weights, "sizes": _sizes(Path(scratch))}
-        (Path(scratch) / NOTE).write_text(json.dumps(note), encoding="utf-8")
-        if fingerprint(source) is None:
-            forget(source)
-        os.rename(scratch, folder)  # fails where another process was first
-    if scratch is not None:
-        shutil.rmtree(scratch, ignore_errors=True)
+        note = {"weights": weights, "sizes": _sizes(scratch)}
+        (scratch / NOTE).write_text(json.dumps(note), encoding="utf-8")
 
 
-def _save(model: PreTrainedModel, folder: str) -> None:
+def _save(model: PreTrainedModel, folder: Path) -> None:
     """As `save_pretrained`, which refuses what came of a GGUF file though nothing of it is quantized any more."""
     from safetensors.torch import save_file
 
     tied = model.all_tied_weights_keys or {}
     weights = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    save_file(weights, str(Path(folder) / "model.safetensors"), {"format": "pt"})
+    save_file(weights, str(folder / "model.safetensors"), {"format": "pt"})
     config = copy.deepcopy(model.config)
     del config.quantization_config
     config.save_pretrained(folder)
@@ -93,5 +88,10 @@ def _folder(source: str) -> Path:
 @cache
 def _key(source: str, changed: int) -> str:
     """By the file's content, and by the versions that unpack it. changed: so that another file is looked at again."""
-    versions = "-".join(importlib.metadata.version(package) for package in ("transformers", "gguf"))
+    try:
+        versions = "-".join(importlib.metadata.version(package) for package in ("transformers", "gguf"))
+    except importlib.metadata.PackageNotFoundError:
+        raise CannotRun(
+            f"{Path(source).name} is read by the package gguf, which is not installed; run pip install gguf."
+        ) from None
     return f"{sha256_of(Path(source))[:16]}-{versions}"

@@ -7,15 +7,12 @@ kind of processor gives the same bits, and a record's model fingerprint says whi
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpft.harness.cache import cache_dir
 from dpft.harness.errors import CannotRun, unknown
-from dpft.tasks import model_sources
+from dpft.tasks import folders, model_sources
 from dpft.tasks.downloads import sha256_hex, sha256_of
 from dpft.tasks.handwriting import PUBLIC, of_classes
 from dpft.tasks.hub import Fetch
@@ -106,24 +103,15 @@ def _write(path: Path, recipe: str, model: nn.Module, name: str) -> None:
     from dpft.tasks.loaders import quiet
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".making-"))
-        with quiet():
-            model.save_pretrained(scratch)
-        size = MODELS[name]["image_size"]
-        form = {**FORM, "size": {"height": size, "width": size}}
-        (scratch / "preprocessor_config.json").write_text(json.dumps(form))
-        (scratch / "recipe.json").write_text(
-            json.dumps({"recipe": recipe, "sha256": sha256_of(scratch / "model.safetensors")})
-        )
-        if path.exists():  # damaged, or made meanwhile by another process
-            shutil.rmtree(path, ignore_errors=True)
-        try:
-            os.rename(scratch, path)
-        except OSError:
-            shutil.rmtree(scratch, ignore_errors=True)
-            if not _intact(path, recipe):
-                raise
+        with folders.made(path, lambda: _intact(path, recipe)) as scratch:
+            with quiet():
+                model.save_pretrained(scratch)
+            size = MODELS[name]["image_size"]
+            form = {**FORM, "size": {"height": size, "width": size}}
+            (scratch / "preprocessor_config.json").write_text(json.dumps(form))
+            (scratch / "recipe.json").write_text(
+                json.dumps({"recipe": recipe, "sha256": sha256_of(scratch / "model.safetensors")})
+            )
     except OSError as error:
         raise CannotRun(
             f"Cannot write to {path.parent} ({error.strerror}); set DPFT_CACHE to a writable folder."

@@ -1,5 +1,6 @@
 """A GGUF file is unpacked once, and again where what was kept is not what came of it."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy
 import pytest
 import torch
 
+from dpft.harness.errors import CannotRun
 from dpft.tasks import causal, gguf, models
 
 WIDTH, LAYERS, INNER, WORDS = 8, 2, 16, ["<unk>", "<s>", "</s>", "a", "b", "ab"]
@@ -94,3 +96,13 @@ def test_a_cache_that_takes_nothing_is_no_error(file, tmp_path):
     (tmp_path / "cache").write_text("in the way")
     assert causal.load(file)[1] == causal.load(file)[1]
     assert gguf.place(file)[1]
+
+
+def test_without_the_package_the_sentence_says_what_to_install(file, monkeypatch):
+    def version(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    for ask in (causal.load, models.load_tokenizer, causal.load_config):
+        with pytest.raises(CannotRun, match="tiny.gguf is read by the package gguf.*pip install gguf"):
+            ask(file)
