@@ -92,10 +92,12 @@ def compare(
         with undrawn(engine.parameters):
             total = RunningSums(engine.parameters, encodings)
             found = engine.accumulate(batch, total, bound, encodings)
+            step = norms
+            if (
+                before
+            ):  # asked again in float64: the step's may be from the other side of a kink, where those in fp32 are, too
+                step = torch.where(torch.isclose(norms, before[0], rtol=TOLERANCE, atol=0.0), found[1], norms)
             before.append(found[1])
-            # asked again in float64: the step's norms may be from the other side of a kink, where those in fp32 are, too
-            same = torch.isclose(norms, before[0], rtol=TOLERANCE, atol=0.0)
-            step = norms if found[1] is before[0] else torch.where(same, found[1], norms)
             _compare(engine, batch, encodings, bound, alone, half, total.complete(), [found, (losses, step)])
 
     at_least_in_double(ask, engine.model, batch, alone, half)

@@ -71,9 +71,8 @@ def _pmf(q: float, atoms: tuple[Any, Any, float], interval: float, remove: bool)
         ends = (numpy.array([[ZERO], [ONE]]) * sign - 0.5 / sigmas + remove * numpy.array([[0], [1]]) / sigmas) / sigmas
         first, last = numpy.searchsorted(sign * base, sign * ends)  # sign * base is sorted
         for sigma, mass, start, stop in zip(sigmas, masses, first, last, strict=True):
-            at = (
-                base[start:stop] * sigma + 0.5 / sigma
-            )  # the noisy value, in standard deviations from the example's absence
+            # the noisy value, in standard deviations from the example's absence
+            at = base[start:stop] * sigma + 0.5 / sigma
             if remove:
                 total[start:stop] += mass * ((1 - q) * ndtr(at) + q * ndtr(at - 1 / sigma))
                 total[stop:] += mass * ((1 - q) + q)

@@ -78,13 +78,15 @@ class Ranks:
 
     def share(self, indices: Sequence[int], lengths: Sequence[int]) -> Sequence[int]:
         """This rank's of `indices`, ascending: dealt longest first, each to who has the fewest tokens so far."""
+        if self.count == 1:
+            return indices
         loads, mine = [0] * self.count, []
-        for index in sorted(indices, key=lambda i: (-lengths[i], i)) if self.count > 1 else ():
+        for index in sorted(indices, key=lambda i: (-lengths[i], i)):
             least = loads.index(min(loads))
             loads[least] += max(1, lengths[index])
             if least == self.number:
                 mine.append(index)
-        return sorted(mine) if self.count > 1 else indices
+        return sorted(mine)
 
     def joined(self, own: torch.Tensor) -> torch.Tensor:
         """[n in all] of [n] on every rank."""
@@ -177,9 +179,8 @@ class Group(Ranks):
                 time.sleep(pause)
                 pause = min(2 * pause, 2e-3 if patience < FOREVER else 5e-2)
             work.wait()
-        except (
-            Exception
-        ) as error:  # of another rank, or of this one: the others are in the exchange, and would wait for it
+        except Exception as error:
+            # of another rank, or of this one: the others are in the exchange, and would wait for it
             raise RankLost(f"A rank of this run is gone ({first_line(error, longest=200)})") from error
 
 
@@ -244,9 +245,8 @@ def met(where: Place, cuda: bool) -> Iterator[Group]:
 
     global _here
     if sys.platform.startswith("linux") and where.here == where.count:
-        os.environ.setdefault(
-            "GLOO_SOCKET_IFNAME", "lo"
-        )  # words do not leave the machine, which need not know its name
+        # words do not leave the machine, which need not know its name
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     rank = {"rank": where.number, "world_size": where.count} if where.led else {}
     dist.init_process_group(backend, init_method=where.meeting, timeout=timedelta(seconds=WAIT), **rank)

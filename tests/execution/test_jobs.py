@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import Process
+from forks import Process, alive, children
 from small_runs import a_spec
 
 from dpft.harness.execution import local
@@ -95,18 +95,6 @@ def test_a_terminated_command_takes_its_siblings_with_it(arguments):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143 and err.count("interrupted; finished runs are kept") == 1, err
     assert not alive(sibling)
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def children(pid):
-    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def claims(pid):

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from forks import alive, children
 
 RUN = ["run", "--task", "low-rank", "--method", "non-private", "--steps", "100000", "--set", "eval_every=100000"]
 RUN += ["--batch-size", "64", "--ranks", "2", "--checkpoint-every", "0.2"]
@@ -29,19 +30,6 @@ def test_a_killed_rank_ends_all_with_one_sentence(tmp_path):
     said = "dpft: Rank 1 was ended by SIGKILL, so all 2 ended; finished runs are kept, the same command continues."
     assert (process.returncode, output, errors.splitlines()[1:]) == (2, "", [said])
     assert not list(tmp_path.glob("*.json"))
-
-
-def children(pid):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(one) for one in found.stdout.split()]
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def _evidence(group: Group, lead: pairs.Leading, verdicts: pairs.Verdicts | None
     alike = sum(row.method == verdicts.baseline.method for row in group.rows)
     if verdicts.base == lead.first and alike > 1 and not lead.cannot:
         # the best of several rows of one method became the baseline, and verdicts against it do not count that choice
-        return f"{text} {_told('Worse than it', [called[name] for name in lead.behind])}." if lead.behind else text
+        return f"{text} Worse than it: {_named([called[name] for name in lead.behind])}." if lead.behind else text
     found: dict[str, list[str]] = {}
     for name, one in verdicts.found.items():
         found.setdefault(one.verdict, []).append(called.get(name, plain(name)))
@@ -94,10 +94,14 @@ def _evidence(group: Group, lead: pairs.Leading, verdicts: pairs.Verdicts | None
 
 def _told(verdict: str, names: list[str]) -> str:
     """A verdict and whom it is of; names only where something was decided."""
-    if verdict not in ("better", "worse", "Worse than it"):
+    if verdict not in ("better", "worse"):
         return f"{verdict}: {len(names)} method{'s' if len(names) > 1 else ''}"
+    return f"{verdict}: {_named(names)}"
+
+
+def _named(names: list[str]) -> str:
     more = f" and {len(names) - AT_MOST} more" if len(names) > AT_MOST else ""
-    return f"{verdict}: {', '.join(names[:AT_MOST])}{more}"
+    return f"{', '.join(names[:AT_MOST])}{more}"
 
 
 def of_boards(records: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
