@@ -138,7 +138,7 @@ def _board(name, overrides, store, settings, resume, jobs, budget, quiet) -> int
 
     made, seconds = board.load(name, overrides), contests.seconds_of(budget)
     store.open_for_writing()
-    policy, sources = local.Policy(resume=resume), Sources(settings.data_dir)
+    policy, sources, compared = local.Policy(resume=resume), Sources(settings.data_dir), set()
     look = driver.looking(store)  # once: it serves the runs, the text and the count of failures
     processes.seen(store, [])  # a sibling leaves with its parent
     begin = time.time()
@@ -146,7 +146,7 @@ def _board(name, overrides, store, settings, resume, jobs, budget, quiet) -> int
         settings = dataclasses.replace(settings, device=pick_device(settings.device))
 
         def make(specs, up) -> None:
-            local.run_all(specs, store, settings, policy, progress.reporter(len(specs), quiet), sources, up)
+            local.run_all(specs, store, settings, policy, progress.reporter(len(specs), quiet), sources, up, compared)
 
         finished = contests.run(made, look, make, begin + seconds)
     if not quiet:

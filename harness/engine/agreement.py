@@ -1,6 +1,7 @@
 """Is what an engine adds to a sum what plain autograd finds of each example alone?
 
-Before the first step of every phase of a method (and of a resumed run) `check` asks it of up to ROWS examples of the real batch:
+Before the first step of every phase of a method (and of a resumed run; once for runs of a process that differ in seed, rate and
+noise alone) `check` asks it of up to ROWS examples of the real batch:
 the clipped sum as a vector, every loss and norm, and whether an example's loss depends on its company. In the steps 1, 4, 16,
 64, ... after it `compare` asks LATER examples again, and what the step itself took them for in their real microbatches. On a CPU,
 full fine-tuning of MiniLM, the first takes the time of about 150 examples of a step, the second of about 25: with batches of 256
@@ -51,8 +52,10 @@ def check(
     bound: Bound = 1.0,
     alone: Sequence[Batch] | None = None,
     half: bool = False,
-) -> None:
+) -> bool:
     """Compare the engine with plain autograd on `batch`; nothing is trained, and nothing is left changed.
+
+    False where nothing can be said, of values that are not finite: the loop deals with them.
 
     encodings, bound: those of the step, so that what is compared is what will be clipped, and takes no more room. alone:
     each example as a batch of one (with no more padding than it needs itself); default: the rows of `batch`. half: whether
@@ -64,11 +67,15 @@ def check(
     input, or when its loss or norm is another one in other company: examples left out, replaced, or in another order.
     """
 
+    told = False
+
     def ask(batch: Batch, alone: Sequence[Batch] | None) -> None:
+        nonlocal told
         with undrawn(engine.parameters), _filled(engine):
-            _check(engine, batch, encodings, bound, alone, half)
+            told = _check(engine, batch, encodings, bound, alone, half)
 
     at_least_in_double(ask, engine.model, batch, alone, half)
+    return told
 
 
 def compare(
@@ -103,15 +110,15 @@ def compare(
     at_least_in_double(ask, engine.model, batch, alone, half)
 
 
-def _check(engine, batch: Batch, encodings, bound: Bound, alone, half: bool) -> None:
+def _check(engine, batch: Batch, encodings, bound: Bound, alone, half: bool) -> bool:
     total, engine.agreed = RunningSums(engine.parameters, encodings), True  # `agree` asks less
     losses, norms = engine.accumulate(batch, total, bound, encodings)
     if not (torch.isfinite(losses).all() and torch.isfinite(norms).all()):
-        return  # the loop deals with it
+        return False
     _compare(engine, batch, encodings, bound, alone, half, total.complete(), [(losses, norms)])
     del total
     if not engine.batched:
-        return
+        return True
     where = depends_on_others(engine, batch)
     if where is not None:
         raise CannotRun(
@@ -124,6 +131,7 @@ def _check(engine, batch: Batch, encodings, bound: Bound, alone, half: bool) -> 
             floor = _floor(engine, bound, before[places], before) if what == "gradient" else LEAST_LOSS
             if not _alike(after[kept], before[places], _tolerance(half), floor):
                 raise _disagreement(engine, f"has another {what} when the others of its batch are exchanged")
+    return True
 
 
 def _compare(engine, batch, encodings, bound, alone, half, total: Sums, found) -> None:

@@ -82,9 +82,9 @@ def _serve(group: ranks.Group) -> None:
     from dpft.harness.train.run import execute
 
     while (wanted := group.everyones(None, ranks.FOREVER)[0]) is not None:
-        spec, settings, checkpoint_path = wanted
+        spec, settings, checkpoint_path, compared = wanted
         with interrupts.between_steps(group.everyones) as pausing:
-            execute(spec, settings, pausing(lambda step, row: None), checkpoint_path)
+            execute(spec, settings, pausing(lambda step, row: None), checkpoint_path, compared=compared)
 
 
 def code_of(stop: KeyboardInterrupt) -> int:

@@ -86,10 +86,13 @@ def run_all(
     reporter: Reporter,
     sources: Sources | None = None,
     up: Callable[[], bool] = lambda: False,
+    compared: set[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Make what is pending of `runs`; returns the records of all of them, in order.
 
     up: asked before each run; once it is true no other is begun, and the records are those that are there.
+
+    compared: what earlier calls have compared with autograd (train/guard.py); runs of one kind are compared once.
 
     A run that another process is making is left to the end and waited for. A run that fails is a record with a
     status, and the others go on. An interrupt ends the run in flight after its step, with a checkpoint (interrupts.py).
@@ -99,7 +102,7 @@ def run_all(
     sources = sources or Sources(settings.data_dir)
     runs = wanted(runs, store, policy)
     todo = pending(runs, store, policy, sources)
-    elsewhere, made = [], set()
+    elsewhere, made, compared = [], set(), set() if compared is None else compared
     for spec in todo:
         if up():
             return collect([spec for spec in runs if store.read(spec.run_id) is not None], store, made, sources)
@@ -107,13 +110,13 @@ def run_all(
             if not mine:
                 elsewhere.append(spec)
             elif is_pending(store, spec, policy):  # another process may have made it meanwhile
-                _make(spec, store, settings, policy, reporter)
+                _make(spec, store, settings, policy, reporter, compared)
                 made.add(spec.run_id)
     for spec in elsewhere:
         reporter.note(f"{spec.label()} is being made by another process; waiting for it.")
         with store.claim(spec.run_id, wait=True):
             if store.read(spec.run_id) is None:  # the other process died
-                _make(spec, store, settings, policy, reporter)
+                _make(spec, store, settings, policy, reporter, compared)
                 made.add(spec.run_id)
     return collect(runs, store, made, sources)
 
@@ -126,7 +129,7 @@ def collect(runs: Sequence[RunSpec], store: Store, made: set[str], sources: Sour
     return records
 
 
-def _make(spec: RunSpec, store: Store, settings, policy: Policy, reporter: Reporter) -> None:
+def _make(spec: RunSpec, store: Store, settings, policy: Policy, reporter: Reporter, compared: set[str]) -> None:
     from dpft.harness.train.run import execute  # torch is imported when there is something to run
 
     path, together = store.checkpoint_path(spec.run_id), ranks.here()
@@ -134,10 +137,10 @@ def _make(spec: RunSpec, store: Store, settings, policy: Policy, reporter: Repor
     if not policy.resume:
         path.unlink(missing_ok=True)
         path_of(path).unlink(missing_ok=True)
-    together.everyones((spec, settings, path))  # for this the others wait, in launching.py
+    together.everyones((spec, settings, path, compared))  # for this the others wait, in launching.py
     with interrupts.between_steps(together.everyones) as pausing:
         with reporter.run(spec) as observe:
-            record, curve = execute(spec, settings, pausing(observe), path, reporter.note)
+            record, curve = execute(spec, settings, pausing(observe), path, reporter.note, compared=compared)
         store.write(record, curve)
         reporter.finished(record)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,16 +35,30 @@ def rehearse(setup: Setup, run: Run, indices: Sequence[int], queries: dict[str, 
         note_peak(setup, run)
     with setup.clock.stopped(), probes.uncounted():
         before = buffers.fingerprint(setup.prepared.model, _owners(setup))
-        for query in queries.values():
+        for name, query in queries.items():
             if isinstance(query, Gradients) and setup.engine.needs_per_example:
-                bound = setup.core.bound(query)
-                with setup.engine.under(query.loss):
-                    agreement.check(setup.engine, batch, _encodings(setup, query), bound, alone, _half(setup))
+                _compare_once(setup, run, name, query, batch, alone)
         one_by_one(setup, queries, batch)
         changed = buffers.changed(before, setup.prepared.model, _owners(setup))
         _refuse([name for name in changed if not name.startswith("parameter")])  # weights were filled and emptied again
     if setup.device.type == "cuda":  # a later kind of step must not be measured by its check
         torch.cuda.reset_peak_memory_stats(setup.device)
+
+
+def _compare_once(setup: Setup, run: Run, name: str, query: Gradients, batch: Batch, alone: list[Batch]) -> None:
+    """agreement.check, unless this process has made it for a run that differs in seed, rate and noise alone: layers are the same.
+
+    `compare` looks at examples of every run.
+    """
+    alike = replace(setup.spec, seed=0, lr=1.0, epsilon=1.0, noise_law=None)
+    kind = f"{name} {run.progress.step} {setup.engine.name} {setup.device} {setup.max_tokens} {alike.canonical()}"
+    if setup.compared is not None and kind in setup.compared:
+        return
+    with setup.engine.under(query.loss):
+        encodings, bound = _encodings(setup, query), setup.core.bound(query)
+        told = agreement.check(setup.engine, batch, encodings, bound, alone, _half(setup))
+    if told and setup.compared is not None:
+        setup.compared.add(kind)
 
 
 def one_by_one(setup: Setup, queries: dict[str, Query], batch: Batch) -> None:

@@ -45,6 +45,7 @@ class Setup:
         begun: when this process began with the run (time.perf_counter).
         secure_noise: no generator's state is written to disk, and a resumed run goes on with new entropy.
         note: told what the user should know, once each, with trouble=False where nothing went wrong.
+        compared: kinds of steps that this process has held against autograd (guard.py), in other runs too; None: not remembered.
         witness: with secure_noise called before each release, beside the journal; raises where it cannot be counted.
         ranks: the processes that share the run.
     """
@@ -70,6 +71,7 @@ class Setup:
     secure_noise: bool = False
     note: Callable[..., None] = lambda text, trouble=True: None
     witness: Callable[[], None] = lambda: None
+    compared: set[str] | None = None
     ranks: Ranks = ALONE
 
     @cached_property

@@ -48,10 +48,11 @@ def execute(
     checkpoint_path: Path | None = None,
     note: Callable[..., None] = lambda text, trouble=True: None,
     witness: Callable[[], None] = lambda: None,
+    compared: set[str] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Make one run; returns (record, curve). Only KeyboardInterrupt and the like leave as exceptions.
 
-    note, witness: as in parts.Setup.
+    note, witness, compared: as in parts.Setup.
     """
     keep_freed_memory()
     exact_fp32()
@@ -68,7 +69,11 @@ def execute(
             setup = dataclasses.replace(build(spec, settings, privacy_plan, checkpoint_path), begun=begin)
             stack.callback(setup.engine.close)
             stack.callback(setup.mechanism.close)
-            loop.train(dataclasses.replace(setup, note=functools.cache(note), witness=witness), made, observe)
+            loop.train(
+                dataclasses.replace(setup, note=functools.cache(note), witness=witness, compared=compared),
+                made,
+                observe,
+            )
             together.everyones(None)  # none has failed at the very end
     except ranks.Failed as reason:
         status, error = reason.status, str(reason)
