@@ -53,9 +53,8 @@ def check(
     alone: Sequence[Batch] | None = None,
     half: bool = False,
 ) -> bool:
-    """Compare the engine with plain autograd on `batch`; nothing is trained, and nothing is left changed.
-
-    False where nothing can be said, of values that are not finite: the loop deals with them.
+    """Compare the engine with plain autograd on `batch`; nothing is trained, and nothing is left changed. False: values are not
+    finite, so nothing can be said, and the loop deals with them.
 
     encodings, bound: those of the step, so that what is compared is what will be clipped, and takes no more room. alone:
     each example as a batch of one (with no more padding than it needs itself); default: the rows of `batch`. half: whether
