@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpft.harness.errors import BadInput
 from dpft.harness.leaderboard.board import Arm, Board, Contest, Rules
 from dpft.harness.runs.spec import RunSpec
 from dpft.harness.statistics.sequential import LEVEL, Sequential, verdict
@@ -183,6 +184,22 @@ def failures(contest: Contest, rules: Rules, look: Look) -> int:
     found = standings(contest, rules, look)
     tried = [value for one in found for _, scores in one.tuning.scores for value in scores]
     return sum(map(math.isnan, tried)) + sum(r["status"] != "done" for one in found for r in one.records.values())
+
+
+def tested(board: Board, look: Look, most: int) -> list[str]:
+    """Run ids of the tests of the settings that tuning chose, of every contest: those with the first `most` seeds.
+
+    Raises BadInput for a board that has none yet.
+    """
+    found = [
+        one.records[seed]["run_id"]
+        for contest in board.contests
+        for one in standings(contest, board.rules, look)
+        for seed in sorted(one.records)[:most]
+    ]
+    if not found:
+        raise BadInput(f"There are no tests of leaderboard {board.name} here; make them with `dpft run {board.name}`.")
+    return found
 
 
 def _tried(one: Standing) -> int:

@@ -19,6 +19,8 @@ from typing import Any
 from dpft.harness import statistics
 from dpft.harness.errors import BadInput
 from dpft.harness.regression.baseline import Configuration, Run
+from dpft.harness.runs.registry import is_current
+from dpft.harness.runs.spec import RunSpec
 
 CODES = {"fine": 0, "not confirmed": 0, "new": 0, "regression": 1, "failed": 1}  # verdict -> exit code; any other: 2
 MAIN = "metric"
@@ -129,6 +131,21 @@ def check(
     return found + [Outcome(one.spec, "new", "not in the baseline") for one in fresh if id(one) not in explained]
 
 
+def lacking(
+    baseline: Mapping[str, Configuration], now: Mapping[str, Configuration], rule: Rule
+) -> list[dict[str, Any]]:
+    """The runs that `check` compares first and `now` lacks, of those of the baseline that this dpft can make: another version of
+    a method is another method.
+    """
+    found = []
+    for key, old in baseline.items():
+        if not is_current(RunSpec(**old.spec, seed=0)):
+            continue
+        have = now[key].runs.keys() | now[key].failed.keys() if key in now else set()
+        found += [{**old.spec, "seed": seed} for seed in rule.halves(list(old.runs))[0] if seed not in have]
+    return found
+
+
 def _setting(one: Configuration) -> str:
     return json.dumps([one.spec.get(key) for key in SETTING], sort_keys=True)
 
@@ -160,6 +177,8 @@ def _absent(old: Configuration, fresh: Sequence[Configuration]) -> Outcome:
     near = _nearest(old, fresh)
     if near is not None:
         return Outcome(old.spec, "not comparable", "; ".join(_changes(old.spec, near.spec)))
+    if not is_current(RunSpec(**old.spec, seed=0)):
+        return Outcome(old.spec, "not comparable", "the baseline is of another version of its task, method or decoder")
     seeds = tuple(sorted(old.runs))
     return Outcome(old.spec, "missing", f"no run of seeds {_span(seeds)}", missing=seeds)
 

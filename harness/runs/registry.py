@@ -145,6 +145,12 @@ def instance(spec: Any) -> Any:
     return made
 
 
+def is_current(spec: Any) -> bool:
+    """Whether task, method and decoder of a RunSpec have the versions that are registered."""
+    known = (task(spec.task).version, method(spec.method).version, decoder(spec.decoder).version)
+    return known == (spec.task_version, spec.method_version, spec.decoder_version)
+
+
 def bases() -> dict[type, str]:
     """The base classes of what is registered, with what messages call them."""
     return {_base(kind): kind for kind in KINDS}

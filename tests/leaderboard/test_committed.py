@@ -5,6 +5,7 @@ from studies import ROOT
 
 from dpft.harness.leaderboard import board, driver, state
 from dpft.harness.records.store import Store
+from dpft.harness.regression import baseline
 from dpft.harness.report import leaderboards
 from dpft.harness.runs import registry
 from dpft.tasks import halves
@@ -51,3 +52,13 @@ def test_half_of_the_verdicts_against_dp_adam_are_in(look):
 def test_every_sentence_of_results_follows_from_the_records(look):
     (text, *_) = leaderboards.answers(BOARD, look)
     assert text in (ROOT / "RESULTS.md").read_text() and text.count("\n") == len(BOARD.contests) - 1
+
+
+def test_the_committed_baseline_is_of_its_tests(dpft, tmp_path):
+    path = tmp_path / "baseline.json"
+    assert dpft("check", ROOT / "results/vision", "--baseline", path, "--board", "vision", "--bless")[0] == 0
+    assert path.read_bytes() == (ROOT / "results/baseline.json").read_bytes()
+    found = baseline.load(path)
+    assert {one.spec["split"] for one in found.values()} == {"test"}
+    assert all(set(one.runs) <= set(range(10)) for one in found.values())
+    assert {one.spec["method"] for one in found.values()} == {arm.settings["method"] for arm in BOARD.contests[0].arms}

@@ -295,19 +295,15 @@ def test_a_spoilt_run_is_damage(blessed, dpft, change):
     assert code == 2 and "is damaged" in err
 
 
-def test_the_workflow_of_the_documents_runs(clean, dpft, blessed, tmp_path, monkeypatch):
-    """Its two commands, as written, in a folder with a suite and a baseline; the runs are there already."""
+def test_the_workflow_of_the_documents_runs(blessed, dpft, tmp_path, monkeypatch):
+    """Its command, as written, in a folder with a baseline and nothing else."""
     page = (Path(__file__).parents[2] / "docs/regression.md").read_text()
     (workflow,) = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
-    commands = [step["run"] for step in workflow["jobs"]["check"]["steps"] if step.get("run", "").startswith("dpft")]
-    run, check = (command.partition(" >> ")[0].split()[1:] for command in commands)
-    settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in {**SIZE, "seed": SEEDS}.items())
-    (tmp_path / "suite.toml").write_text(f'[mine.base]\n{settings}\n[[mine.arms]]\nmethod = "dp-sgd"\n')
+    (check,) = [s["run"] for s in workflow["jobs"]["check"]["steps"] if s.get("run", "").startswith("dpft")]
     (tmp_path / "results").mkdir()
-    (tmp_path / "results/runs").symlink_to(clean["dp-sgd"])
+    blessed.rename(tmp_path / "results/baseline.json")
     monkeypatch.chdir(tmp_path)
-    assert dpft(*run)[0] == 0
-    code, out, err = dpft(*check)
+    code, out, err = dpft(*check.partition(" >> ")[0].split()[1:])
     assert code == 0 and "| fine" in out, out + err
 
 
@@ -404,3 +400,41 @@ def test_golden_is_blessed_and_checked_by_command(dpft, tmp_path, monkeypatch):
     spoil(path, lambda d: d["traces"]["dp-sgd"]["loss"].pop())
     code, _, err = dpft("check", "--golden", "--baseline", path, "--quiet")
     assert code == 2 and "has 19 steps" in err
+
+
+def test_what_is_compared_first_is_made_where_it_is_asked_for(clean, dpft, tmp_path):
+    path, folder = tmp_path / "baseline.json", tmp_path / "runs"
+    assert dpft("check", clean["dp-sgd"], "--baseline", path, "--bless")[0] == 0
+    code, _, err = dpft("check", folder, "--baseline", path)
+    assert code == 2 and "There is no results folder" in err
+    code, out, err = dpft("check", folder, "--baseline", path, "--run")
+    assert code == 0 and "fine" in out and "making 5 runs" in err
+    assert sorted(r["spec"]["seed"] for r in Store(folder).each()) == SEEDS[:5], "the other half is kept back"
+    assert "making" not in dpft("check", folder, "--baseline", path, "--run")[2]
+
+
+def test_runs_of_another_version_are_not_made(clean, dpft, tmp_path):
+    path = tmp_path / "baseline.json"
+    assert dpft("check", clean["dp-sgd"], "--baseline", path, "--bless")[0] == 0
+    document = json.loads(path.read_text())
+    document["configurations"].append(json.loads(json.dumps(document["configurations"][0])))
+    document["configurations"][1]["spec"]["method_version"] = 99
+    path.write_text(json.dumps(document))
+    code, out, _ = dpft("check", tmp_path / "runs", "--baseline", path, "--run")
+    assert code == 2 and "another version" in out and len(Store(tmp_path / "runs").ids()) == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--board", "vision"], "give it with --bless"),
+        (["--golden", "--bless", "--board", "vision"], "give it with --bless"),
+        (["--bless", "--run"], "leave it out"),
+        (["--bless", "--board", "visoin"], "vision"),
+        (["--bless", "--board", "tiny"], "no tests of leaderboard tiny here"),
+    ],
+)
+def test_options_of_a_baseline_that_go_nowhere(clean, dpft, tmp_path, given, told):
+    folder = [] if "--golden" in given else [clean["dp-sgd"]]
+    code, _, err = dpft("check", *folder, "--baseline", tmp_path / "b.json", *given)
+    assert code == 2 and told in err and not (tmp_path / "b.json").exists()

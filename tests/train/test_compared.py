@@ -1,9 +1,6 @@
 """The comparison with autograd before the first step: once for runs of one process that share all it could find fault with."""
 
 import pytest
-
-torch = pytest.importorskip("torch")
-
 from small_runs import a_spec, quiet
 
 from dpft.harness.engine import agreement
