@@ -47,7 +47,8 @@ class Job:
     engine: key of ENGINES; method: a registered method in the engine's place (`--methods`); decoder: another than the method's;
     training: full or lora; steps: timed ones, after WARMUP others; logical: examples per step, in microbatches; task: real
     sentences of this task instead of random tokens; bucketed: microbatches of like length, else padded to the longest of the
-    logical batch; plugins: files to load first; optimizer: adamw, or sgd for comparing updates.
+    logical batch; whole: a run of `steps` steps from loading to evaluation, without warm-up (whole.py); plugins: files to load
+    first; optimizer: adamw, or sgd for comparing updates.
     """
 
     row: str
@@ -66,6 +67,7 @@ class Job:
     task: str | None = None
     data_dir: str | None = None
     bucketed: bool = False
+    whole: bool = False
     plugins: tuple[str, ...] = ()
     noise_multiplier: float = 1.0
     clip_norm: float = 1.0
@@ -84,7 +86,7 @@ class Job:
     def expected_seconds(self, seconds_per_token: float) -> float:
         """About how long the process takes."""
         step = ENGINES[self.engine] * self.examples * self.length * seconds_per_token
-        return START_SECONDS + (self.steps + WARMUP) * step
+        return START_SECONDS + (self.steps + (0 if self.whole else WARMUP)) * step
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -138,6 +140,13 @@ def text_rows(base: Job) -> list[Job]:
         for engine in (BASELINE, "factored")
         for bucketed in (False, True)
     ]
+
+
+def run_rows(base: Job) -> list[Job]:
+    """Whole runs: plain PyTorch first, dpft, Opacus."""
+    whole = replace(base, whole=True)
+    names = {BASELINE: BASELINE, "dpft": "factored", "opacus-hooks": "opacus-hooks", "opacus-ghost": "opacus-ghost"}
+    return [replace(whole, row=row, engine=engine) for row, engine in names.items()]
 
 
 def interleave(rows: list[Job], cells: list[Cell], rounds: int) -> list[Job]:

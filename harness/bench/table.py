@@ -10,6 +10,7 @@ from dpft.harness.bench.cells import BASELINE, WARMUP, Cell
 from dpft.harness.bench.launch import Record
 
 PHASES = ("forward", "backward", "clip", "noise", "decode", "optimizer")  # those of probes, which imports torch
+PARTS = ("load", "train", "evaluate")  # of a whole run
 MARKERS = ("<!-- dpft bench: begin -->", "<!-- dpft bench: end -->")
 
 
@@ -94,7 +95,8 @@ def markdown(records: list[Record], baseline: str, machine: dict[str, Any]) -> s
         return "Nothing was measured."
     entries = aggregate(records, baseline)
     lengths = list(dict.fromkeys(entry.cell.length for entry in entries))
-    tables = [_table([e for e in entries if e.cell.length == length], records) for length in lengths]
+    make = _waits if records[0].job.whole else _table
+    tables = [make([e for e in entries if e.cell.length == length], records) for length in lengths]
     tables.append(_phases(records, entries, baseline))
     parts = [_header(records, entries, baseline, machine), *tables, _troubles(entries)]
     return "\n\n".join(part for part in parts if part)
@@ -115,6 +117,19 @@ def _table(entries: list[Entry], records: list[Record]) -> str:
         lines.append([row, *(text for pair in parts for text in pair)])
     if kind == "engine":
         lines.append(["counted floor", *(text for cell in cells for text in (_counted_floor(records, cell), ""))])
+    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def _waits(entries: list[Entry], records: list[Record]) -> str:
+    """Whole runs: training and all of it over the baseline's, and the seconds of each part."""
+    from tabulate import tabulate
+
+    lines = []
+    for entry in entries:
+        found = [r.result["waited"] for r in records if _done(r) and (r.job.row, r.job.cell) == (entry.row, entry.cell)]
+        seconds = {part: statistics.median(one[part] for one in found) for part in PARTS} if found else {}
+        lines.append([entry.row, *_parts(entry, "engine")[:1], *(f"{seconds[p]:.1f}" if found else "–" for p in PARTS)])
+    headers = ["run", f"{entries[0].cell.name}, training", "loading s", "training s", "evaluation s"]
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 
@@ -142,6 +157,8 @@ def _phases(records: list[Record], entries: list[Entry], baseline: str) -> str:
 
 def _kind(records: list[Record]) -> str:
     """What a row is: an engine, a method, or (real sentences) one of four rows."""
+    if records[0].job.whole:
+        return "engine"
     if records[0].job.task is not None:
         return "row"
     return "method" if any(r.job.method for r in records) else "engine"
@@ -190,13 +207,19 @@ def _header(records: list[Record], entries: list[Entry], baseline: str, machine:
         else "random tokens, no padding, dropout 0"
     )
     training = "" if _kind(records) == "method" else f"{job.training} fine-tuning, "
+    measured = f"each the median of {job.steps} steps after {WARMUP} others"
+    if job.whole:
+        batch, measured = (
+            f"{job.examples} examples in microbatches of {job.batch_size}",
+            f"each one run of {job.steps} steps",
+        )
     base = [e for e in entries if e.row == baseline and e.seconds]
     absolute = "; ".join(f"{e.cell.name} {e.seconds:.3g} s, {e.peak_bytes / 2**20:,.0f} MiB" for e in base)
     lines = [
         f"{machine['hardware'].get('gpu', machine['hardware']['cpu'])}, threads: {threads}; {named}{commit}.",
         f"{job.model}, {training}{job.precision}, {data}; a step is {batch}: forward, backward, clip, noise, update. "
-        f"Rounds of fresh, interleaved processes: {rounds}; each the median of {job.steps} steps after {WARMUP} others.",
-        f"Entries: {'speed' if job.task else 'time'} / peak memory, ratios to `{baseline}` of the same round, "
+        f"Rounds of fresh, interleaved processes: {rounds}; {measured}.",
+        f"Entries: {'speed' if _kind(records) == 'row' else 'time'} / peak memory, ratios to `{baseline}` of the same round, "
         f"median (min-max). `{baseline}`: {absolute or 'not measured'}.",
     ]
     if _kind(records) == "engine" and (floors := _floors(records)):

@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,14 @@ def run(job: Job) -> dict[str, Any]:
 
             for plugin in job.plugins:
                 load_plugin(plugin)
-        model, source = workload.build(job)
+        if not job.whole:
+            model, source = workload.build(job)
     except BadInput as error:
         return {"status": "bad input", "reason": str(error)}
     try:
-        return {"status": "done", "reason": None, **measure(job, model, source)}
+        return {"status": "done", "reason": None, **(_waited(job) if job.whole else measure(job, model, source))}
+    except BadInput as error:
+        return {"status": "bad input", "reason": str(error)}
     except peers.Skipped as error:
         return {"status": "skipped", "reason": str(error)}
     except Exception as error:
@@ -54,6 +58,23 @@ def run(job: Job) -> dict[str, Any]:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
             return {"status": "out of memory", "reason": text}
         return {"status": "failed", "reason": f"{type(error).__name__}: {text}"}
+
+
+def _waited(job: Job) -> dict[str, Any]:
+    """A whole run; `median_s` is its training."""
+    from dpft.harness.bench import whole
+
+    before = memory(job.device)[0]
+    waited = whole.run(job)
+    return {
+        "seconds": [waited.train],
+        "median_s": waited.train,
+        "waited": asdict(waited),
+        "before_bytes": before,
+        "peak_bytes": memory(job.device)[1],
+        "threads": torch.get_num_threads(),
+        "phases": None,
+    }
 
 
 def measure(job: Job, model: torch.nn.Module, source: workload.Source) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dpft.harness.errors import BadInput
 @click.option("--cells", help="B32T64,B64T128 (examples, tokens), or all.  [default: three small ones]")
 @click.option("--engines", help="Separated by commas.  [default: all but opacus and reference]")
 @click.option("--rounds", type=Whole(1, 10**4), default=3, show_default=True, help="Processes per engine and cell.")
-@click.option("--steps", type=Whole(1, 10**4), default=2, show_default=True, help="Timed steps per process.")
+@click.option("--steps", type=Whole(1, 10**4), help="Timed steps per process.  [default: 2, of --run 16]")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--training", type=click.Choice(["full", "lora"]), default="full", show_default=True)
@@ -30,7 +30,10 @@ from dpft.harness.errors import BadInput
 @click.option("--decoders", is_flag=True, help="Rows are the decoders of a DP step, against the plain one.")
 @click.option("--noise", is_flag=True, help="Rows are ways to draw noise: how far each reaches, and its time.")
 @click.option("--text", is_flag=True, help="Rows are padded and bucketed batches of real sentences.")
-@click.option("--task", default="sentences", show_default=True, help="Where --text has its sentences from.")
+@click.option("--run", is_flag=True, help="Rows are whole runs on real sentences: plain PyTorch, dpft, Opacus.")
+@click.option(
+    "--task", default="sentences", show_default=True, help="Where --text and --run have their sentences from."
+)
 @click.option("--data-dir", type=WHERE, envvar="DPFT_DATA", help="Local mirror of data sets.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
 @click.option("-o", "--output", type=WHERE, help="Markdown file with markers for the table.")
@@ -49,7 +52,7 @@ def bench(context, as_json, output, rounds, cells, **options):
         rows = draws.compare(rounds)
         click.echo(json.dumps(rows, indent=1) if as_json else draws.markdown(rows))
         return 0
-    single = options["text"] or options["methods"] or options["decoders"]
+    single = options["text"] or options["run"] or options["methods"] or options["decoders"]
     grid = parse_cells(cells or ("B32T64" if single else DEFAULT_CELLS))
     rows = _rows(options, context.find_root().params.get("plugins", ()))
     if output is not None:
@@ -84,9 +87,12 @@ def _rows(options, plugins):
     from dpft.harness.train.settings import pick_device
     from dpft.tasks import models
 
-    chosen = (options["engines"], options["methods"], options["decoders"] or None, options["text"] or None)
+    chosen = [options["engines"], options["methods"], *(options[name] or None for name in ("decoders", "text", "run"))]
     if sum(choice is not None for choice in chosen) > 1:
-        raise BadInput("--engines, --methods, --decoders and --text choose different rows; give one of them.")
+        raise BadInput("--engines, --methods, --decoders, --text and --run choose different rows; give one of them.")
+    real = options["text"] or options["run"]
+    if options["run"] and options["training"] == "lora":
+        raise BadInput("--run compares full fine-tuning, which all of its rows can do; leave out --training lora.")
     engines = cells.parse_engines(options["engines"])
     models.resolve(options["model"])
     base = cells.Job(
@@ -98,15 +104,15 @@ def _rows(options, plugins):
         training=options["training"],
         device=pick_device(options["device"]),
         precision=options["precision"],
-        steps=options["steps"],
-        logical=options["logical"] or (256 if options["text"] or options["decoders"] else None),
-        task=options["task"] if options["text"] else None,
+        steps=options["steps"] or (16 if options["run"] else 2),
+        logical=options["logical"] or (256 if real or options["decoders"] else None),
+        task=options["task"] if real else None,
         data_dir=None if options["data_dir"] is None else str(options["data_dir"]),
         plugins=tuple(plugins),
     )
-    if options["text"]:
+    if real:
         registry.task(options["task"])
-        return cells.text_rows(base)
+        return cells.run_rows(base) if options["run"] else cells.text_rows(base)
     if options["methods"]:
         names = [name for name, method in registry.methods().items() if method.private]
         if options["methods"] != "all":

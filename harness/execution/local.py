@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -143,6 +144,7 @@ def _make(spec: RunSpec, store: Store, settings, policy: Policy, reporter: Repor
             record, curve = execute(spec, settings, pausing(observe), path, reporter.note, compared=compared)
         store.write(record, curve)
         reporter.finished(record)
+    gc.collect()  # a model is in cycles with its taps: several of them, with their optimizers, would wait for the collector
 
 
 class Reporter:

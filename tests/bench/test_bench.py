@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dpft.harness import cli
-from dpft.harness.bench import cells, floor, launch, peers, table, worker, workload
+from dpft.harness.bench import cells, floor, launch, peers, table, whole, worker, workload
 from dpft.harness.bench.cells import Cell, Job
 from dpft.harness.errors import BadInput
 
@@ -50,6 +50,46 @@ def test_the_command_measures_real_engines(dpft, tiny_bert, tmp_path):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "| opacus-ghost " in text and "1.00 / 1.00" in text
+
+
+@pytest.mark.slow
+def test_whole_runs_are_measured_by_their_parts(dpft, tiny_bert, mirror):
+    command = ["bench", "--run", "--model", tiny_bert, "--task", "sst2", "--data-dir", mirror, "--cells", "B8T16"]
+    code, out, err = dpft(*command, "--logical", 24, "--steps", 3, "--rounds", 1, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert [row["row"] for row in document["rows"]] == ["non-private", "dpft", "opacus-hooks", "opacus-ghost"]
+    for process in document["processes"]:
+        result = process["result"]
+        assert result["status"] == "done", process
+        waited = result["waited"]
+        assert result["median_s"] == waited["train"] and min(waited["load"], waited["train"], waited["evaluate"]) > 0
+        assert 0 <= waited["metric"] <= 1
+    assert document["rows"][1]["time"]["median"] == pytest.approx(
+        document["processes"][1]["result"]["median_s"] / document["processes"][0]["result"]["median_s"]
+    )
+    records = [launch.Record(Job.from_json(json.dumps(p["job"])), p["result"]) for p in document["processes"]]
+    machine = {**document["machine"], "hardware": {"cpu": "this"}}
+    text = table.markdown(records, "non-private", machine)
+    assert "one run of 3 steps" in text and "| run " in text and "loading s" in text
+
+
+@pytest.mark.parametrize(("engine", "steps"), [("non-private", 3), ("opacus-hooks", 3), ("opacus-ghost", 3)])
+def test_a_peer_takes_as_many_steps_as_dpft(monkeypatch, tiny_bert, mirror, engine, steps):
+    """Counted where they are taken: the inner optimizer's, once for each logical batch."""
+    taken, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *rest: (taken.append(1), step(self, *rest))[1])
+    whole.run(
+        Job(engine, engine, 8, 16, model=str(tiny_bert), task="sst2", data_dir=str(mirror), steps=steps, logical=24)
+    )
+    assert len(taken) == steps
+
+
+def test_whole_runs_train_everything(dpft):
+    code, _, err = dpft("bench", "--run", "--training", "lora")
+    assert code == 2 and "leave out --training lora" in err
+    code, _, err = dpft("bench", "--run", "--text")
+    assert code == 2 and "give one of them" in err
 
 
 @pytest.mark.slow

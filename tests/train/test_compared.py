@@ -1,5 +1,7 @@
 """The comparison with autograd before the first step: once for runs of one process that share all it could find fault with."""
 
+import gc
+
 import pytest
 from small_runs import a_spec, quiet
 
@@ -64,3 +66,15 @@ def test_what_was_refused_or_could_not_be_told_is_compared_again(
         compared = set()
         local.run_all(runs, Store(tmp_path / "untold"), settings, local.Policy(), Quiet(), compared=compared)
     assert not compared
+
+
+def test_no_model_outlives_its_run(tmp_path, tiny_bert, settings):
+    gc.collect()
+    before = sum(type(one).__name__ == "MeanClassifier" for one in gc.get_objects())
+    gc.disable()  # as long as it takes: it comes by when so many small objects were made, and models are few
+    try:
+        runs = [a_spec("dp-adam", tiny_bert, steps=2, seed=seed) for seed in (0, 1)]
+        local.run_all(runs, Store(tmp_path), settings, local.Policy(), Quiet())
+        assert sum(type(one).__name__ == "MeanClassifier" for one in gc.get_objects()) == before
+    finally:
+        gc.enable()
