@@ -20,12 +20,17 @@ MARGIN = 0.05  # of the way from chance to a method's best: within it a learning
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The competing rows of a group against its baseline, over the seeds that both have, by the names of the rows."""
+    """The competing rows of a group against its baseline, over the seeds that both have, by the names of the rows.
+
+    chosen_of: rows that could have been the baseline, which is the best of them. Where there are several, the same seeds chose it
+    and judge the others: all pairs with any of them count.
+    """
 
     base: str
     baseline: Row
     rivals: dict[str, Row]
     found: dict[str, st.Comparison]
+    chosen_of: int = 1
 
 
 def verdicts(group: Group, baseline: str | None) -> Verdicts | None:
@@ -38,7 +43,8 @@ def verdicts(group: Group, baseline: str | None) -> Verdicts | None:
         return None
     free = FREE_SETTINGS if group.view.steps_free else ("lr",)
     chosen = [making.ordered(rows)[0] for rows in making.complete(group.rows, free)]
-    base = baseline_of(chosen, baseline)
+    could = candidates(chosen, baseline)
+    base = best(could)
     if base is None:
         return None
     named = {name: row for name, row in zip(group.names, group.rows, strict=True) if any(row is r for r in chosen)}
@@ -48,10 +54,11 @@ def verdicts(group: Group, baseline: str | None) -> Verdicts | None:
     rivals = {name: row for name, row in rivals.items() if len(row.finals.keys() & whole.finals.keys()) > 1}
     if not rivals:
         return None
-    found = st.compare(
-        {n: row.finals for n, row in rivals.items()}, whole.finals, higher_is_better=base.higher_is_better
-    )
-    return Verdicts(first, whole, rivals, found)
+    many = len(could)
+    tests = None if many == 1 else math.comb(many, 2) + many * max(0, len(rivals) + 1 - many)
+    finals = {name: row.finals for name, row in rivals.items()}
+    found = st.compare(finals, whole.finals, higher_is_better=base.higher_is_better, tests=tests)
+    return Verdicts(first, whole, rivals, found, many)
 
 
 @dataclass(frozen=True)
@@ -115,8 +122,8 @@ def differences(group: Group, curves: Curves, baseline: str | None) -> list[Part
     for name, row in made.rivals.items():
         shared = made.found[name].seeds
         earlier = _earlier(*(curves.reached(making.on(one, shared), target) for one in (row, made.baseline)))
-        cells.append(_line(name, made.found[name], len(made.found), earlier))
-    return [_heading(made.base, group, len(made.found)), Table(cells)]
+        cells.append(_line(name, made, earlier))
+    return [_heading(made, group), Table(cells)]
 
 
 def _earlier(steps: list[st.Reached | None], of_base: list[st.Reached | None]) -> str:
@@ -125,21 +132,25 @@ def _earlier(steps: list[st.Reached | None], of_base: list[st.Reached | None]) -
     return f"{st.win_probability([one.step for one in steps], [one.step for one in of_base]):.2f}"
 
 
-def baseline_of(rows: list[Row], name: str | None) -> Row | None:
-    """The row that others are compared with: of the method `name`, else of dp-adam, else of dp-sgd; the best where several."""
+def candidates(rows: list[Row], name: str | None) -> list[Row]:
+    """The rows that others may be compared with: of the method `name`, else of dp-adam, else of dp-sgd."""
     if name is not None:
-        of_name = [row for row in rows if row.method == name]
-    else:
-        by_method = defaultdict(list)
-        for row in rows:
-            if row.baseline:
-                by_method[row.method].append(row)
-        of_name = by_method["dp-adam"] or by_method["dp-sgd"]
-    whole = {id(row.whole.records[0]): row for row in of_name}  # by the most seeds, ranked on or not
-    return whole[id(making.ordered(making.finished([row.whole for row in of_name]))[0].records[0])] if of_name else None
+        return [row for row in rows if row.method == name]
+    by_method = defaultdict(list)
+    for row in rows:
+        if row.baseline:
+            by_method[row.method].append(row)
+    return by_method["dp-adam"] or by_method["dp-sgd"]
 
 
-def _line(name: str, one: st.Comparison, methods: int, earlier: str) -> dict[str, str]:
+def best(rows: list[Row]) -> Row | None:
+    """The best of `rows` by the most seeds, ranked on or not."""
+    whole = {id(row.whole.records[0]): row for row in rows}
+    return whole[id(making.ordered(making.finished([row.whole for row in rows]))[0].records[0])] if rows else None
+
+
+def _line(name: str, made: Verdicts, earlier: str) -> dict[str, str]:
+    one = made.found[name]
     if one.interval is not None:
         interval = f"{one.interval.low:+.4f} to {one.interval.high:+.4f}"
     else:
@@ -150,26 +161,30 @@ def _line(name: str, one: st.Comparison, methods: int, earlier: str) -> dict[str
         "difference": f"{one.difference:+.4f}",
         "95% interval": interval,
         "p": ("" if one.exact else "~") + f"{one.p:.3g}",
-        "Holm's p": f"{one.adjusted:.3g}",
-        "detectable": _detectable(one, methods),
+        "Holm's p" if made.chosen_of == 1 else "adjusted p": f"{one.adjusted:.3g}",
+        "detectable": _detectable(one),
         "P(earlier)": earlier,
         "verdict": one.verdict,
     }
 
 
-def _detectable(one: st.Comparison, methods: int) -> str:
+def _detectable(one: st.Comparison) -> str:
     if math.isfinite(one.detectable):
         return f"{one.detectable:.4f}"
-    needed = st.fewest_seeds(st.LEVEL / methods)
-    then = st.detectable_difference(one.std, needed, st.LEVEL / methods)
+    needed = st.fewest_seeds(one.holm_level)
+    then = st.detectable_difference(one.std, needed, one.holm_level)
     return f"none; {then:.4f} with {needed} seeds" if math.isfinite(then) else "none"
 
 
-def _heading(base: str, group: Group, methods: int) -> str:
+def _heading(made: Verdicts, group: Group) -> str:
     chosen = "settings" if group.view.steps_free else "learning rate"
+    methods = len(made.found)
+    over = f"Holm over {methods} method{'s' if methods > 1 else ''}"
+    if made.chosen_of > 1:
+        over = f"it is the best of {made.chosen_of} by these seeds, so all pairs with any of them count (Bonferroni)"
     return (
-        f"Paired differences in {group.result['metric']} to `{base}` over shared seeds, each method at the {chosen} with its "
-        f"best mean over these seeds; Holm over {methods} method{'s' if methods > 1 else ''}."
+        f"Paired differences in {group.result['metric']} to `{made.base}` over shared seeds, each method at the {chosen} with "
+        f"its best mean over these seeds; {over}."
     )
 
 

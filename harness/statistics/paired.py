@@ -37,8 +37,8 @@ class Comparison:
     """One method against a baseline over the seeds that both have.
 
     difference: mean of method minus baseline; interval: of it (None with too few seeds); std: of the paired differences
-    (ddof 1, None with one seed); adjusted: Holm's p over the methods compared; holm_level: the level divided by their number,
-    which Holm asks of the smallest p; wins: probability that the method is better on a seed, ties half.
+    (ddof 1, None with one seed); adjusted: Holm's p over the methods compared (Bonferroni's over `tests`); holm_level: the level
+    divided by their number, which Holm asks of the smallest p; wins: probability that the method is better on a seed, ties half.
     verdict: `better`, `worse`, `no difference shown`, or `cannot tell with ...` where no data could have been significant.
     """
 
@@ -156,8 +156,11 @@ def compare(
     baseline: Mapping[int, float],
     higher_is_better: bool = True,
     level: float = LEVEL,
+    tests: int | None = None,
 ) -> dict[str, Comparison]:
     """Every method against `baseline`, paired by seed; Holm over all of `methods`.
+
+    tests: where the same values chose the baseline, how many pairs could have been compared; Bonferroni over these instead.
 
     methods: name -> seed -> value; baseline: seed -> value. Methods that share no seed with the baseline are left out.
     Two-sided; the detectable difference is at `level` divided by the number of methods, which Holm asks of the smallest p.
@@ -168,10 +171,17 @@ def compare(
         for name, values in methods.items()
     }
     pairs = {name: found for name, found in pairs.items() if found}
-    tests = {name: sign_flip(list(found.values())) for name, found in pairs.items()}
-    adjusted = dict(zip(pairs, holm([test.p for test in tests.values()]), strict=True))
+    flips = {name: sign_flip(list(found.values())) for name, found in pairs.items()}
+    many = max(len(pairs), tests or 0)
+    counted = f"{many} {'methods' if tests is None else 'pairs'}"
+
+    def adjust(p_values: list[float]) -> dict[str, float]:
+        found = holm(p_values) if tests is None else [min(1.0, p * many) for p in p_values]
+        return dict(zip(pairs, found, strict=True))
+
+    adjusted = adjust([test.p for test in flips.values()])
     # Holm's p grows with every p it is given: with all at their smallest it is the smallest that can come out
-    floors = dict(zip(pairs, holm([test.smallest for test in tests.values()]), strict=True))
+    floors = adjust([test.smallest for test in flips.values()])
     found = {}
     for name, by_seed in pairs.items():
         x = np.array(list(by_seed.values()))
@@ -184,22 +194,22 @@ def compare(
             values=tuple(x.tolist()),
             interval=interval(x),
             std=std,
-            p=tests[name].p,
+            p=flips[name].p,
             adjusted=adjusted[name],
-            exact=tests[name].exact,
-            holm_level=level / len(pairs),
+            exact=flips[name].exact,
+            holm_level=level / many,
             wins=float(np.mean((signed > 0) + 0.5 * (signed == 0))),
-            verdict=_verdict(gain, adjusted[name], tests[name].smallest, floors[name], len(x), len(pairs), level),
+            verdict=_verdict(gain, adjusted[name], flips[name].smallest, floors[name], len(x), counted, level),
         )
     return found
 
 
-def _verdict(gain: float, adjusted: float, smallest: float, floor: float, n: int, methods: int, level: float) -> str:
+def _verdict(gain: float, adjusted: float, smallest: float, floor: float, n: int, counted: str, level: float) -> str:
     if adjusted <= level:
         return "better" if gain > 0 else "worse"
     seeds = f"{n} seed{'s' if n > 1 else ''}"
     if smallest > level:
         return f"cannot tell with {seeds}: smallest p is {smallest:.3g}"
     if floor > level:
-        return f"cannot tell with {seeds} and {methods} methods: smallest adjusted p is {floor:.3g}"
+        return f"cannot tell with {seeds} and {counted}: smallest adjusted p is {floor:.3g}"
     return "no difference shown"

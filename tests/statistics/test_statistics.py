@@ -130,6 +130,23 @@ def test_comparisons_say_what_can_be_concluded():
     assert st.compare({"good": {0: 1.0}}, {0: 0.5})["good"].std is None
 
 
+def test_a_baseline_that_the_same_seeds_chose_costs_all_pairs():
+    """Twelve settings of one method that are all alike: beside the best of them the others look worse than they are."""
+    rng, alarms = np.random.default_rng(0), {True: 0, False: 0}
+    for _ in range(150):
+        rows = {str(i): by_seed(rng.normal(0.7, 0.02, 12)) for i in range(12)}
+        best = max(rows, key=lambda name: sum(rows[name].values()))
+        others = {name: row for name, row in rows.items() if name != best}
+        for counted in alarms:
+            found = st.compare(others, rows[best], tests=66 if counted else None)
+            alarms[counted] += any(one.verdict == "worse" for one in found.values())
+    assert alarms[False] > 0.1 * 150 and alarms[True] <= 0.08 * 150, alarms
+    base = by_seed(rng.normal(0.7, 0.02, 6))
+    (found,) = st.compare({"a": {s: v - 0.05 for s, v in base.items()}}, base, tests=15).values()
+    assert found.adjusted == pytest.approx(15 * 2 / 64) and found.holm_level == pytest.approx(0.05 / 15)
+    assert found.verdict == "cannot tell with 6 seeds and 15 pairs: smallest adjusted p is 0.469"
+
+
 def test_iqm_and_intervals_have_known_answers():
     assert st.iqm([1, 2, 3, 4, 5, 6, 7, 100]) == 4.5
     assert st.interval([0.7] * 5) is None and st.interval([]) is None

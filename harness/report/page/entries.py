@@ -102,7 +102,8 @@ def _verdict(row: Row, name: str, kept: bool, group: Group, verdicts: pairs.Verd
     one = verdicts.found[name]
     if one.verdict.startswith("cannot tell"):
         return f"{one.verdict} ({one.difference:+.4f})"
-    return f"{one.verdict} ({one.difference:+.4f}, Holm's p {one.adjusted:.3g}, {len(one.seeds)} seeds)"
+    kind = "Holm's" if verdicts.chosen_of == 1 else "adjusted"
+    return f"{one.verdict} ({one.difference:+.4f}, {kind} p {one.adjusted:.3g}, {len(one.seeds)} seeds)"
 
 
 def _row(row: Row, number: int) -> dict[str, Any]:
