@@ -53,6 +53,7 @@ def _compare_once(setup: Setup, run: Run, name: str, query: Gradients, batch: Ba
     alike = replace(setup.spec, seed=0, lr=1.0, epsilon=1.0, noise_law=None)
     kind = f"{name} {run.progress.step} {setup.engine.name} {setup.device} {setup.max_tokens} {alike.canonical()}"
     if setup.compared is not None and kind in setup.compared:
+        setup.engine.agreed = True  # as `check` leaves it
         return
     with setup.engine.under(query.loss):
         encodings, bound = _encodings(setup, query), setup.core.bound(query)

@@ -78,3 +78,15 @@ def test_no_model_outlives_its_run(tmp_path, tiny_bert, settings):
         assert sum(type(one).__name__ == "MeanClassifier" for one in gc.get_objects()) == before
     finally:
         gc.enable()
+
+
+def test_what_was_compared_with_sixteen_is_not_asked_of_four(tmp_path, monkeypatch, tiny_bert, settings, prepared_once):
+    """The engine asks four of its first batch unless it was compared; of half precision it may know less than the loop."""
+    from dpft.harness.engine import factored
+
+    asked, agree = [], factored.agree
+    monkeypatch.setattr(factored, "agree", lambda *arguments: asked.append(1) or agree(*arguments))
+    runs = [a_spec("dp-lora", tiny_bert, steps=2, seed=seed, precision="bf16") for seed in (0, 1)]
+    with prepared_once():
+        records = local.run_all(runs, Store(tmp_path), settings, local.Policy(), Quiet())
+    assert [r["status"] for r in records] == ["done", "done"] and not asked
