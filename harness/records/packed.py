@@ -45,6 +45,10 @@ class Packed:
         """Run ids, sorted. Raises BadInput for a damaged file, as all of these."""
         return self._records.ids()
 
+    def stamp(self) -> tuple[int, ...] | None:
+        """What tells the file of records from one that replaces it; None where there is none."""
+        return self._records.seen if self._records.opened() else None
+
     def text(self, run_id: str) -> bytes | None:
         """The record's JSON, None where the run is not among them."""
         row = self._row(run_id)
@@ -95,7 +99,7 @@ class _Blocks:
 
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
         self.path, self._columns = path, columns
-        self._seen: tuple | None = None
+        self.seen: tuple | None = None
         self._file: pyarrow.parquet.ParquetFile | None = None
         self._firsts: list[str] = []
         self._held: tuple[int, polars.DataFrame] | None = None
@@ -127,14 +131,14 @@ class _Blocks:
             raise BadInput(f"{shown_path(self.path)} {problem}; get it again.")
         stat = self.path.stat()
         seen = stat.st_ino, stat.st_size, stat.st_mtime_ns
-        if seen != self._seen:
+        if seen != self.seen:
             self._file = self.guarded(lambda: pyarrow.parquet.ParquetFile(self.path))
             _check_schema(self.path, self._file.schema_arrow, self._columns)
             meta = self._file.metadata
             groups = [meta.row_group(i) for i in range(meta.num_row_groups if meta.num_rows else 0)]
             at = self._file.schema_arrow.get_field_index("run_id")
             self._firsts = self.guarded(lambda: [group.column(at).statistics.min for group in groups])
-            self._seen, self._held = seen, None
+            self.seen, self._held = seen, None
         return bool(self._firsts)
 
     def guarded(self, read):

@@ -19,6 +19,7 @@ from dpft.harness.errors import BadInput
 from dpft.harness.records import curve_files
 from dpft.harness.records.packed import RECORDS, Packed
 from dpft.harness.records.schema import SCHEMA, check
+from dpft.harness.records.slim import Reader
 from dpft.harness.train.journal import path_of
 
 LOCK = "lock"  # in the folder of what is being written
@@ -38,6 +39,7 @@ class Store:
     def __init__(self, folder: str | Path, passed_over: PassedOver = None):
         self.folder, self.passed_over = Path(folder), passed_over
         self.packed = Packed.of(self.folder)
+        self._reader, self._summaries = Reader(), {}
 
     def open_for_writing(self) -> None:
         """Make the folder. Raises BadInput when it cannot be written to."""
@@ -63,6 +65,25 @@ class Store:
         """The record of `run_id`, or None when there is none. Raises BadInput when it is damaged."""
         text = self.text(run_id)
         return None if text is None else read_record(text, run_id, self.where(run_id))
+
+    def summary(self, run_id: str) -> dict[str, Any] | None:
+        """As `read`, without the diagnostics by matrix and step; to be read only. Parsed again only where it was replaced."""
+        path = self.record_path(run_id)
+        stamp = _stamp(path) or self.packed.stamp()
+        known, record = self._summaries.get(run_id, (None, None))
+        if stamp is None or stamp != known:
+            text = self.text(run_id)
+            record = None if text is None else self._reader.record(text) or read_record(text, run_id, self.where(run_id))
+            if record is not None:
+                self._checked(record, run_id)
+                self._summaries[run_id] = stamp, record
+        return record
+
+    def _checked(self, record: dict[str, Any], run_id: str) -> None:
+        try:
+            check_place(record, run_id, "")
+        except BadInput:
+            check_place(record, run_id, self.where(run_id))  # which takes time to say
 
     def ids(self) -> list[str]:
         """Run ids of all records, sorted. Raises BadInput for a missing folder."""
@@ -125,7 +146,7 @@ class Store:
     def unspoilt(self, run_ids: Sequence[str]) -> list[str]:
         """Those of `run_ids` that have a sound record or none; raises for the others, or passes over them, as `each`."""
         present = {run_id for run_id in run_ids if self.has(run_id)}
-        sound = {record["run_id"] for record in self.sound(self.read, present)}
+        sound = {record["run_id"] for record in self.sound(self.summary, present)}
         return [run_id for run_id in run_ids if run_id not in present or run_id in sound]
 
     def curve(self, run_id: str):
@@ -162,12 +183,8 @@ class Store:
 
     def stamps(self, run_ids: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """What tells each record from one that replaces it; nothing for runs that have none. Equal or not is all it says."""
-        found = {}
-        for run_id in run_ids:
-            with suppress(FileNotFoundError):
-                status = self.record_path(run_id).stat()
-                found[run_id] = (status.st_ino, status.st_mtime_ns, status.st_size)
-        return found
+        found = ((run_id, _stamp(self.record_path(run_id))) for run_id in run_ids)
+        return {run_id: stamp for run_id, stamp in found if stamp is not None}
 
     def take_from(self, other: Store, record: dict[str, Any]) -> None:
         """Copy a run of another store, curve first."""
@@ -197,6 +214,15 @@ class Store:
                 yield False
                 return
             yield True
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from one that replaces it; None where there is none."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def readable(run_ids: Iterable[str], read: Callable[[str], Any], passed_over: PassedOver = None) -> Iterator[Any]:
