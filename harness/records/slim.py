@@ -44,7 +44,9 @@ class Reader:
         """The record without its bulk, its sections unchecked; None where `text` is none, and the whole of it says why."""
         try:
             slim = self._decoder.decode(text)
-            record = {key: value for key in _Slim.__struct_fields__ if (value := getattr(slim, key)) is not msgspec.UNSET}
+            record = {
+                key: value for key in _Slim.__struct_fields__ if (value := getattr(slim, key)) is not msgspec.UNSET
+            }
             if isinstance(slim.diagnostics, _Summary):
                 record["diagnostics"] = msgspec.structs.asdict(slim.diagnostics)
             if isinstance(slim.privacy, msgspec.Raw):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.border.documents import parsed
-from dpft.harness.border.files import content, shown_path
+from dpft.harness.border.files import content, shown_path, stamp_of
 from dpft.harness.border.values import shown
 from dpft.harness.errors import BadInput
 from dpft.harness.records import curve_files
@@ -69,11 +69,13 @@ class Store:
     def summary(self, run_id: str) -> dict[str, Any] | None:
         """As `read`, without the diagnostics by matrix and step; to be read only. Parsed again only where it was replaced."""
         path = self.record_path(run_id)
-        stamp = _stamp(path) or self.packed.stamp()
+        stamp = stamp_of(path) or self.packed.stamp()
         known, record = self._summaries.get(run_id, (None, None))
         if stamp is None or stamp != known:
             text = self.text(run_id)
-            record = None if text is None else self._reader.record(text) or read_record(text, run_id, self.where(run_id))
+            record = (
+                None if text is None else self._reader.record(text) or read_record(text, run_id, self.where(run_id))
+            )
             if record is not None:
                 self._checked(record, run_id)
                 self._summaries[run_id] = stamp, record
@@ -183,7 +185,7 @@ class Store:
 
     def stamps(self, run_ids: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """What tells each record from one that replaces it; nothing for runs that have none. Equal or not is all it says."""
-        found = ((run_id, _stamp(self.record_path(run_id))) for run_id in run_ids)
+        found = ((run_id, stamp_of(self.record_path(run_id))) for run_id in run_ids)
         return {run_id: stamp for run_id, stamp in found if stamp is not None}
 
     def take_from(self, other: Store, record: dict[str, Any]) -> None:
@@ -214,15 +216,6 @@ class Store:
                 yield False
                 return
             yield True
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    """What tells a file from one that replaces it; None where there is none."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def readable(run_ids: Iterable[str], read: Callable[[str], Any], passed_over: PassedOver = None) -> Iterator[Any]:

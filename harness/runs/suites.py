@@ -93,7 +93,9 @@ def expand(settings: dict[str, Any], data_dir: Path | None = None) -> list[RunSp
     return [_at(settings, point, resolved, data_dir) for point in grid(settings)]
 
 
-def _at(settings: dict[str, Any], point: dict[str, Any], resolved: dict[str, RunSpec], data_dir: Path | None) -> RunSpec:
+def _at(
+    settings: dict[str, Any], point: dict[str, Any], resolved: dict[str, RunSpec], data_dir: Path | None
+) -> RunSpec:
     """The run at a point of a grid; points that differ in their seed alone are resolved once."""
     key = repr([value for name, value in point.items() if name != "seed"])
     if "seed" not in point or key not in resolved:
