@@ -75,7 +75,9 @@ def report(
             read()
         if watch:
             _follow(html, store, reporting.Options(public=options["public"], baseline=options["baseline"]), task)
-        records = (record for record in store.sound(store.summary) if task in (None, record["spec"]["task"]))
+        records = (
+            record for record in store.sound(store.summary, curves=True) if task in (None, record["spec"]["task"])
+        )
         page.write(html, store, records, options["public"], baseline=options["baseline"])
         click.echo(f"{html} was written.", err=True)
         if output is None:

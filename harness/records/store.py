@@ -17,6 +17,7 @@ from dpft.harness.border.files import content, shown_path, stamp_of
 from dpft.harness.border.values import shown
 from dpft.harness.errors import BadInput
 from dpft.harness.records import curve_files
+from dpft.harness.records.damaged import PassedOver, readable
 from dpft.harness.records.packed import RECORDS, Packed
 from dpft.harness.records.schema import SCHEMA, check
 from dpft.harness.records.slim import Reader
@@ -25,8 +26,6 @@ from dpft.harness.train.journal import path_of
 LOCK = "lock"  # in the folder of what is being written
 # --retry-failed goes on from the checkpoint of these; one that diverged would do so again from the same state
 CONTINUED = ("timeout", "oom", "error")
-
-PassedOver = Callable[[str], None] | None
 
 
 class Store:
@@ -39,7 +38,7 @@ class Store:
     def __init__(self, folder: str | Path, passed_over: PassedOver = None):
         self.folder, self.passed_over = Path(folder), passed_over
         self.packed = Packed.of(self.folder)
-        self._reader, self._summaries = Reader(), {}
+        self._reader, self._summaries, self.ahead = Reader(), {}, curve_files.Ahead(self.curve_path)
 
     def open_for_writing(self) -> None:
         """Make the folder. Raises BadInput when it cannot be written to."""
@@ -124,11 +123,18 @@ class Store:
         """A loose record's curve is loose, too: that of the packed run that it replaces is not its own."""
         return not self.record_path(run_id).exists() and self.packed.has_curve(run_id)
 
-    def sound(self, read: Callable[[str], Any], run_ids: Iterable[str] | None = None) -> Iterator[Any]:
-        """`read` of the id of every record, or of those of `run_ids` that are there. Raises BadInput as `readable`."""
+    def sound(
+        self, read: Callable[[str], Any], run_ids: Iterable[str] | None = None, curves: bool = False
+    ) -> Iterator[Any]:
+        """`read` of the id of every record, or of those of `run_ids` that are there. curves: theirs will be asked for, too.
+
+        Raises BadInput as `readable`.
+        """
         ids = self.ids() if run_ids is None else sorted(run_id for run_id in run_ids if self.has(run_id))
         return readable(
-            ids, read if self.passed_over is None else lambda run_id: self._whole(read(run_id)), self.passed_over
+            self.ahead.each(ids) if curves else ids,
+            read if self.passed_over is None else lambda run_id: self._whole(read(run_id)),
+            self.passed_over,
         )
 
     def _whole(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -153,6 +159,8 @@ class Store:
 
     def curve(self, run_id: str):
         """The curve as a polars frame, one row per step. Raises BadInput when it is missing or damaged."""
+        if (read_already := self.ahead.take(run_id)) is not None:
+            return read_already
         if not self.curve_path(run_id).exists() and self._packed_curve(run_id):
             return self.packed.curve(run_id)
         return curve_files.read(self.curve_path(run_id))
@@ -216,25 +224,6 @@ class Store:
                 yield False
                 return
             yield True
-
-
-def readable(run_ids: Iterable[str], read: Callable[[str], Any], passed_over: PassedOver = None) -> Iterator[Any]:
-    """`read` of every run id; what it raises BadInput for is told to `passed_over`.
-
-    Without that, BadInput says at the end which was the first and how many there are.
-    """
-    bad: list[str] = []
-    for run_id in run_ids:
-        try:
-            found = read(run_id)
-        except BadInput as error:
-            (bad.append if passed_over is None else passed_over)(str(error))
-            continue
-        if not bad:
-            yield found
-    if bad:
-        many = f" ({len(bad)} such records are there; this is the first)" if len(bad) > 1 else ""
-        raise BadInput(f"{bad[0].rstrip('.')}, or go on without it: --skip-damaged{many}.")
 
 
 def read_record(text: bytes, run_id: str, where: str) -> dict[str, Any]:
