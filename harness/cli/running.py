@@ -79,7 +79,7 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
         return _replay(replay, Store(results), data_dir, progress.reporter(1, quiet), as_json)
     if engine not in engines.NAMES:
         raise unknown("engine", engine, engines.NAMES)
-    store = Store(results, passed_over)
+    store = Store(results, passed_over, showing.counted)
     settings = Settings(data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise)
     if contests.is_board(suite):
         if overwrite or retry_failed or as_json or executor != "local" or shard != "1/1":
@@ -210,7 +210,7 @@ def plan(suite, overrides, data_dir, results, tries, what_if, samplers, users, a
 
     if tries is not None:
         check_tries(tries)
-    store = Store(results, passed_over)
+    store = Store(results, passed_over, showing.counted)
     if contests.is_board(suite):
         rows = contests.plan(suite, overrides, store)
         click.echo(json.dumps(rows, indent=1) if as_json else showing.grid(rows))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dpft.harness.border.files import shown_path, trouble
 from dpft.harness.errors import BadInput
+from dpft.harness.records.damaged import Counted
 
 if TYPE_CHECKING:
     import polars
@@ -42,12 +43,12 @@ class Ahead:
     def __init__(self, path_of: Callable[[str], Path]) -> None:
         self._path_of, self._frames = path_of, {}
 
-    def each(self, run_ids: Sequence[str]) -> Iterator[str]:
-        """The ids, in order; the curves of a block have been read before its first."""
-        for start in range(0, len(run_ids), BLOCK):
-            block = run_ids[start : start + BLOCK]
-            self._frames = _together([self._path_of(run_id) for run_id in block])
-            yield from block
+    def each(self, run_ids: Sequence[str], counted: Counted = iter) -> Iterator[str]:
+        """The ids, in order; the curves of a block have been read before its first. counted: as of a store."""
+        for place, run_id in enumerate(counted(run_ids)):
+            if place % BLOCK == 0:
+                self._frames = _together([self._path_of(one) for one in run_ids[place : place + BLOCK]])
+            yield run_id
         self._frames = {}
 
     def take(self, run_id: str) -> polars.DataFrame | None:

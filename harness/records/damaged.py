@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from dpft.harness.errors import BadInput
 
 PassedOver = Callable[[str], None] | None
+Counted = Callable[[Sequence[str]], Iterator[str]]  # `iter`, or one that shows how far it is
 
 
 def readable(run_ids: Iterable[str], read: Callable[[str], Any], passed_over: PassedOver = None) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from dpft.harness.border.files import content, shown_path, stamp_of
 from dpft.harness.border.values import shown
 from dpft.harness.errors import BadInput
 from dpft.harness.records import curve_files
-from dpft.harness.records.damaged import PassedOver, readable
+from dpft.harness.records.damaged import Counted, PassedOver, readable
 from dpft.harness.records.packed import RECORDS, Packed
 from dpft.harness.records.schema import SCHEMA, check
 from dpft.harness.records.slim import Reader
@@ -33,10 +33,11 @@ class Store:
     may be packed (harness/records/packed.py). What is written is loose, and a loose record counts before a packed one.
 
     passed_over: told of each damaged or newer record, in one sentence, where such are to be left out; None: they are errors.
+    counted: gives ids one by one where many records are read, and may show how far that is.
     """
 
-    def __init__(self, folder: str | Path, passed_over: PassedOver = None):
-        self.folder, self.passed_over = Path(folder), passed_over
+    def __init__(self, folder: str | Path, passed_over: PassedOver = None, counted: Counted = iter):
+        self.folder, self.passed_over, self.counted = Path(folder), passed_over, counted
         self.packed = Packed.of(self.folder)
         self._reader, self._summaries, self.ahead = Reader(), {}, curve_files.Ahead(self.curve_path)
 
@@ -132,7 +133,7 @@ class Store:
         """
         ids = self.ids() if run_ids is None else sorted(run_id for run_id in run_ids if self.has(run_id))
         return readable(
-            self.ahead.each(ids) if curves else ids,
+            self.ahead.each(ids, self.counted) if curves else self.counted(ids),
             read if self.passed_over is None else lambda run_id: self._whole(read(run_id)),
             self.passed_over,
         )

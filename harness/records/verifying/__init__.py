@@ -13,7 +13,7 @@ from dpft.harness.border.documents import parsed
 from dpft.harness.errors import BadInput
 from dpft.harness.privacy import units, verify_record
 from dpft.harness.privacy.recompute import is_foreign
-from dpft.harness.records.damaged import PassedOver, readable
+from dpft.harness.records.damaged import Counted, PassedOver, readable
 from dpft.harness.records.schema import SCHEMA, check
 from dpft.harness.records.store import Store
 from dpft.harness.records.verifying import asked, chains, curves, declared, known, layout, results, tails
@@ -29,8 +29,8 @@ class Verdict:
     foreign: bool = False
 
 
-def verify_folder(folder: Path, passed_over: PassedOver = None) -> dict[str, Verdict]:
-    """The verdict on every record, by file stem.
+def verify_folder(folder: Path, passed_over: PassedOver = None, counted: Counted = iter) -> dict[str, Verdict]:
+    """The verdict on every record, by file stem. counted: as of a store.
 
     A file of another program needs a `privacy` section with `ledger`, `target`, `delta` and `epsilon`. Raises BadInput for a
     missing folder, a folder without records, and, unless `passed_over` is there to be told, files that are no JSON, no records at
@@ -42,7 +42,7 @@ def verify_folder(folder: Path, passed_over: PassedOver = None) -> dict[str, Ver
         what = "no results folder" if ids is None else "no record (*.json) in"
         raise BadInput(f"There is {what} {folder}; name a folder of records, or make one with `dpft run`.")
     found, twins = {}, _Twins()
-    for name, record in readable(store.ahead.each(ids), lambda name: (name, _read(store, name)), passed_over):
+    for name, record in readable(store.ahead.each(ids, counted), lambda name: (name, _read(store, name)), passed_over):
         if is_foreign(record):
             found[name] = Verdict(verify_record(record), foreign=True)
             continue
