@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ class Packed:
         return None if row is None else str(row["record"]).encode()
 
     def has(self, run_id: str) -> bool:
-        return self._row(run_id) is not None
+        return run_id in self._records.known()
 
     def has_curve(self, run_id: str) -> bool:
         row = self._row(run_id)
@@ -103,11 +103,20 @@ class _Blocks:
         self._file: pyarrow.parquet.ParquetFile | None = None
         self._firsts: list[str] = []
         self._held: tuple[int, polars.DataFrame] | None = None
+        self._known: Collection[str] | None = None
 
     def ids(self) -> list[str]:
         if not self.opened():
             return []
         return self.guarded(lambda: self._file.read(["run_id"])["run_id"].to_pylist())
+
+    def known(self) -> Collection[str]:
+        """As `ids`, to look into: in whatever order runs are asked for, no row group is read for it."""
+        if not self.opened():
+            return ()
+        if self._known is None:
+            self._known = frozenset(self.ids())
+        return self._known
 
     def around(self, run_id: str) -> polars.DataFrame | None:
         """The row group in which `run_id` is, if it is in the file; None without a file."""
@@ -138,7 +147,7 @@ class _Blocks:
             groups = [meta.row_group(i) for i in range(meta.num_row_groups if meta.num_rows else 0)]
             at = self._file.schema_arrow.get_field_index("run_id")
             self._firsts = self.guarded(lambda: [group.column(at).statistics.min for group in groups])
-            self.seen, self._held = seen, None
+            self.seen, self._held, self._known = seen, None, None
         return bool(self._firsts)
 
     def guarded(self, read):
