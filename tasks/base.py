@@ -108,7 +108,8 @@ class Task:
     training), `threshold` (metric value that counts as "learned" when a run stands alone; None: `Prepared.threshold`), `images`
     (examples are images: runs may set `views` and `batch_norm`), `public` (what its public data are, for methods that learn from
     such; empty: it has none), `users` (who a user is, of whom a row may be one of several; empty: nobody says whose a row is),
-    `options` (its own settings with their defaults; they are part of the run id).
+    `options` (its own settings with their defaults; they are part of the run id), `encoded_on_disk` (whether the cache folder may
+    hold its encoded rows: true only of data that are nobody's secret).
     """
 
     name: ClassVar[str]
@@ -126,6 +127,7 @@ class Task:
     images: ClassVar[bool] = False
     public: str = ""
     users: str = ""
+    encoded_on_disk: bool = False
     hub: ClassVar[str | None] = None  # "id/config" on the hub, None when the data come from a package
 
     options: ClassVar[dict[str, Any]] = {}

@@ -95,7 +95,7 @@ class TextClassification(Classification):
         Encoded examples hold int32 arrays `input_ids` (and `token_type_ids`) of at most `spec.max_length` tokens, an
         int `labels`, and an int `mask_position` with the `mlm` head. Raises CannotRun when the model cannot be used.
         """
-        from dpft.tasks import models, prompts, tokens
+        from dpft.tasks import encoded, models, prompts, tokens
 
         if spec.head == "mlm" and not self.template:
             raise CannotRun(f"The task {self.name} has no prompt, which head=mlm needs; take head=mean or head=native.")
@@ -106,13 +106,18 @@ class TextClassification(Classification):
         model, weights = models.load_model(source, spec.head, self.count(data), generator, words)
         fields = tokens.Fields.of(model, tokenizer)
         encode = tokens.Encoder(tokenizer, fields, fields.checked_length(spec.max_length, spec.model), prompt)
-        train, validation, public = (encode(rows) for rows in (data.train, data.validation, data.public))
+        asked = [self.template, *self.label_words] if prompt else None
+        settings = {"max_length": spec.max_length, "segments": fields.segments, "prompt": asked}
+        train, validation, public = (
+            encoded.of(encode, rows, tokenizer, settings, self.encoded_on_disk)
+            for rows in (data.train, data.validation, data.public)
+        )
         return Prepared(
             model=model,
             train=train,
             validation=validation,
-            train_lengths=[len(example["input_ids"]) for example in train],
-            validation_lengths=[len(example["input_ids"]) for example in validation],
+            train_lengths=encoded.lengths(train),
+            validation_lengths=encoded.lengths(validation),
             collate=tokens.Collator(fields, prompted=prompt is not None),
             data_fingerprint=data.fingerprint,
             model_fingerprint=weights,

@@ -28,6 +28,7 @@ class DataToText(TextGeneration):
     """
 
     version = 1
+    encoded_on_disk = True
     options: ClassVar[dict[str, Any]] = {
         **TextGeneration.options,
         "train_split": "train",

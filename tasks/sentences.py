@@ -35,6 +35,7 @@ class Sentences(grouping.MadeUp, TextClassification):
 
     name = "sentences"
     version = 1
+    encoded_on_disk = True
     description = "sentiment of sentences from film and product reviews, editorials and tweets, rated by 20 people each"
     source = "Hutto and Gilbert 2014 (ICWSM), in the source distribution of vaderSentiment 3.3.2 on PyPI, MIT"
     public = lexicon.WHAT

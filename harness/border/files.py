@@ -35,6 +35,15 @@ def trouble(path: Path, largest: int | None = None) -> str | None:
     return None
 
 
+def stamp_of(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from one that replaces it; None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def content(path: Path, what: str, hint: str) -> bytes:
     """The bytes of a document. what: `The record`; hint: what to do. Raises BadInput with one sentence."""
     problem = trouble(path, LARGEST)

@@ -66,7 +66,7 @@ def report(
         )
     if watch and (html is None or any((output, figures, latex, csv, theory, only, board))):
         raise BadInput("--watch keeps one page fresh and makes nothing else; give it --html FILE, and no other report.")
-    store, pictures = Store(folder, passed_over), None
+    store, pictures = Store(folder, passed_over, showing.counted), None
     read = functools.cache(lambda: _of(task, reporting.summaries(store)))
     if html is not None:
         from dpft.harness.report import page
@@ -75,7 +75,9 @@ def report(
             read()
         if watch:
             _follow(html, store, reporting.Options(public=options["public"], baseline=options["baseline"]), task)
-        records = (record for record in store.each() if task in (None, record["spec"]["task"]))
+        records = (
+            record for record in store.sound(store.summary, curves=True) if task in (None, record["spec"]["task"])
+        )
         page.write(html, store, records, options["public"], baseline=options["baseline"])
         click.echo(f"{html} was written.", err=True)
         if output is None:
@@ -144,7 +146,7 @@ def verify(folder, as_json, passed_over):
     """
     from dpft.harness.records.verifying import verify_folder
 
-    found = verify_folder(folder, passed_over)
+    found = verify_folder(folder, passed_over, showing.counted)
     wrong = sum(bool(one.findings) for one in found.values())
     if as_json:
         click.echo(json.dumps({name: one.findings for name, one in found.items()}, indent=1))

@@ -79,7 +79,7 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
         return _replay(replay, Store(results), data_dir, progress.reporter(1, quiet), as_json)
     if engine not in engines.NAMES:
         raise unknown("engine", engine, engines.NAMES)
-    store = Store(results, passed_over)
+    store = Store(results, passed_over, showing.counted)
     settings = Settings(data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise)
     if contests.is_board(suite):
         if overwrite or retry_failed or as_json or executor != "local" or shard != "1/1":
@@ -117,7 +117,7 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
             records = execution.run_all(runs, store, settings, policy, reporter, sources)
     failed = [r for r in records if r["status"] not in ("done", "skipped")]
     if as_json:
-        click.echo(json.dumps(records, indent=1, allow_nan=False))
+        click.echo(json.dumps([store.read(record["run_id"]) for record in records], indent=1, allow_nan=False))
     elif not (single and failed):
         from dpft.harness import report
 
@@ -210,7 +210,7 @@ def plan(suite, overrides, data_dir, results, tries, what_if, samplers, users, a
 
     if tries is not None:
         check_tries(tries)
-    store = Store(results, passed_over)
+    store = Store(results, passed_over, showing.counted)
     if contests.is_board(suite):
         rows = contests.plan(suite, overrides, store)
         click.echo(json.dumps(rows, indent=1) if as_json else showing.grid(rows))
@@ -224,9 +224,9 @@ def plan(suite, overrides, data_dir, results, tries, what_if, samplers, users, a
     rows = overview(runs, store, records, data_dir, tries)
     pending = [spec for spec, row in zip(runs, rows, strict=True) if not row["state"].startswith(("done", "skipped"))]
     found = rehearse(pending, store, data_dir)
-    problems: dict[str, list[str]] = {}
-    for spec, row in zip(runs, rows, strict=True):
-        said = dict.fromkeys([*filter(None, [row["problem"]]), *found.of(spec)])
+    problems, stopping = {}, found.by_run()
+    for row in rows:
+        said = dict.fromkeys([*filter(None, [row["problem"]]), *stopping.get(row["run"], ())])
         row["problem"] = " ".join(said) or None
         for sentence in said:
             problems.setdefault(sentence, []).append(row["run"])

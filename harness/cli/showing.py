@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -74,3 +75,15 @@ def _wide(table: Table) -> int:
 
 def _width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def counted(run_ids: Sequence[str]) -> Iterator[str]:
+    """The ids one by one; in a terminal, where that takes more than a second, with how many of them have been read."""
+    begin, shown = time.monotonic(), False
+    for number, run_id in enumerate(run_ids):
+        if number % 100 == 0 and time.monotonic() - begin > 1 and sys.stderr.isatty():
+            click.echo(f"\r{number:,} of {len(run_ids):,} records read", nl=False, err=True)
+            shown = True
+        yield run_id
+    if shown:
+        click.echo("\r\033[K", nl=False, err=True)

@@ -107,10 +107,10 @@ def run_all(
                 interrupts.end()
                 raise
     for spec in runs:
-        if store.read(spec.run_id) is None and spec.label() not in lost:
+        if store.summary(spec.run_id) is None and spec.label() not in lost:
             reporter.note(f"{spec.label()} is being made by another process; waiting for it.")
             with store.claim(spec.run_id, wait=True):
-                if store.read(spec.run_id) is None:
+                if store.summary(spec.run_id) is None:
                     lost.append(spec.label())
     if lost:
         raise CannotRun(f"{len(lost)} runs were lost with their workers, the others are there; give the command again.")

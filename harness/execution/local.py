@@ -49,7 +49,7 @@ def wanted(runs: Sequence[RunSpec], store: Store, policy: Policy) -> list[RunSpe
 
 def is_pending(store: Store, spec: RunSpec, policy: Policy) -> bool:
     """Whether `spec` has still to be run under `policy`."""
-    record = store.read(spec.run_id)
+    record = store.summary(spec.run_id)
     return record is None or _again(store, record, policy)
 
 
@@ -67,7 +67,7 @@ def pending(runs: Iterable[RunSpec], store: Store, policy: Policy, sources: Sour
     """
     todo, kept, replaced = [], [], []
     for spec in runs:
-        record = store.read(spec.run_id)
+        record = store.summary(spec.run_id)
         if record is None or _again(store, record, policy):
             todo.append(spec)
             if record is not None and record["status"] == "done":
@@ -106,7 +106,7 @@ def run_all(
     elsewhere, made, compared = [], set(), set() if compared is None else compared
     for spec in todo:
         if up():
-            return collect([spec for spec in runs if store.read(spec.run_id) is not None], store, made, sources)
+            return collect([spec for spec in runs if store.summary(spec.run_id) is not None], store, made, sources)
         with store.claim(spec.run_id) as mine:
             if not mine:
                 elsewhere.append(spec)
@@ -116,7 +116,7 @@ def run_all(
     for spec in elsewhere:
         reporter.note(f"{spec.label()} is being made by another process; waiting for it.")
         with store.claim(spec.run_id, wait=True):
-            if store.read(spec.run_id) is None:  # the other process died
+            if store.summary(spec.run_id) is None:  # the other process died
                 _make(spec, store, settings, policy, reporter, compared)
                 made.add(spec.run_id)
     return collect(runs, store, made, sources)
@@ -124,7 +124,7 @@ def run_all(
 
 def collect(runs: Sequence[RunSpec], store: Store, made: set[str], sources: Sources) -> list[dict[str, Any]]:
     """The records of `runs`; those not in `made` are held against what is here, as another process may have had other data."""
-    records = [store.read(spec.run_id) for spec in runs]
+    records = [store.summary(spec.run_id) for spec in runs]
     both = zip(runs, records, strict=True)
     origin.check([(spec, record) for spec, record in both if spec.run_id not in made], sources, store.folder)
     return records

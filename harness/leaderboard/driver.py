@@ -17,7 +17,7 @@ def looking(store: Store) -> Look:
 
     def look(spec: RunSpec) -> dict[str, Any] | None:
         if spec.run_id not in kept:
-            record = store.read(spec.run_id)
+            record = store.summary(spec.run_id)
             if record is None:
                 return None
             kept[spec.run_id] = {

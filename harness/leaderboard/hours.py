@@ -54,7 +54,7 @@ SAME = ("task", "model", "max_length", "steps", "batch_size")
 
 def _seconds(store: Store) -> dict[tuple, dict[str, list[float]]]:
     found: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for record in store.each() if store.folder.is_dir() else ():
+    for record in store.sound(store.summary) if store.folder.is_dir() else ():
         if record["status"] == "done":
             spec = record["spec"]
             found[tuple(spec[key] for key in SAME)][spec["method"]].append(record["cost"]["total_s"])

@@ -265,6 +265,7 @@ def _smallest_delta() -> float:
     return 1e-13 if numpy.finfo(numpy.longdouble).eps < 1e-18 else 1e-10
 
 
+@functools.cache
 def library_version() -> str:
     """The version of prv-accountant, part of every cache key."""
     from importlib.metadata import version

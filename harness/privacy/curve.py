@@ -1,5 +1,6 @@
 """Epsilon after every step of a plan: a known curve, never below the truth."""
 
+import functools
 import math
 from bisect import bisect_left
 from itertools import accumulate
@@ -30,16 +31,20 @@ def epsilon_curve(sigma: float, sampling_probability: float, steps: int, delta: 
     if steps == 0:
         return [0.0]
     check_numbers((kind,), delta, target)
-    inputs = {"target": target, "delta": delta, "q": kind[0], "sigma": kind[1], "steps": int(steps)}
-
-    def valid(points: Any) -> bool:
-        return isinstance(points, list) and points[-1:] != [] and points[-1][0] == steps
-
-    points = cached(
-        "curve", {**inputs, "prv_accountant": library_version()}, valid, lambda: _points(kind, delta, target)
-    )
+    points = _kept(kind, delta, target)
     counts = [count for count, _ in points]
     return [0.0] + [points[bisect_left(counts, step)][1] for step in range(1, steps + 1)]
+
+
+@functools.lru_cache(maxsize=512)  # thousands of runs may have one plan
+def _kept(kind: tuple[float, float, int], delta: float, target: float) -> list[list[Any]]:
+    """As `_points`, from disk where they were computed before."""
+    inputs = {"target": target, "delta": delta, "q": kind[0], "sigma": kind[1], "steps": int(kind[2])}
+
+    def valid(points: Any) -> bool:
+        return isinstance(points, list) and points[-1:] != [] and points[-1][0] == kind[2]
+
+    return cached("curve", {**inputs, "prv_accountant": library_version()}, valid, lambda: _points(kind, delta, target))
 
 
 def _points(kind: tuple[float, float, int], delta: float, target: float) -> list[list[Any]]:

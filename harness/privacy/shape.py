@@ -66,4 +66,6 @@ def findings(privacy: Any, foreign: bool) -> Iterator[str]:
 
 def is_number(value: Any) -> bool:
     """Whether it is a real number, not too large for the accountants."""
+    if type(value) is float or type(value) is int:  # all that JSON has; the rest takes a hundred times as long
+        return -1e300 < value < 1e300
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) < 1e300

@@ -19,6 +19,7 @@ from typing import Any
 from dpft.harness.runs.spec import RunSpec, completed
 
 VERSION = 1
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
 def start(spec: RunSpec, data_fingerprint: str | None, model_fingerprint: str | None) -> str:
@@ -68,5 +69,4 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hash(*parts: Any) -> str:
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_CANONICAL(parts).encode()).hexdigest()

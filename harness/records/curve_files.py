@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpft.harness.border.files import shown_path, trouble
 from dpft.harness.errors import BadInput
+from dpft.harness.records.damaged import Counted
 
 if TYPE_CHECKING:
     import polars
 
 NEEDED = ("step", "metric")
+BLOCK = 64  # curves that are read together
+PLACE = "read from"  # a column that no curve has
 NUMBERS = ("epsilon", "loss", "metric", "lr", "clipped_fraction", "alignment_noisy", "alignment_decoded", "snr")
 
 
@@ -30,6 +35,42 @@ def read(path: Path) -> polars.DataFrame:
     if problem is not None:
         raise BadInput(f"The curve {shown_path(path)} {problem}; delete {path.stem}.json and run again.")
     return frame
+
+
+class Ahead:
+    """Reads the curves of many runs in blocks, in half the time that one by one takes; what cannot be read so is left out."""
+
+    def __init__(self, path_of: Callable[[str], Path]) -> None:
+        self._path_of, self._frames = path_of, {}
+
+    def each(self, run_ids: Sequence[str], counted: Counted = iter) -> Iterator[str]:
+        """The ids, in order; the curves of a block have been read before its first. counted: as of a store."""
+        for place, run_id in enumerate(counted(run_ids)):
+            if place % BLOCK == 0:
+                self._frames = _together([self._path_of(one) for one in run_ids[place : place + BLOCK]])
+            yield run_id
+        self._frames = {}
+
+    def take(self, run_id: str) -> polars.DataFrame | None:
+        """The curve of a run of this block, once; None where it was not read: `read` says why."""
+        return self._frames.pop(str(self._path_of(run_id)), None)
+
+
+def _together(paths: Sequence[Path]) -> dict[str, polars.DataFrame]:
+    """Path -> curve, of those that are sound; files of one layout are read at once."""
+    import polars
+
+    alike: dict[str, list[Path]] = {}
+    for path in paths:
+        if trouble(path) is None:
+            with contextlib.suppress(Exception):  # polars has errors of its own, and panics
+                alike.setdefault(repr(polars.read_parquet_schema(path)), []).append(path)
+    found: dict[str, polars.DataFrame] = {}
+    for group in alike.values():
+        with contextlib.suppress(Exception):
+            rows = polars.scan_parquet(group, glob=False, include_file_paths=PLACE).collect()
+            found |= {key[0]: one for key, one in rows.partition_by(PLACE, as_dict=True, include_key=False).items()}
+    return {path: frame for path, frame in found.items() if trouble_in(frame) is None}
 
 
 def trouble_in(frame: polars.DataFrame) -> str | None:

@@ -31,12 +31,12 @@ def merge(sources: list[Path], target: Path, passed_over: PassedOver = None) -> 
     """
     into = Store(target, passed_over)
     into.open_for_writing()
-    known = {r["run_id"]: r for r in into.records()}
-    todo: dict[str, tuple[Store, dict]] = {}
+    known = {r["run_id"]: r for r in into.sound(into.summary)}
+    todo: dict[str, Store] = {}
     done = Merged()
     for source in sources:
         store = Store(source, passed_over)
-        for record in store.records():
+        for record in store.sound(store.summary):
             run_id = record["run_id"]
             other = known.get(run_id)
             if other is None and into.has(run_id):
@@ -48,13 +48,13 @@ def merge(sources: list[Path], target: Path, passed_over: PassedOver = None) -> 
                     )
                 done.copied += other is None
                 known[run_id] = record
-                todo[run_id] = (store, record)
+                todo[run_id] = store
             elif _outcome(other) == _outcome(record):
                 done.same += 1
             else:
                 done.notes.append(f"Run {run_id}: {record['status']} in {source} is left out for {other['status']}.")
-    for store, record in todo.values():
-        into.take_from(store, record)
+    for run_id, store in todo.items():
+        into.take_from(store, store.read(run_id))
     return done
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +45,17 @@ class Packed:
         """Run ids, sorted. Raises BadInput for a damaged file, as all of these."""
         return self._records.ids()
 
+    def stamp(self) -> tuple[int, ...] | None:
+        """What tells the file of records from one that replaces it; None where there is none."""
+        return self._records.seen if self._records.opened() else None
+
     def text(self, run_id: str) -> bytes | None:
         """The record's JSON, None where the run is not among them."""
         row = self._row(run_id)
         return None if row is None else str(row["record"]).encode()
 
     def has(self, run_id: str) -> bool:
-        return self._row(run_id) is not None
+        return run_id in self._records.known()
 
     def has_curve(self, run_id: str) -> bool:
         row = self._row(run_id)
@@ -95,15 +99,24 @@ class _Blocks:
 
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
         self.path, self._columns = path, columns
-        self._seen: tuple | None = None
+        self.seen: tuple | None = None
         self._file: pyarrow.parquet.ParquetFile | None = None
         self._firsts: list[str] = []
         self._held: tuple[int, polars.DataFrame] | None = None
+        self._known: Collection[str] | None = None
 
     def ids(self) -> list[str]:
         if not self.opened():
             return []
         return self.guarded(lambda: self._file.read(["run_id"])["run_id"].to_pylist())
+
+    def known(self) -> Collection[str]:
+        """As `ids`, to look into: in whatever order runs are asked for, no row group is read for it."""
+        if not self.opened():
+            return ()
+        if self._known is None:
+            self._known = frozenset(self.ids())
+        return self._known
 
     def around(self, run_id: str) -> polars.DataFrame | None:
         """The row group in which `run_id` is, if it is in the file; None without a file."""
@@ -127,14 +140,14 @@ class _Blocks:
             raise BadInput(f"{shown_path(self.path)} {problem}; get it again.")
         stat = self.path.stat()
         seen = stat.st_ino, stat.st_size, stat.st_mtime_ns
-        if seen != self._seen:
+        if seen != self.seen:
             self._file = self.guarded(lambda: pyarrow.parquet.ParquetFile(self.path))
             _check_schema(self.path, self._file.schema_arrow, self._columns)
             meta = self._file.metadata
             groups = [meta.row_group(i) for i in range(meta.num_row_groups if meta.num_rows else 0)]
             at = self._file.schema_arrow.get_field_index("run_id")
             self._firsts = self.guarded(lambda: [group.column(at).statistics.min for group in groups])
-            self._seen, self._held = seen, None
+            self.seen, self._held, self._known = seen, None, None
         return bool(self._firsts)
 
     def guarded(self, read):

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from dpft.harness.border.documents import parsed
-from dpft.harness.border.files import content, shown_path
+from dpft.harness.border.files import content, shown_path, stamp_of
 from dpft.harness.border.values import shown
 from dpft.harness.errors import BadInput
 from dpft.harness.records import curve_files
+from dpft.harness.records.damaged import Counted, PassedOver, readable
 from dpft.harness.records.packed import RECORDS, Packed
 from dpft.harness.records.schema import SCHEMA, check
+from dpft.harness.records.slim import Reader
 from dpft.harness.train.journal import path_of
 
 LOCK = "lock"  # in the folder of what is being written
 # --retry-failed goes on from the checkpoint of these; one that diverged would do so again from the same state
 CONTINUED = ("timeout", "oom", "error")
-
-PassedOver = Callable[[str], None] | None
 
 
 class Store:
@@ -33,11 +33,13 @@ class Store:
     may be packed (harness/records/packed.py). What is written is loose, and a loose record counts before a packed one.
 
     passed_over: told of each damaged or newer record, in one sentence, where such are to be left out; None: they are errors.
+    counted: gives ids one by one where many records are read, and may show how far that is.
     """
 
-    def __init__(self, folder: str | Path, passed_over: PassedOver = None):
-        self.folder, self.passed_over = Path(folder), passed_over
+    def __init__(self, folder: str | Path, passed_over: PassedOver = None, counted: Counted = iter):
+        self.folder, self.passed_over, self.counted = Path(folder), passed_over, counted
         self.packed = Packed.of(self.folder)
+        self._reader, self._summaries, self.ahead = Reader(), {}, curve_files.Ahead(self.curve_path)
 
     def open_for_writing(self) -> None:
         """Make the folder. Raises BadInput when it cannot be written to."""
@@ -63,6 +65,27 @@ class Store:
         """The record of `run_id`, or None when there is none. Raises BadInput when it is damaged."""
         text = self.text(run_id)
         return None if text is None else read_record(text, run_id, self.where(run_id))
+
+    def summary(self, run_id: str) -> dict[str, Any] | None:
+        """As `read`, without the diagnostics by matrix and step; to be read only. Parsed again only where it was replaced."""
+        path = self.record_path(run_id)
+        stamp = stamp_of(path) or self.packed.stamp()
+        known, record = self._summaries.get(run_id, (None, None))
+        if stamp is None or stamp != known:
+            text = self.text(run_id)
+            record = (
+                None if text is None else self._reader.record(text) or read_record(text, run_id, self.where(run_id))
+            )
+            if record is not None:
+                self._checked(record, run_id)
+                self._summaries[run_id] = stamp, record
+        return record
+
+    def _checked(self, record: dict[str, Any], run_id: str) -> None:
+        try:
+            check_place(record, run_id, "")
+        except BadInput:
+            check_place(record, run_id, self.where(run_id))  # which takes time to say
 
     def ids(self) -> list[str]:
         """Run ids of all records, sorted. Raises BadInput for a missing folder."""
@@ -101,11 +124,18 @@ class Store:
         """A loose record's curve is loose, too: that of the packed run that it replaces is not its own."""
         return not self.record_path(run_id).exists() and self.packed.has_curve(run_id)
 
-    def sound(self, read: Callable[[str], Any], run_ids: Iterable[str] | None = None) -> Iterator[Any]:
-        """`read` of the id of every record, or of those of `run_ids` that are there. Raises BadInput as `readable`."""
+    def sound(
+        self, read: Callable[[str], Any], run_ids: Iterable[str] | None = None, curves: bool = False
+    ) -> Iterator[Any]:
+        """`read` of the id of every record, or of those of `run_ids` that are there. curves: theirs will be asked for, too.
+
+        Raises BadInput as `readable`.
+        """
         ids = self.ids() if run_ids is None else sorted(run_id for run_id in run_ids if self.has(run_id))
         return readable(
-            ids, read if self.passed_over is None else lambda run_id: self._whole(read(run_id)), self.passed_over
+            self.ahead.each(ids, self.counted) if curves else self.counted(ids),
+            read if self.passed_over is None else lambda run_id: self._whole(read(run_id)),
+            self.passed_over,
         )
 
     def _whole(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -125,11 +155,13 @@ class Store:
     def unspoilt(self, run_ids: Sequence[str]) -> list[str]:
         """Those of `run_ids` that have a sound record or none; raises for the others, or passes over them, as `each`."""
         present = {run_id for run_id in run_ids if self.has(run_id)}
-        sound = {record["run_id"] for record in self.sound(self.read, present)}
+        sound = {record["run_id"] for record in self.sound(self.summary, present)}
         return [run_id for run_id in run_ids if run_id not in present or run_id in sound]
 
     def curve(self, run_id: str):
         """The curve as a polars frame, one row per step. Raises BadInput when it is missing or damaged."""
+        if (read_already := self.ahead.take(run_id)) is not None:
+            return read_already
         if not self.curve_path(run_id).exists() and self._packed_curve(run_id):
             return self.packed.curve(run_id)
         return curve_files.read(self.curve_path(run_id))
@@ -162,12 +194,8 @@ class Store:
 
     def stamps(self, run_ids: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """What tells each record from one that replaces it; nothing for runs that have none. Equal or not is all it says."""
-        found = {}
-        for run_id in run_ids:
-            with suppress(FileNotFoundError):
-                status = self.record_path(run_id).stat()
-                found[run_id] = (status.st_ino, status.st_mtime_ns, status.st_size)
-        return found
+        found = ((run_id, stamp_of(self.record_path(run_id))) for run_id in run_ids)
+        return {run_id: stamp for run_id, stamp in found if stamp is not None}
 
     def take_from(self, other: Store, record: dict[str, Any]) -> None:
         """Copy a run of another store, curve first."""
@@ -197,25 +225,6 @@ class Store:
                 yield False
                 return
             yield True
-
-
-def readable(run_ids: Iterable[str], read: Callable[[str], Any], passed_over: PassedOver = None) -> Iterator[Any]:
-    """`read` of every run id; what it raises BadInput for is told to `passed_over`.
-
-    Without that, BadInput says at the end which was the first and how many there are.
-    """
-    bad: list[str] = []
-    for run_id in run_ids:
-        try:
-            found = read(run_id)
-        except BadInput as error:
-            (bad.append if passed_over is None else passed_over)(str(error))
-            continue
-        if not bad:
-            yield found
-    if bad:
-        many = f" ({len(bad)} such records are there; this is the first)" if len(bad) > 1 else ""
-        raise BadInput(f"{bad[0].rstrip('.')}, or go on without it: --skip-damaged{many}.")
 
 
 def read_record(text: bytes, run_id: str, where: str) -> dict[str, Any]:

@@ -14,35 +14,12 @@ import msgspec
 from dpft.harness.border.files import trouble
 from dpft.harness.errors import BadInput
 from dpft.harness.records.schema import bulk
-from dpft.harness.records.store import Store, check_place
+from dpft.harness.records.store import Store
 from dpft.harness.report.rows import Row
 from dpft.harness.statistics import Reached, median_reached, to_threshold
 from dpft.harness.statistics.thresholds import FEWEST
 
 COLUMNS = ("step", "metric", "epsilon", "alignment_noisy", "alignment_decoded")
-
-
-class _Summary(msgspec.Struct):
-    """The diagnostics that a table needs; the others, a row per matrix and step, are skipped by the parser."""
-
-    private: Any = None
-    alignment: Any = None
-    clipped_fraction: Any = None
-
-
-class _Slim(msgspec.Struct, omit_defaults=True):
-    """A record, as harness/records/store.py knows it."""
-
-    schema: Any = msgspec.UNSET
-    run_id: Any = msgspec.UNSET
-    status: Any = msgspec.UNSET
-    spec: Any = msgspec.UNSET
-    privacy: Any = msgspec.UNSET
-    result: Any = msgspec.UNSET
-    cost: Any = msgspec.UNSET
-    diagnostics: _Summary | msgspec.UnsetType | None = msgspec.UNSET
-    provenance: Any = msgspec.UNSET
-    error: Any = msgspec.UNSET
 
 
 class _Seen(msgspec.Struct):
@@ -57,24 +34,9 @@ class _Spikes(msgspec.Struct):
     diagnostics: _Decoded
 
 
-_DECODER = msgspec.json.Decoder(_Slim)
-
-
 def summaries(store: Store) -> list[dict[str, Any]]:
     """All records, by run id, without the diagnostics per matrix. Raises BadInput like `Store.records`."""
-    return list(store.sound(lambda run_id: _summary(store, run_id)))
-
-
-def _summary(store: Store, run_id: str) -> dict[str, Any]:
-    try:
-        slim = _DECODER.decode(store.text(run_id))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return store.read(run_id)  # which says what is wrong
-    record = {key: value for key in slim.__struct_fields__ if (value := getattr(slim, key)) is not msgspec.UNSET}
-    if isinstance(slim.diagnostics, _Summary):
-        record["diagnostics"] = msgspec.structs.asdict(slim.diagnostics)
-    check_place(record, run_id, store.where(run_id))
-    return record
+    return list(store.sound(store.summary))
 
 
 def diagnostics(store: Store, record: dict[str, Any]) -> dict[str, Any]:

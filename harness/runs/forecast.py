@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ SHOWN = 5  # ids of runs in a line
 
 
 def there(store: Store) -> list[dict[str, Any]]:
-    """The records of the folder, none where it is yet to be made."""
-    return store.records() if store.folder.is_dir() else []
+    """The records of the folder without their bulk, none where it is yet to be made."""
+    return list(store.sound(store.summary)) if store.folder.is_dir() else []
 
 
 def overview(
@@ -39,7 +40,7 @@ def overview(
     records: what is `there`. `releases`: the shares of the budget, by name, of every stretch of equal steps.
     """
     by_id = {r["run_id"]: r for r in records}
-    sources = Sources(data_dir)
+    sources, budgets = Sources(data_dir), {}
     rows = []
     for spec in runs:
         record = by_id.get(spec.run_id)
@@ -51,7 +52,10 @@ def overview(
             "seed": spec.seed,
             "state": _state(record, spec, sources) if record is not None else _absent(store, spec),
         }
-        rows.append(row | _budget(spec, sources, tries))
+        alike = replace(spec, seed=0, lr=1.0).canonical()  # neither has a part in what is spent
+        if alike not in budgets:
+            budgets[alike] = _budget(spec, sources, tries)
+        rows.append(row | budgets[alike])
     return rows
 
 

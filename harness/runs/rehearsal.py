@@ -14,7 +14,7 @@ from dpft.harness.errors import BadInput
 from dpft.harness.plugins import blame
 from dpft.harness.records.store import Store
 from dpft.harness.runs import registry
-from dpft.harness.runs.spec import RunSpec
+from dpft.harness.runs.spec import RunSpec, types
 from dpft.tasks.base import ModelSpec
 from dpft.tasks.hub import Fetch, silent
 
@@ -30,9 +30,13 @@ class Findings:
     skips: dict[str, list[RunSpec]] = field(default_factory=dict)
     fetches: list[Fetch] = field(default_factory=list)
 
-    def of(self, spec: RunSpec) -> list[str]:
-        """What stops one run."""
-        return [sentence for sentence, runs in self.problems.items() if spec in runs]
+    def by_run(self) -> dict[str, list[str]]:
+        """Run id -> what stops it; runs that nothing stops are left out."""
+        found: dict[str, list[str]] = {}
+        for sentence, runs in self.problems.items():
+            for spec in runs:
+                found.setdefault(spec.run_id, []).append(sentence)
+        return found
 
 
 def rehearse(runs: Iterable[RunSpec], store: Store, data_dir: Path | None) -> Findings:
@@ -92,7 +96,7 @@ class _Stage:
     def trained(self, spec: RunSpec) -> tuple[int | str, list[str]]:
         """(how many numbers the method trains, 0 where that is not known, or why it skips; what stops it) on a model without
         weights."""
-        settings = {key: value for key, value in spec.to_dict().items() if key not in _IRRELEVANT}
+        settings = {key: getattr(spec, key) for key in types() if key not in _IRRELEVANT}
         return self._once(("method", repr(settings)), lambda: self._prepare(spec), 0)
 
     def _prepare(self, spec: RunSpec) -> int | str:

@@ -41,7 +41,7 @@ def _specs(store: Store) -> list[dict[str, Any]]:
     found = []
     for run_id in store.ids():
         with contextlib.suppress(BadInput):
-            found.append(store.read(run_id)["spec"])
+            found.append(store.summary(run_id)["spec"])
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from typing import Annotated, Any, get_type_hints
 
 from msgspec import Meta
@@ -115,10 +115,10 @@ class RunSpec:
 
     def canonical(self) -> str:
         """Canonical JSON: sorted keys, no spaces, defaults left out."""
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != _default(f)}
+        kept = {name: value for name, default in _defaults() if (value := getattr(self, name)) != default}
         return json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()[:16]
@@ -144,14 +144,14 @@ class RunSpec:
 
 def completed(stored: dict[str, Any]) -> dict[str, Any]:
     """The spec of a record, with the defaults of fields that are younger than the record."""
-    younger = {f.name: _default(f) for f in fields(RunSpec) if f.name not in stored and _default(f) is not MISSING}
-    return {**stored, **younger}
+    younger = {name: default for name, default in _defaults() if name not in stored and default is not MISSING}
+    return {**stored, **{name: {} if default == {} else default for name, default in younger.items()}}
 
 
-def _default(f) -> Any:
-    if f.default_factory is not MISSING:
-        return f.default_factory()
-    return f.default
+@cache
+def _defaults() -> tuple[tuple[str, Any], ...]:
+    """(field, its default, MISSING where it has none)."""
+    return tuple((f.name, f.default if f.default_factory is MISSING else f.default_factory()) for f in fields(RunSpec))
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from dpft.harness.border.files import shown_path
 from dpft.harness.border.values import Name, shown
 from dpft.harness.errors import BadInput, unknown
 from dpft.harness.runs.resolve import resolve
-from dpft.harness.runs.spec import RunSpec
+from dpft.harness.runs.spec import RunSpec, typed
 
 MOST = 100_000  # runs of one arm
 
@@ -89,7 +89,19 @@ def expand(settings: dict[str, Any], data_dir: Path | None = None) -> list[RunSp
 
     Raises BadInput as `grid`, and for runs that cannot be.
     """
-    return [resolve({**settings, **point}, data_dir) for point in grid(settings)]
+    resolved: dict[str, RunSpec] = {}
+    return [_at(settings, point, resolved, data_dir) for point in grid(settings)]
+
+
+def _at(
+    settings: dict[str, Any], point: dict[str, Any], resolved: dict[str, RunSpec], data_dir: Path | None
+) -> RunSpec:
+    """The run at a point of a grid; points that differ in their seed alone are resolved once."""
+    key = repr([value for name, value in point.items() if name != "seed"])
+    if "seed" not in point or key not in resolved:
+        resolved[key] = resolve({**settings, **point}, data_dir)
+        return resolved[key]
+    return replace(resolved[key], seed=typed("seed", point["seed"]))
 
 
 def grid(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:

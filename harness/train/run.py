@@ -134,7 +134,31 @@ def release_dimension(spec: RunSpec, settings: Settings) -> int:
 @functools.lru_cache(maxsize=64)
 def _dimension(canonical: str, settings: Settings) -> int:
     spec = RunSpec(**json.loads(canonical))
+    if (found := _without_weights(spec, settings)) is not None:
+        return found
     method, _, parameters, _ = _model(spec, settings, torch.device("cpu"))
+    return _released(method, parameters)
+
+
+def _without_weights(spec: RunSpec, settings: Settings) -> int | None:
+    """The dimension by a model without weights, and with no row encoded; None where the task or the method need the real ones,
+    or would fail: then these say why."""
+    task, method = registry.task(spec.task)(spec.task_options), registry.instance(spec)
+    if public_rows.needed(method):
+        return None
+    try:
+        model = task.bare_model(_wanted(spec))
+        classes = () if model is None else task.load(settings.data_dir).classes
+        if model is None or (classes and len(classes) != task.classes) or method.skip(model) is not None:
+            return None
+        model = method.prepare(model, stream("cpu", "method", spec.task, spec.method, spec.seed))
+        return _released(method, {name: p for name, p in model.named_parameters() if p.requires_grad})
+    except Exception:  # what computes with weights raises anything where there are none
+        return None
+
+
+def _released(method, parameters: dict[str, torch.nn.Parameter]) -> int:
+    """How many numbers the first step asks for."""
     found, asked = 0, first_questions(method, 0)
     fitting.check(asked, parameters, f"Method {called(method)}")
     for query in asked.values():
@@ -146,6 +170,10 @@ def _dimension(canonical: str, settings: Settings) -> int:
     return found
 
 
+def _wanted(spec: RunSpec) -> ModelSpec:
+    return ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm)
+
+
 def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multiplier: float = 0.0):
     """(method, task's data with the model to train, trainable parameters by name, names of the head's)."""
     task, method = registry.task(spec.task)(spec.task_options), registry.instance(spec)
@@ -153,7 +181,7 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multip
     data = public_rows.loaded(method, task, settings.data_dir)
     prepared = task.prepare(
         halves.judged(task, data, spec.split),
-        ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm),
+        _wanted(spec),
         stream("cpu", "head", spec.task, spec.seed),
     )
     hooks.check_prepared(task, prepared)

@@ -7,6 +7,7 @@ import sys
 
 from studies import ROOT
 
+from dpft.harness.cli import showing
 from dpft.harness.cli.showing import fitting
 from dpft.harness.report.text import Table
 
@@ -58,3 +59,12 @@ def test_a_table_keeps_its_names_and_first_values():
     assert table.cells == [{"method": "a", "metric": ".7"}, {"method": "b", "metric": ".8"}]
     assert said == "In all rows: eps 8. Too wide for this terminal: long; a pipe or a file has them."
     assert fitting(Table(cells), 400) == [Table(cells)] and fitting("text", 10) == ["text"]
+
+
+def test_a_terminal_sees_how_far_reading_is_once_it_takes_long(monkeypatch, capsys):
+    ids, clock = [str(i) for i in range(250)], iter(range(100))
+    monkeypatch.setattr(showing.time, "monotonic", lambda: next(clock))
+    assert list(showing.counted(ids)) == ids and capsys.readouterr().err == "", "a file is no terminal"
+    monkeypatch.setattr(showing.sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(showing.counted(ids)) == ids
+    assert capsys.readouterr().err == "\r100 of 250 records read\r200 of 250 records read\r\033[K"

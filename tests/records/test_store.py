@@ -90,3 +90,34 @@ def test_a_full_disk_is_told_with_the_file_that_it_had_no_room_for(tmp_path, err
     with pytest.raises(OSError, match="No space left on device") as seen, atomic(tmp_path / "a.json"):
         raise error
     assert seen.value.filename == str(tmp_path / "a.json") and list(tmp_path.iterdir()) == []
+
+
+def test_a_summary_is_read_once_and_again_where_the_record_was_replaced(tmp_path, monkeypatch):
+    store, one = Store(tmp_path), record("0" * 16)
+    store.open_for_writing()
+    store.write(one, CURVE)
+    first = store.summary("0" * 16)
+    assert first["result"] == one["result"] and "alignment_by_parameter" not in first["diagnostics"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "text", None)
+        assert store.summary("0" * 16) is first
+    store.write({**one, "result": {**one["result"], "final": 0.75}}, CURVE)
+    assert store.summary("0" * 16)["result"]["final"] == 0.75
+    store.record_path("0" * 16).unlink()
+    assert store.summary("0" * 16) is None
+
+
+def test_curves_read_ahead_are_those_read_one_by_one(tmp_path):
+    store = Store(tmp_path)
+    store.open_for_writing()
+    for i in range(5):
+        run_id = f"{i:016x}"
+        store.write(record(run_id), [{**row, **({"loss": 0.5} if i % 2 else {})} for row in CURVE])
+    store.curve_path("0" * 16).write_bytes(b"no parquet")
+    ids, seen = store.ids(), []
+    for run_id in store.ahead.each(ids):
+        frame = store.ahead.take(run_id)
+        seen.append(run_id)
+        assert (frame is None) == (run_id == "0" * 16), "damaged ones are left to `curve`, which names them"
+        assert frame is None or frame.equals(Store(tmp_path).curve(run_id))
+    assert seen == ids

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpft.harness.border.documents import parsed
 from dpft.harness.errors import BadInput
 from dpft.harness.privacy import units, verify_record
 from dpft.harness.privacy.recompute import is_foreign
+from dpft.harness.records.damaged import Counted, PassedOver, readable
 from dpft.harness.records.schema import SCHEMA, check
-from dpft.harness.records.store import PassedOver, Store, readable
+from dpft.harness.records.store import Store
 from dpft.harness.records.verifying import asked, chains, curves, declared, known, layout, results, tails
 
 
@@ -27,8 +29,8 @@ class Verdict:
     foreign: bool = False
 
 
-def verify_folder(folder: Path, passed_over: PassedOver = None) -> dict[str, Verdict]:
-    """The verdict on every record, by file stem.
+def verify_folder(folder: Path, passed_over: PassedOver = None, counted: Counted = iter) -> dict[str, Verdict]:
+    """The verdict on every record, by file stem. counted: as of a store.
 
     A file of another program needs a `privacy` section with `ledger`, `target`, `delta` and `epsilon`. Raises BadInput for a
     missing folder, a folder without records, and, unless `passed_over` is there to be told, files that are no JSON, no records at
@@ -40,7 +42,7 @@ def verify_folder(folder: Path, passed_over: PassedOver = None) -> dict[str, Ver
         what = "no results folder" if ids is None else "no record (*.json) in"
         raise BadInput(f"There is {what} {folder}; name a folder of records, or make one with `dpft run`.")
     found, twins = {}, _Twins()
-    for name, record in readable(ids, lambda name: (name, _read(store, name)), passed_over):
+    for name, record in readable(store.ahead.each(ids, counted), lambda name: (name, _read(store, name)), passed_over):
         if is_foreign(record):
             found[name] = Verdict(verify_record(record), foreign=True)
             continue
@@ -93,8 +95,12 @@ def _private(record: dict[str, Any], run: asked.Asked) -> Iterator[str]:
 def _read(store: Store, name: str) -> Any:
     """A JSON object: a record of ours, damaged or not, or of another program, with a privacy section."""
     where = store.where(name)
+    text = store.text(name)
     try:
-        content = json.loads(store.text(name))
+        try:
+            content = parsed(text)  # three times as fast, and NaN is none for it
+        except ValueError:
+            content = json.loads(text)
     except (ValueError, RecursionError) as error:  # NaN is no JSON, but a finding
         raise BadInput(f"The record {where} is damaged ({error}); delete it or get it again.") from error
     if is_foreign(content) and (not isinstance(content, dict) or "privacy" not in content):

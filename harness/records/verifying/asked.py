@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from dpft.harness.errors import BadInput
@@ -38,7 +40,18 @@ def read(record: dict[str, Any]) -> Asked:
         found.append(f"The spec is that of run {expected}, not of {record['run_id']}.")
     if found:
         return Asked(findings=found)
-    notices: list[str] = []
+    alike = replace(spec, seed=0, lr=1.0).canonical()  # of neither does anything else depend
+    registered = tuple(
+        id(known()) for known in (registry.tasks, registry.methods, registry.decoders, registry.clippings)
+    )
+    task, method, wrong, notices = _of_settings(alike, registered)
+    return Asked(spec, task, method, list(wrong), list(notices))
+
+
+@lru_cache(maxsize=1024)
+def _of_settings(canonical: str, registered: tuple[int, ...]) -> tuple[type | None, type | None, list[str], list[str]]:
+    """(task, method, findings, notices) of a spec whose fields have the right types, for all seeds and rates at once."""
+    spec, found, notices = RunSpec(**completed(json.loads(canonical))), [], []
     kinds = {kind: _kind(kind, spec, notices) for kind in ("task", "method", "decoder")}
     rule = registry.clippings().get(spec.clipping)
     if rule is None:
@@ -51,7 +64,7 @@ def read(record: dict[str, Any]) -> Asked:
         found.append(f"The spec cannot be run: {problem}")
     if not found and kinds["method"] is not None:
         found += _of_method(spec, kinds["method"], kinds["decoder"], rule)
-    return Asked(spec, kinds["task"], kinds["method"], found, notices)
+    return kinds["task"], kinds["method"], found, notices
 
 
 def _types(spec: RunSpec) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -66,11 +67,21 @@ def against_curve(record: dict[str, Any], asked: Asked, rows: Rows) -> Iterator[
             )
 
 
+@functools.lru_cache(maxsize=2**16)
 def _probability(size: int, good: int, sample: int, seen: int) -> float:
     """Of a sample of `size` examples, `good` of which are right: at most, or at least, `seen` right ones (twice the smaller)."""
-    counts = [math.comb(good, k) * math.comb(size - good, sample - k) for k in range(sample + 1)]
-    low, high, total = sum(counts[: seen + 1]), sum(counts[seen:]), math.comb(size, sample)
-    return 2 * min(low, high) / total
+    every, bad = _ways(size, sample), size - good
+    shares = [
+        math.exp(_ways(good, k) + _ways(bad, sample - k) - every)
+        for k in range(max(0, sample - bad), min(good, sample) + 1)
+    ]
+    cut = seen - max(0, sample - bad)
+    return 2 * min(math.fsum(shares[: max(0, cut + 1)]), math.fsum(shares[max(0, cut) :]))
+
+
+def _ways(of: int, taken: int) -> float:
+    """The logarithm of the number of ways to take some of a set."""
+    return math.lgamma(of + 1) - math.lgamma(taken + 1) - math.lgamma(of - taken + 1)
 
 
 def _spectra(record: dict[str, Any], asked: Asked) -> Iterator[str]:

@@ -37,7 +37,7 @@ def follow(
             if now != before:
                 builder = Builder(store, options)
                 changed = [run_id for run_id in now if run_id not in seen or seen[run_id][0] != now[run_id]]
-                for record in store.sound(store.read, changed):
+                for record in store.sound(store.summary, changed):
                     seen[record["run_id"]] = (now[record["run_id"]], builder.prepare(record))
                 runs = [seen[run_id][1] for run_id in sorted(now) if run_id in seen]
                 put(path, builder, (r for r in runs if task in (None, r.kept["spec"]["task"])), title, following=True)
