@@ -114,6 +114,7 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     else:
         with processes.siblings(min(jobs or 1, max(1, len(pending))), sys.argv[1:], seen):
             settings = dataclasses.replace(settings, device=pick_device(device) if pending else "cpu")
+            processes.take_card(settings.device)
             records = execution.run_all(runs, store, settings, policy, reporter, sources)
     failed = [r for r in records if r["status"] not in ("done", "skipped")]
     if as_json:
@@ -144,6 +145,7 @@ def _board(name, overrides, store, settings, resume, jobs, budget, quiet) -> int
     begin = time.time()
     with processes.siblings(jobs or 1, sys.argv[1:], {}, table=False):
         settings = dataclasses.replace(settings, device=pick_device(settings.device))
+        processes.take_card(settings.device)
 
         def make(specs, up) -> None:
             local.run_all(specs, store, settings, policy, progress.reporter(len(specs), quiet), sources, up, compared)

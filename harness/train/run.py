@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dpft.harness import devices, padding
 from dpft.harness.border.values import one_line
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import ForwardEngine, PlainEngine, zero_sums
@@ -67,6 +68,7 @@ def execute(
         with contextlib.ExitStack() as stack:
             files = model_files.files_fingerprint(spec.model)
             setup = dataclasses.replace(build(spec, settings, privacy_plan, checkpoint_path), begun=begin)
+            stack.enter_context(devices.current(setup.device))
             stack.callback(setup.engine.close)
             stack.callback(setup.mechanism.close)
             loop.train(
@@ -221,7 +223,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
             spec.bands,
         ),
         device=device,
-        max_tokens=settings.max_tokens or MAX_TOKENS[device.type],
+        max_tokens=settings.max_tokens or MAX_TOKENS["cuda" if devices.is_card(device) else "cpu"],
         matrices=spectra.pick(model, parameters),
         deadline=None if settings.timeout is None else time.monotonic() + settings.timeout,
         checkpoint_path=checkpoint_path,
@@ -246,11 +248,13 @@ def _engine(spec: RunSpec, settings: Settings, method):
 
 def _loss(spec: RunSpec, task, device: torch.device):
     own = by_user.mean_loss(task.loss) if spec.unit == "user" else task.loss
-    if spec.precision == "fp32":
+    if spec.precision == "fp32" and not devices.is_card(device):
         return own
 
     def loss(model, batch):
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        half = spec.precision != "fp32"
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16) if half else contextlib.nullcontext()
+        with autocast, padding.known(batch):
             return own(model, batch)
 
     return loss

@@ -68,4 +68,6 @@ def pick_device(name: str) -> str:
         raise BadInput(f"There is no device {name!r}; use cpu, cuda or auto.") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not available):
         raise BadInput(f"The device {name} is not available on this machine; use cpu or auto.")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise BadInput(f"There is no device {name}: cards are counted from cuda:0, and there are {count}.")
     return name
