@@ -29,7 +29,7 @@ from dpft.harness.errors import BadInput
 )
 @click.option("--shard", default="1/1", metavar="I/N", help="Make every N-th run, from the I-th.")
 @click.option(
-    "--jobs", type=Whole(1, 10**4), help="Runs at once.  [default: 1; on ray as many as there are GPUs, or CPUs]"
+    "--jobs", type=Whole(1, 10**4), help="Runs at once, on CUDA on the cards in turn.  [default: 1; on ray as many as there are GPUs, or CPUs]"
 )
 @click.option(
     "--ranks", type=Whole(1, 10**4), help="Processes that share each run, on CUDA with a card each.  [default: 1]"
