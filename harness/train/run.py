@@ -31,7 +31,7 @@ from dpft.harness.records.schema import SCHEMA
 from dpft.harness.runs import registry, users
 from dpft.harness.runs.plan import PrivacyPlan, plan
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import by_user, hooks, loop, public_rows, ranks, sections
+from dpft.harness.train import by_user, hooks, loop, public_rows, ranks, recomputing, sections
 from dpft.harness.train.core import encodings_of
 from dpft.harness.train.mechanism import Mechanism
 from dpft.harness.train.noise import secret_source, source, stream
@@ -192,6 +192,9 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
             f"The task says N = {privacy_plan.sizes.sampled} but {len(prepared.train)} training examples were loaded; "
             "the accounting would be wrong, so mend the data."
         )
+    if settings.recompute:
+        few = padding.sent(prepared.collate(prepared.validation[:2]), device)
+        recomputing.enable(model, _loss(spec, task, device), few, spec.model)
     method.decoder.setup(model, parameters, head, spec)
     clock, key = Clock(device), noise_key(spec)
     engine = _engine(spec, settings, method)(
