@@ -174,7 +174,7 @@ class Machine(TorchDispatchMode):
 
     def __init__(self, current=0):
         super().__init__()
-        self.looks, self.current, self.quiet = [], current, False
+        self.looks, self.current = [], current
         self.events, self.waited, self.counted = Counter(), Counter(), Counter()
 
     def __enter__(self):
@@ -241,8 +241,6 @@ class Machine(TorchDispatchMode):
             target = tensors[0].device
         if source.device != target and "card" in (source.device.type, target.type):
             waits = not (kwargs.get("non_blocking") or (packet is aten.copy_ and args[2:3] == (True,)))
-            if source.device.type == "cpu" and packet is aten.copy_ and source.dim() == 0 and source.numel() == 1:
-                waits = True
             if waits or source.device.type == "card" or not hasattr(source, PINNED):
                 self.looked(f"copy {source.device.type} to {target.type}")
         return target
