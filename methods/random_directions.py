@@ -68,7 +68,13 @@ class Directions:
             if not has_values(rows):
                 self.piece(k, number, p, where)  # its room
                 break
-            at = ((flat >= first) & (flat < last)).nonzero().flatten()
+            inside = (flat >= first) & (flat < last)
+            if rows.device.type != "cpu":  # how many there are would have to be looked at
+                z = self.piece(k, number, p, where).view(-1, width)
+                there = torch.add(out, z[(flat - first).clamp(0, len(z) - 1)], alpha=distance).to(out.dtype)
+                out.copy_(torch.where(inside[:, None], there, out))
+                continue
+            at = inside.nonzero().flatten()
             if len(at):
                 z = self.piece(k, number, p, where).view(-1, width)
                 out[at] = torch.add(out[at], z[flat[at] - first], alpha=distance).to(out.dtype)

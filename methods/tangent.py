@@ -93,7 +93,7 @@ class Tangent:
         (first, second), rank, eye = (
             self.inside(x),
             len(self.left.root),
-            torch.eye(len(self.left.root)).to(self.left.root),
+            torch.eye(len(self.left.root), dtype=self.left.root.dtype, device=self.left.root.device),
         )
         here = self.scaling * self.left.root @ self.right.root
         core = torch.cat([torch.cat([here, -step * eye], 1), torch.cat([-step * self.right.kept, 0 * eye], 1)])

@@ -103,7 +103,8 @@ class TableRows(DPAdam):
         pairs = torch.unique(owner * self.size + tokens[owner, place])  # once, however often it is looked up
         where = torch.stack((pairs // self.size, pairs % self.size))
         ones = torch.ones(len(pairs), device=tokens.device)
-        return torch.sparse_coo_tensor(where, ones, (len(tokens), self.size), check_invariants=True)
+        shape, looks = (len(tokens), self.size), tokens.device.type == "cpu"  # looking would wait for a card
+        return torch.sparse_coo_tensor(where, ones, shape, is_coalesced=True, check_invariants=looks)
 
     def train_rows(self, ask: Ask, rows: torch.Tensor, seen: int) -> Updates:
         """The update from the gradient of `rows` [r] of the table, ascending, and of all else; seen: such releases, with this."""

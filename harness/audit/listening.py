@@ -136,7 +136,7 @@ class _Both(Watcher):
     """Two who look on."""
 
     def __init__(self, *watchers: Watcher):
-        self._watchers = watchers
+        self._watchers, self.later = watchers, watchers[0].later
 
     def asked(self, queries):
         for one in self._watchers:

@@ -29,7 +29,9 @@ from dpft.harness.errors import BadInput
 )
 @click.option("--shard", default="1/1", metavar="I/N", help="Make every N-th run, from the I-th.")
 @click.option(
-    "--jobs", type=Whole(1, 10**4), help="Runs at once.  [default: 1; on ray as many as there are GPUs, or CPUs]"
+    "--jobs",
+    type=Whole(1, 10**4),
+    help="Runs at once, on CUDA on the cards in turn.  [default: 1; on ray as many as there are GPUs, or CPUs]",
 )
 @click.option(
     "--ranks", type=Whole(1, 10**4), help="Processes that share each run, on CUDA with a card each.  [default: 1]"
@@ -41,6 +43,7 @@ from dpft.harness.errors import BadInput
     show_default=True,
     help="Here, or on the Ray cluster of RAY_ADDRESS.",
 )
+@click.option("--recompute", is_flag=True, help="Run blocks again in the backward pass: less memory, more time.")
 @click.option("--timeout", type=Finite(0, 1e9, min_open=True), help="Seconds per run.")
 @click.option(
     "--checkpoint-every",
@@ -59,7 +62,7 @@ from dpft.harness.errors import BadInput
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON document instead of the table.")
 @skip_damaged
 @sharing.among_ranks
-def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, jobs, start, executor, timeout,
+def run(suite, overrides, data_dir, results, engine, device, max_tokens, recompute, shard, jobs, start, executor, timeout,
         checkpoint_every, resume, retry_failed, secure_noise, overwrite, replay, budget, quiet, as_json,
         passed_over):  # fmt: skip
     """Make the missing runs of SUITE (a suite, a leaderboard, or --task/--method ...) and print the table."""
@@ -80,7 +83,9 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     if engine not in engines.NAMES:
         raise unknown("engine", engine, engines.NAMES)
     store = Store(results, passed_over, showing.counted)
-    settings = Settings(data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise)
+    settings = Settings(
+        data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise, recompute=recompute
+    )
     if contests.is_board(suite):
         if overwrite or retry_failed or as_json or executor != "local" or shard != "1/1":
             raise BadInput(
@@ -114,6 +119,7 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard, 
     else:
         with processes.siblings(min(jobs or 1, max(1, len(pending))), sys.argv[1:], seen):
             settings = dataclasses.replace(settings, device=pick_device(device) if pending else "cpu")
+            processes.take_card(settings.device)
             records = execution.run_all(runs, store, settings, policy, reporter, sources)
     failed = [r for r in records if r["status"] not in ("done", "skipped")]
     if as_json:
@@ -144,6 +150,7 @@ def _board(name, overrides, store, settings, resume, jobs, budget, quiet) -> int
     begin = time.time()
     with processes.siblings(jobs or 1, sys.argv[1:], {}, table=False):
         settings = dataclasses.replace(settings, device=pick_device(settings.device))
+        processes.take_card(settings.device)
 
         def make(specs, up) -> None:
             local.run_all(specs, store, settings, policy, progress.reporter(len(specs), quiet), sources, up, compared)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from dpft.harness import devices
 from dpft.harness.engine.clipping import FLAT, Clipping, ball, divided, overall
 from dpft.harness.errors import BadInput
 from dpft.harness.query.encoding import IDENTITY, Encoding
@@ -207,7 +208,8 @@ class ForwardEngine(Engine):
 def undrawn(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
     """PyTorch's global generators, of the CPU and of the parameters' device, are afterwards where they were."""
     device = next(iter(parameters.values())).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    card = devices.is_card(device)
+    with torch.random.fork_rng([device] if card else [], device_type=device.type if card else "cuda"):
         yield
 
 

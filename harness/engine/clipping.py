@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dpft.harness import devices
 from dpft.harness.errors import unknown
 from dpft.harness.query.queries import Bound
 
@@ -124,4 +125,5 @@ def overall(norms: torch.Tensor, bound: Bound, groups: Sequence[str]) -> torch.T
     whole = ball(bound, groups)
     if not isinstance(bound, Mapping) or whole == math.inf:
         return norms.amax(1) * norms.shape[1] ** 0.5
-    return (norms / norms.new_tensor(limits(bound, groups))).amax(1) * whole
+    each = devices.sent(torch.tensor(limits(bound, groups), dtype=norms.dtype), norms.device)
+    return (norms / each).amax(1) * whole

@@ -60,7 +60,7 @@ def _measure(tokens: int, d: int, width: int, device: torch.device, dtype: torch
 
 
 def _seconds(work, device: torch.device, repeats: int = 5) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     best = float("inf")
     for _ in range(repeats + 1):  # the least of the repeats: the first warms up
         wait()

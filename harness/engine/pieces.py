@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dpft.harness import devices
 from dpft.harness.engine.fakes import has_values
 from dpft.harness.errors import CannotRun
 
@@ -232,21 +233,18 @@ def charged(found: list[Measured], shapes: list[torch.Size]) -> torch.Tensor:
     rows = [i for i, one in enumerate(found) if one.sizes is not None]
     if not rows:
         return squares
-    factored = squares[rows].clamp_min(0)
+    place = devices.sent(torch.tensor(rows), squares.device)
+    factored = squares[place].clamp_min(0)
     sizes = torch.stack([found[i].sizes.double() for i in rows])
-    roundoff, count = (
-        torch.tensor(values, dtype=torch.float64, device=squares.device)[:, None]
-        for values in zip(
-            *((torch.finfo(found[i].pieces[0].dtype).eps, len(found[i].pieces)) for i in rows), strict=True
-        )
-    )
+    per_row = [(torch.finfo(found[i].pieces[0].dtype).eps, len(found[i].pieces)) for i in rows]
+    roundoff, count = devices.sent(torch.tensor(per_row, dtype=torch.float64), squares.device).T[:, :, None]
     factored += GRAM_ROUNDING * count.square() * roundoff * sizes.square()
     # looking would wait for another device: there such examples are clipped more
     if squares.device.type == "cpu" and has_values(squares):
         for k, example in (factored * CANCELS < sizes.square()).nonzero().tolist():
             pieces, shape = found[rows[k]].pieces, shapes[rows[k]]
             factored[k, example] = sum(piece.dense(example, shape) for piece in pieces).square().sum()
-    squares[rows] = (factored.sqrt() + SUM_ROUNDING * roundoff * sizes).square()
+    squares[place] = (factored.sqrt() + SUM_ROUNDING * roundoff * sizes).square()
     return squares
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dpft.harness.engine.alone import added, alone, wide
 from dpft.harness.engine.cost import cheaper_kept
@@ -161,13 +162,19 @@ def _embedding(uses: list[Use], local: str, encoding: Encoding) -> Piece:
     return EmbeddingPiece(tokens, gradients if counts is None else gradients * counts[:, :, None])
 
 
+# rows that have been looked at, once for all microbatches and steps: a look waits for a card
+_ORDERED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
 def _among(rows: torch.Tensor, tokens: torch.Tensor, use: Use) -> tuple[torch.Tensor, torch.Tensor]:
     """(places of the tokens among the rows of a table that are kept, 0 for those that are not; which ones are). Both [b, T]."""
     vocabulary = use.module.num_embeddings
-    if has_values(rows) and not bool((rows.diff() > 0).all() & (rows[0] >= 0) & (rows[-1] < vocabulary)):
-        raise RuntimeError(
-            f"The rows kept of the table of {use.path} must be distinct, ascending and among its {vocabulary}; sort them."
-        )
+    if has_values(rows) and _ORDERED.get(rows) != (rows._version, vocabulary):
+        if not bool((rows.diff() > 0).all() & (rows[0] >= 0) & (rows[-1] < vocabulary)):
+            raise RuntimeError(
+                f"The rows kept of the table of {use.path} must be distinct, ascending and among its {vocabulary}; sort them."
+            )
+        _ORDERED[rows] = (rows._version, vocabulary)
     tokens = tokens.to(rows.dtype)
     places = torch.searchsorted(rows, tokens).clamp_max(len(rows) - 1)
     kept = rows[places] == tokens

@@ -15,14 +15,14 @@ from contextlib import contextmanager
 
 from dpft.harness.execution import interrupts
 
-PARENT, THREADS = "DPFT_SIBLING_OF", "OMP_NUM_THREADS"
+PARENT, NUMBER, THREADS = "DPFT_SIBLING_OF", "DPFT_SIBLING", "OMP_NUM_THREADS"
 LOOK, PATIENCE = 0.5, 30.0  # seconds between looks at the parent; that a process may take to leave
 Stamps = Mapping[str, tuple[int, ...]]
 
 
 @contextmanager
 def siblings(jobs: int, arguments: Sequence[str], seen: Stamps, table: bool = True) -> Iterator[None]:
-    """Start `jobs - 1` more processes of this command, and share the CPU's threads among them all.
+    """Start `jobs - 1` more processes of this command, and share the CPU's threads, and what cards there are, among them all.
 
     arguments: this command's own; seen: the records that it found; table: whether it prints one, which siblings must not. A
     sibling says only what went wrong, ends by itself when nothing is left to claim, and is waited for. When this process is
@@ -38,11 +38,12 @@ def siblings(jobs: int, arguments: Sequence[str], seen: Stamps, table: bool = Tr
     os.environ.setdefault(THREADS, str(threads))  # torch, when it is imported here, takes its share
     try:
         with interrupts.told_too(others):
-            for _ in range(jobs - 1):
+            for number in range(1, jobs):
                 with tempfile.TemporaryFile("w+") as told:
                     json.dump(seen, told)
                     told.seek(0)
-                    others.append(subprocess.Popen(command, env=environment, stdin=told, stdout=subprocess.DEVNULL))
+                    own = {**environment, NUMBER: str(number)}
+                    others.append(subprocess.Popen(command, env=own, stdin=told, stdout=subprocess.DEVNULL))
             yield
             for other in others:
                 other.wait()
@@ -66,6 +67,15 @@ def _end(others: list[subprocess.Popen]) -> None:
 def is_sibling() -> bool:
     """Whether another process of the same command started this one."""
     return PARENT in os.environ
+
+
+def take_card(device: str) -> None:
+    """Make this sibling's card the current one, where any may be taken: `jobs` processes take those of the machine in turn."""
+    number = int(os.environ.get(NUMBER, "0"))
+    if number and device == "cuda":
+        import torch
+
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 def seen(store, run_ids: Sequence[str]) -> Stamps:

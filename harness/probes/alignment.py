@@ -19,14 +19,31 @@ SELECTION = "selection"  # the kind of step whose release chooses rows
 
 def cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float | None:
     """Cosine of two gradients concatenated over the names of `a`; None when one is zero."""
-    dot = sum(float(torch.sum(a[name] * b[name], dtype=torch.float64)) for name in a)
-    norms = norm(a) * norm({name: b[name] for name in a})
-    return dot / norms if norms > 0 else None
+    return _cosine(*_products(a, {name: b[name] for name in a}).values())
 
 
 def norm(a: dict[str, torch.Tensor]) -> float:
     """L2 norm over all names."""
-    return sum(float(torch.sum(t.square(), dtype=torch.float64)) for t in a.values()) ** 0.5
+    return sum(_looked([torch.sum(t.square(), dtype=torch.float64) for t in a.values()])) ** 0.5
+
+
+def _products(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, tuple[float, float, float]]:
+    """Of each name: <a, b>, <a, a>, <b, b>. One look at the device for all of them."""
+    found = _looked(
+        torch.sum(x, dtype=torch.float64) for name in a for x in (a[name] * b[name], a[name].square(), b[name].square())
+    )
+    return {name: tuple(found[3 * i : 3 * i + 3]) for i, name in enumerate(a)}
+
+
+def _looked(values: Iterable[torch.Tensor]) -> list[float]:
+    found = list(values)
+    return torch.stack(found).tolist() if found else []
+
+
+def _cosine(*products: tuple[float, float, float]) -> float | None:
+    dot, first, second = (sum(own) for own in zip(*products, strict=True)) if products else (0, 0, 0)
+    norms = first**0.5 * second**0.5
+    return dot / norms if norms > 0 else None
 
 
 def alignment(clean: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict:
@@ -35,16 +52,20 @@ def alignment(clean: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     `overall` needs the same shapes for every parameter; a parameter of another shape has None.
     """
     comparable = {name: t for name, t in clean.items() if name in other and other[name].shape == t.shape}
+    products = _products(comparable, other)
     return {
-        "overall": cosine(clean, other) if len(comparable) == len(clean) else None,
-        "by_parameter": {name: cosine({name: t}, other) if name in comparable else None for name, t in clean.items()},
+        "overall": _cosine(*products.values()) if len(comparable) == len(clean) else None,
+        "by_parameter": {name: _cosine(products[name]) if name in comparable else None for name in clean},
     }
 
 
 def signal_to_noise(clean: dict[str, torch.Tensor], noisy: dict[str, torch.Tensor]) -> float | None:
     """Norm of the clipped sum over the norm of the noise that was added; None without noise."""
-    noise = norm({name: noisy[name] - clean[name] for name in clean})
-    return norm(clean) / noise if noise > 0 else None
+    found = _looked(
+        torch.sum(x.square(), dtype=torch.float64) for name in clean for x in (clean[name], noisy[name] - clean[name])
+    )
+    noise = sum(found[1::2]) ** 0.5
+    return sum(found[::2]) ** 0.5 / noise if noise > 0 else None
 
 
 class Look:
@@ -95,10 +116,12 @@ def gradient(engine: Engine, batches: Iterable[dict[str, torch.Tensor]]) -> dict
 def add_row_scores(scores: dict[str, list[float]], clean: dict[str, torch.Tensor]) -> None:
     """Add to `scores` the sums of magnitudes over the rows of what was asked for of a clean sum, by matrix. Non-private."""
     with uncounted():
-        for name, tensor in clean.items():
-            if tensor.dim() > 1 and tensor.numel():
-                rows = tensor.flatten(1).abs().sum(1, dtype=torch.float64).tolist()
-                scores[name] = [a + b for a, b in zip(scores.get(name, [0.0] * len(rows)), rows, strict=True)]
+        asked = {name: tensor.flatten(1) for name, tensor in clean.items() if tensor.dim() > 1 and tensor.numel()}
+        if not asked:
+            return
+        found = torch.cat([matrix.abs().sum(1, dtype=torch.float64) for matrix in asked.values()]).cpu()
+        for (name, matrix), rows in zip(asked.items(), found.split([len(m) for m in asked.values()]), strict=True):
+            scores[name] = [a + b for a, b in zip(scores.get(name, [0.0] * len(matrix)), rows.tolist(), strict=True)]
 
 
 def overlap(scores: dict[str, list[float]], chosen: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def of_release(clean: dict[str, torch.Tensor], noisy: NoisySum, names: list[str]
         if clean[name].dim() < 2 or clean[name].numel() == 0:
             continue
         pair = [t[name].flatten(1).double() for t in (clean, noisy.tensors)]
-        values = [torch.linalg.svdvals(t) for t in pair]
+        values = [torch.linalg.svdvals(t).cpu() for t in pair]
         m, n = pair[0].shape
         found[name] = {
             "shape": [m, n],

@@ -36,7 +36,9 @@ class Public:
     def batch(self, size: int, number: int = 0) -> Batch:
         """The `number`-th batch of `size` examples; after the last example the first ones come again."""
         chosen = [self.examples[(number * size + i) % len(self.examples)] for i in range(size)]
-        return {name: tensor.to(self.device) for name, tensor in self.collate(chosen).items()}
+        from dpft.harness import padding
+
+        return padding.sent(self.collate(chosen), self.device)
 
     def mean_loss(self, model: nn.Module, batch: Batch) -> float:
         """Of a public batch, at the present weights, in evaluation mode: no dropout, so no randomness is used up."""

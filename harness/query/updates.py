@@ -52,13 +52,13 @@ def entries(part: torch.Tensor) -> torch.Tensor:
     return part.values() if part.is_sparse else part
 
 
-def finite(updates: Updates) -> bool:
-    """Whether no entry is nan or infinite; of updates yet to be made, whether none is in what they are made of."""
+def finite(updates: Updates) -> torch.Tensor:
+    """Whether no entry is nan or infinite, []; of updates yet to be made, whether none is in what they are made of."""
     import torch
 
     parts = updates.parts if isinstance(updates, LazyUpdates) else updates
     sums = [entries(t).sum() for t in parts.values()]
-    return bool(torch.isfinite(torch.stack(sums)).all())  # a sum hides no nan and no inf
+    return torch.isfinite(torch.stack(sums)).all()  # a sum hides no nan and no inf
 
 
 def apply(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], updates: Updates) -> None:

@@ -17,11 +17,21 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     transfer from a GPU, and a third of the time of hashing everything. Two releases that differ in one bit differ here; who
     wants two that do not can make them, so this finds what went otherwise, not who lied.
     """
+    about, found = sums(tensors)
+    return of_sums(about, found.cpu())
+
+
+def sums(tensors: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+    """What `of_sums` makes the digest of, int64 [n] where the tensors are: nothing waits for a GPU yet."""
     names = sorted(tensors)
     about = "\n".join(f"{name} {list(tensors[name].shape)} {tensors[name].dtype}" for name in names)
-    sums = [_sums(tensors[name].detach()) for name in names]
-    found = torch.cat(sums).cpu().numpy().astype("<i8").tobytes() if sums else b""
-    return hashlib.sha256(about.encode() + b"\n" + found).hexdigest()[:32]
+    found = [_sums(tensors[name].detach()) for name in names]
+    return about, torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+
+
+def of_sums(about: str, found: torch.Tensor) -> str:
+    """The digest; found: on the CPU."""
+    return hashlib.sha256(about.encode() + b"\n" + found.numpy().astype("<i8").tobytes()).hexdigest()[:32]
 
 
 def _sums(tensor: torch.Tensor) -> torch.Tensor:

@@ -133,6 +133,7 @@ def _run(record: dict[str, Any]) -> Run:
             **source["hardware"],
             **{key: source["settings"].get(key) for key in SETTINGS},
             **({} if ranks == 1 else {"ranks": ranks}),
+            **({"recompute": True} if source["settings"].get("recompute") else {}),
         },
     )
 

@@ -234,8 +234,11 @@ def hardware(record: dict[str, Any]) -> str:
     it = record["provenance"]["hardware"]
     name = told(it.get("gpu") or it["cpu"])
     threads = f", {it['threads']} thread{'s' if it['threads'] != 1 else ''}" if it["device"] == "cpu" else ""
-    ranks = record["provenance"]["settings"].get("ranks", 1)
-    return f"{name} ({it['device'].partition(':')[0]}{threads}{f', {ranks} ranks' if ranks != 1 else ''})"
+    settings = record["provenance"]["settings"]
+    ranks = settings.get("ranks", 1)
+    several = f", {ranks} ranks" if ranks != 1 else ""
+    again = ", recomputing" if settings.get("recompute") else ""
+    return f"{name} ({it['device'].partition(':')[0]}{threads}{several}{again})"
 
 
 def mean_cut(row: Row) -> tuple[float, float | None] | None:

@@ -70,8 +70,7 @@ class Answers:
         with self._watcher.passing():
             sums, found = self._sums(amended)
         for name in amended:
-            if not found[name].finite:
-                raise Diverged("A training loss or gradient is not finite; lower lr, or look for broken examples.")
+            self._watcher.later.ask(found[name].finite, _refuse_infinite)
         self._core.ranks.add(sums[name] for name in amended)
         for name, query in amended.items():
             self._watcher.summed(name, query, sums[name], found[name])
@@ -195,6 +194,11 @@ class Answers:
             noisy = self._core.mechanism.release(total, bound, self._shares[name])
         self._watcher.released(name, noisy)
         return noisy
+
+
+def _refuse_infinite(finite: torch.Tensor) -> None:
+    if not finite:
+        raise Diverged("A training loss or gradient is not finite; lower lr, or look for broken examples.")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from dpft.harness import padding
 from dpft.harness.train import by_user
 from dpft.harness.train.parts import Setup
 from dpft.harness.train.sampling import buckets
@@ -17,7 +18,7 @@ def batch_of(setup: Setup, examples, indices: Sequence[int], step: int | None = 
     """Those examples, padded to the longest of them, on the run's device; step: with their views of that training step."""
     chosen, views = [examples[i] for i in indices], setup.prepared.train_collate
     batch = setup.prepared.collate(chosen) if step is None or views is None else views(chosen, step)
-    return {key: value.to(setup.device, non_blocking=True) for key, value in batch.items()}
+    return padding.sent(batch, setup.device)
 
 
 def microbatches(setup: Setup, indices: Sequence[int], step: int) -> Iterator[Batch]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Number
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dpft.harness.errors import CannotRun
+from dpft.harness.train.later import AT_ONCE, Later
 
 LARGE = 1 << 20  # bytes: larger tensors are remembered by a checksum, not by a copy
 _OWN = frozenset(
@@ -46,7 +47,20 @@ def fingerprint(model: nn.Module, owners: Mapping[str, Any] | None = None, weigh
 
 
 def changed(before: State, model: nn.Module, owners: Mapping[str, Any] | None = None) -> list[str]:
-    """Names of what differs from `before`, a fingerprint of the same model; the loop asks around the gradients of every step."""
+    """Names of what differs from `before`, a fingerprint of the same model."""
+    found: list[str] = []
+    tell(before, model, owners, AT_ONCE, found.extend)
+    return sorted(found)
+
+
+def tell(
+    before: State,
+    model: nn.Module,
+    owners: Mapping[str, Any] | None,
+    later: Later,
+    told: Callable[[list[str]], None],
+) -> None:
+    """Call `told` with names of what differs: now, and of tensors later; the loop asks around the gradients of every step."""
     after = fingerprint(model, owners, weights=any(name.endswith("'s values") for name in before))
     names = sorted(before.keys() ^ after.keys())
     flags, compared = [], []
@@ -64,10 +78,14 @@ def changed(before: State, model: nn.Module, owners: Mapping[str, Any] | None = 
         elif was.numel():
             flags.append((was != now).any())
             compared.append(name)
-    if flags:  # one look at the device
-        different = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
-        names += [name for name, differs in zip(compared, different, strict=True) if differs]
-    return sorted(names)
+    told(sorted(names))
+    for place in dict.fromkeys(flag.device for flag in flags):  # one look at each
+        own = {name: flag for name, flag in zip(compared, flags, strict=True) if flag.device == place}
+
+        def those(differ: torch.Tensor, own=tuple(own)) -> None:
+            told(sorted(name for name, differs in zip(own, differ.tolist(), strict=True) if differs))
+
+        later.ask(torch.stack([*own.values()]), those)
 
 
 def refusal(names: list[str]) -> CannotRun:

@@ -15,6 +15,7 @@ from dpft.harness.engine.fakes import has_values
 from dpft.harness.query.encoding import Encoding
 from dpft.harness.query.noisy_sum import NoisySum
 from dpft.harness.query.queries import Bound, Gradients, Query
+from dpft.harness.train.later import AT_ONCE, Later
 from dpft.harness.train.mechanism import Mechanism
 from dpft.harness.train.ranks import ALONE, Ranks
 from dpft.methods.clipping.base import ClippingRule
@@ -71,12 +72,16 @@ class Found:
     beside: list[torch.Tensor] = field(default_factory=list)
 
     @property
-    def finite(self) -> bool:
-        return all(bool(torch.isfinite(t).all()) for t in (*self.losses, *self.norms, *self.beside) if has_values(t))
+    def finite(self) -> torch.Tensor:
+        """Whether all of them are, [], where they are."""
+        parts = [torch.isfinite(t).all() for t in (*self.losses, *self.norms, *self.beside) if has_values(t)]
+        return torch.stack(parts).all() if parts else torch.tensor(True)
 
 
 class Watcher:
-    """Who looks on, non-privately; nothing that it finds is fed back."""
+    """Who looks on, non-privately; nothing that it finds is fed back. later: when values are looked at."""
+
+    later: Later = AT_ONCE
 
     def asked(self, queries: Mapping[str, Query]) -> None:
         """Before the examples are looked at."""
@@ -95,5 +100,7 @@ class Watcher:
 def encodings_of(query: Gradients, parameters: Mapping[str, nn.Parameter]) -> dict[str, Encoding]:
     """By parameter; one of no rows for each that `only` leaves out."""
     left_out = () if query.only is None else [name for name in parameters if name not in query.only]
-    nothing = {name: replace(NOT_ASKED, left=NOT_ASKED.left.to(parameters[name].device)) for name in left_out}
+    nothing = {
+        name: replace(NOT_ASKED, left=NOT_ASKED.left.new_empty(0, device=parameters[name].device)) for name in left_out
+    }
     return {name: e for name, e in {**query.encodings, **nothing}.items() if e is not None}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dpft.harness import probes
+from dpft.harness import devices, probes
 from dpft.harness.engine import agreement
 from dpft.harness.engine.base import Batch, RunningSums
 from dpft.harness.errors import CannotRun
@@ -20,6 +20,7 @@ from dpft.harness.query.queries import Gradients, Query, Seen, Values
 from dpft.harness.train import buffers
 from dpft.harness.train.batches import batch_of, grouped
 from dpft.harness.train.core import Found, encodings_of
+from dpft.harness.train.later import AT_ONCE, Later
 from dpft.harness.train.parts import Run, Setup
 from dpft.harness.train.row_sum import check_rows
 from dpft.harness.train.sampling import spread
@@ -31,8 +32,7 @@ def rehearse(setup: Setup, run: Run, indices: Sequence[int], queries: dict[str, 
         indices = sorted({*indices, *spread(len(setup.prepared.train), agreement.ROWS)})
     few = [indices[i] for i in spread(len(indices), agreement.ROWS)]
     batch, alone = _together_and_alone(setup, few, run.progress.step)
-    if setup.device.type == "cuda":
-        note_peak(setup, run)
+    note_peak(setup, run)
     with setup.clock.stopped(), probes.uncounted():
         before = buffers.fingerprint(setup.prepared.model, _owners(setup))
         for name, query in queries.items():
@@ -41,8 +41,8 @@ def rehearse(setup: Setup, run: Run, indices: Sequence[int], queries: dict[str, 
         one_by_one(setup, queries, batch)
         changed = buffers.changed(before, setup.prepared.model, _owners(setup))
         _refuse([name for name in changed if not name.startswith("parameter")])  # weights were filled and emptied again
-    if setup.device.type == "cuda":  # a later kind of step must not be measured by its check
-        torch.cuda.reset_peak_memory_stats(setup.device)
+    if devices.is_card(setup.device):  # a later kind of step must not be measured by its check
+        devices.of(setup.device).reset_peak_memory_stats(setup.device)
 
 
 def _compare_once(setup: Setup, run: Run, name: str, query: Gradients, batch: Batch, alone: list[Batch]) -> None:
@@ -114,7 +114,7 @@ def _together_and_alone(setup: Setup, indices: list[int], step: int) -> tuple[Ba
 
 
 @contextmanager
-def unchanged(setup: Setup, step: int) -> Iterator[None]:
+def unchanged(setup: Setup, step: int, later: Later = AT_ONCE) -> Iterator[None]:
     """Raises CannotRun where model, method, decoder or clipping rule hold something else after a private pass than before it."""
     if not setup.private:
         yield
@@ -124,7 +124,7 @@ def unchanged(setup: Setup, step: int) -> Iterator[None]:
         before = buffers.fingerprint(setup.prepared.model, _owners(setup), weights)
     yield
     with setup.clock.stopped(), probes.uncounted():
-        _refuse(buffers.changed(before, setup.prepared.model, _owners(setup)))
+        buffers.tell(before, setup.prepared.model, _owners(setup), later, _refuse)
 
 
 def _owners(setup: Setup) -> dict[str, Any]:
@@ -147,13 +147,12 @@ def compare(setup: Setup, run: Run, indices: Sequence[int], query: Gradients, fo
     batch, alone = _together_and_alone(setup, few, step)
     at = [place[index] for index in few]
     losses, norms = torch.cat(found.losses)[at], torch.cat(found.norms)[at]
-    if setup.device.type == "cuda":
-        note_peak(setup, run)
+    note_peak(setup, run)
     with setup.clock.stopped(), probes.uncounted(), setup.engine.under(query.loss):
         encodings, bound = _encodings(setup, query), setup.core.bound(query)
         agreement.compare(setup.engine, batch, encodings, bound, alone, _half(setup), losses, norms)
-    if setup.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(setup.device)
+    if devices.is_card(setup.device):
+        devices.of(setup.device).reset_peak_memory_stats(setup.device)
 
 
 def _encodings(setup: Setup, query: Gradients):
@@ -161,9 +160,10 @@ def _encodings(setup: Setup, query: Gradients):
 
 
 def note_peak(setup: Setup, run: Run) -> None:
-    """The allocator's peak on a CUDA device so far."""
-    seen = torch.cuda.max_memory_allocated(setup.device)
-    run.cost.peak_bytes = {"allocated": max(seen, run.cost.peak_bytes.get("allocated", 0))}
+    """The allocator's peak so far, where the device is a card."""
+    if devices.is_card(setup.device):
+        seen = devices.of(setup.device).max_memory_allocated(setup.device)
+        run.cost.peak_bytes = {"allocated": max(seen, run.cost.peak_bytes.get("allocated", 0))}
 
 
 def _half(setup: Setup) -> bool:

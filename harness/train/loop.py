@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dpft.harness import probes
+from dpft.harness import devices, probes
 from dpft.harness.errors import CannotRun, Diverged, Interrupted
 from dpft.harness.query import updates
 from dpft.harness.records import chain
@@ -18,6 +18,7 @@ from dpft.harness.train import agreeing, buffers, guard, hooks, journal, resumin
 from dpft.harness.train.answer import Answers
 from dpft.harness.train.batches import microbatches
 from dpft.harness.train.evaluation import evaluate, finish, samples
+from dpft.harness.train.later import AT_ONCE, Later
 from dpft.harness.train.parts import MEMORY_STEPS, OutOfTime, Run, Setup
 from dpft.harness.train.watching import StepWatcher
 
@@ -73,7 +74,7 @@ def train(setup: Setup, run: Run, observe: Observer) -> None:
 
 
 def _measured_step(setup: Setup, run: Run, optimizer, indices: list[int], begun: int) -> dict[str, Any]:
-    """One step, with live bytes counted over the first steps of a kind (CPU) or the allocator's peak (CUDA)."""
+    """One step, with live bytes counted over the first steps of a kind (CPU) or the allocator's peak (a card)."""
     live, step = None, run.progress.step
     if any(0 <= step - start < MEMORY_STEPS for start in setup.starts) and setup.device.type == "cpu":
         live = probes.LiveBytes(setup.clock)
@@ -81,14 +82,13 @@ def _measured_step(setup: Setup, run: Run, optimizer, indices: list[int], begun:
         live.label("parameters", setup.prepared.model.buffers())
         live.label("optimizer_state", setup.method.state_dict().values())
         live.label("optimizer_state", [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)])
-    if setup.device.type == "cuda" and step == 0:
-        torch.cuda.reset_peak_memory_stats(setup.device)
+    if devices.is_card(setup.device) and step == 0:
+        devices.of(setup.device).reset_peak_memory_stats(setup.device)
     with live or nullcontext():
         row = _step(setup, run, optimizer, indices, begun)
     if live is not None and sum(live.peak.values()) > sum(run.cost.peak_bytes.values()):
         run.cost.peak_bytes = live.peak
-    if setup.device.type == "cuda":
-        guard.note_peak(setup, run)
+    guard.note_peak(setup, run)
     run.cost.step_seconds.append(setup.clock.take())
     run.cost.processor_seconds.append(setup.clock.processor)
     return row
@@ -107,21 +107,23 @@ def _step(setup: Setup, run: Run, optimizer, indices: list[int], begun: int) -> 
         watcher,
     )
     setup.method.decoder.observing = watcher.evaluated
-    with setup.clock("decode"):
-        update = setup.method.step(answers, step)
-    answers.charge()
-    setup.mechanism.stepped(setup.core.asker, step + 1)
-    hooks.check_update(setup.method, update, setup.parameters)
-    watcher.decoded(update)
-    with setup.clock("optimizer"):
-        _apply(setup, optimizer, update, step)
+    with watcher.later.explained():
+        with setup.clock("decode"):
+            update = setup.method.step(answers, step)
+        answers.charge()
+        setup.mechanism.stepped(setup.core.asker, step + 1)
+        hooks.check_update(setup.method, update, setup.parameters)
+        watcher.decoded(update)
+        with setup.clock("optimizer"):
+            _apply(setup, optimizer, update, step, watcher.later)
+    found = watcher.row()
     return {
         "step": step + 1,
         "epsilon": setup.plan.epsilon_curve[step + lost + 1] if setup.private else None,
-        "loss": watcher.loss,
+        "loss": found.pop("loss"),
         "metric": None,
         "lr": spec.lr * spec.lr_factor(step),
-        **watcher.row(),
+        **found,
     }
 
 
@@ -159,12 +161,16 @@ def _charge_lost(setup: Setup, run: Run) -> None:
             )
 
 
-def _apply(setup: Setup, optimizer, update: updates.Updates, step: int) -> None:
+def _refuse_infinite(finite: torch.Tensor) -> None:
+    if not finite:
+        raise Diverged("An update is not finite; lower lr or the clip norm.")
+
+
+def _apply(setup: Setup, optimizer, update: updates.Updates, step: int, later: Later = AT_ONCE) -> None:
     """Hand the update to the optimizer at this step's learning rate."""
     if not update:
         return
-    if not updates.finite(update):
-        raise Diverged("An update is not finite; lower lr or the clip norm.")
+    later.ask(updates.finite(update), _refuse_infinite)
     for group in optimizer.param_groups:
         group["lr"] = setup.spec.lr * group.get("lr_factor", 1.0) * setup.spec.lr_factor(step)
     updates.apply(optimizer, setup.parameters, update)

@@ -25,6 +25,7 @@ from threading import Barrier
 import numpy
 import torch
 
+from dpft.harness import devices
 from dpft.harness.train.old_noise import LegacyStream
 from dpft.harness.train.ranks import ALONE, Ranks
 
@@ -68,7 +69,7 @@ class KeyStream:
             for number in range(start, len(pieces), count):
                 draws = scratch.draw(kind, first + number, sizes[number])
                 for part, own in zip(pieces[number], draws.split([p.numel() for p in pieces[number]]), strict=True):
-                    part.add_(own.to(part.device), alpha=scale).div_(divisor)
+                    part.add_(devices.sent(own, part.device), alpha=scale).div_(divisor)
 
         if threads > 1 and self._workers is None:
             self._workers = _serial_workers(min(THREADS, threads))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dpft.harness import devices, padding
 from dpft.harness.border.values import one_line
 from dpft.harness.engine import engine_class
 from dpft.harness.engine.base import ForwardEngine, PlainEngine, zero_sums
@@ -30,7 +31,7 @@ from dpft.harness.records.schema import SCHEMA
 from dpft.harness.runs import registry, users
 from dpft.harness.runs.plan import PrivacyPlan, plan
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import by_user, hooks, loop, public_rows, ranks, sections
+from dpft.harness.train import by_user, hooks, loop, public_rows, ranks, recomputing, sections
 from dpft.harness.train.core import encodings_of
 from dpft.harness.train.mechanism import Mechanism
 from dpft.harness.train.noise import secret_source, source, stream
@@ -67,6 +68,7 @@ def execute(
         with contextlib.ExitStack() as stack:
             files = model_files.files_fingerprint(spec.model)
             setup = dataclasses.replace(build(spec, settings, privacy_plan, checkpoint_path), begun=begin)
+            stack.enter_context(devices.current(setup.device))
             stack.callback(setup.engine.close)
             stack.callback(setup.mechanism.close)
             loop.train(
@@ -218,6 +220,9 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
             f"The task says N = {privacy_plan.sizes.sampled} but {len(prepared.train)} training examples were loaded; "
             "the accounting would be wrong, so mend the data."
         )
+    if settings.recompute:
+        few = padding.sent(prepared.collate(prepared.validation[:2]), device)
+        recomputing.enable(model, _loss(spec, task, device), few, spec.model)
     method.decoder.setup(model, parameters, head, spec)
     clock, key = Clock(device), noise_key(spec)
     engine = _engine(spec, settings, method)(
@@ -249,7 +254,7 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
             spec.bands,
         ),
         device=device,
-        max_tokens=settings.max_tokens or MAX_TOKENS[device.type],
+        max_tokens=settings.max_tokens or MAX_TOKENS["cuda" if devices.is_card(device) else "cpu"],
         matrices=spectra.pick(model, parameters),
         deadline=None if settings.timeout is None else time.monotonic() + settings.timeout,
         checkpoint_path=checkpoint_path,
@@ -274,11 +279,13 @@ def _engine(spec: RunSpec, settings: Settings, method):
 
 def _loss(spec: RunSpec, task, device: torch.device):
     own = by_user.mean_loss(task.loss) if spec.unit == "user" else task.loss
-    if spec.precision == "fp32":
+    if spec.precision == "fp32" and not devices.is_card(device):
         return own
 
     def loss(model, batch):
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        half = spec.precision != "fp32"
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16) if half else contextlib.nullcontext()
+        with autocast, padding.known(batch):
             return own(model, batch)
 
     return loss

@@ -17,6 +17,7 @@ class Settings:
     """max_tokens: padded tokens per microbatch, None: MAX_TOKENS of the device; timeout: seconds per run;
     checkpoint_seconds: between checkpoints. secure_noise: batches and noise from the operating system's entropy, which no
     file holds; such a run cannot be repeated. ranks: processes that share the run (harness/train/ranks.py), whatever was asked.
+    recompute: blocks run again in the backward pass (recomputing.py).
     """
 
     data_dir: Path | None = None
@@ -27,6 +28,7 @@ class Settings:
     checkpoint_seconds: float = 300.0
     secure_noise: bool = False
     ranks: int = 1
+    recompute: bool = False
 
 
 def keep_freed_memory() -> None:
@@ -68,4 +70,6 @@ def pick_device(name: str) -> str:
         raise BadInput(f"There is no device {name!r}; use cpu, cuda or auto.") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not available):
         raise BadInput(f"The device {name} is not available on this machine; use cpu or auto.")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise BadInput(f"There is no device {name}: cards are counted from cuda:0, and there are {count}.")
     return name

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
-from dpft.harness import probes
+from dpft.harness import devices, probes
 from dpft.harness.engine.base import Sums
 from dpft.harness.probes import spectra
 from dpft.harness.query.noisy_sum import NoisySum
 from dpft.harness.query.queries import Gradients, Nothing, Query
 from dpft.harness.query.updates import Updates
-from dpft.harness.records.digest import digest
+from dpft.harness.records import digest
 from dpft.harness.train import guard
 from dpft.harness.train.batches import microbatches
 from dpft.harness.train.core import Found, Watcher, encodings_of
+from dpft.harness.train.later import AT_ONCE, OneLook
 from dpft.harness.train.mechanism import BESIDE
 from dpft.harness.train.parts import Run, Setup
 
@@ -34,6 +35,8 @@ class StepWatcher(Watcher):
         self._found: Found | None = None
         self._digests: dict[str, str] = {}
         self._bound: float | None = None  # C of the gradients
+        # ranks look before their sums meet: one that has diverged must not leave the others in an exchange
+        self.later = OneLook() if devices.is_card(setup.device) and setup.ranks.count == 1 else AT_ONCE
 
     def asked(self, queries: Mapping[str, Query]) -> None:
         if self._checked:
@@ -41,7 +44,7 @@ class StepWatcher(Watcher):
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        with guard.unchanged(self._setup, self._run.progress.step):
+        with guard.unchanged(self._setup, self._run.progress.step, self.later):
             yield
 
     def summed(self, name: str, query: Query, total: Sums, found: Found) -> None:
@@ -65,7 +68,8 @@ class StepWatcher(Watcher):
     def released(self, name: str, noisy: NoisySum) -> None:
         if self._setup.private:
             beside = {} if noisy.beside is None else {BESIDE: noisy.beside}
-            self._digests[name] = digest({**noisy.tensors, **beside})
+            about, sums = digest.sums({**noisy.tensors, **beside})
+            self.later.ask(sums, lambda found: self._digests.update({name: digest.of_sums(about, found)}))
         if name == "gradient":
             self._bound = noisy.clip_norm
         if self._look is not None and not self._look.by_parameter:
@@ -101,21 +105,25 @@ class StepWatcher(Watcher):
         look.by_parameter = {name: {"noisy": None} for name in total}
         return look
 
-    @property
-    def loss(self) -> float | None:
-        """The mean loss of the step's examples, where losses were computed."""
-        losses = self._of_all([] if self._found is None else self._found.losses)
-        return float(losses.mean()) if len(losses) else None
-
     def _of_all(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """[examples of the step], from those of each microbatch of each rank."""
         return self._setup.ranks.joined(torch.cat(parts) if parts else torch.empty(0))
 
     def row(self) -> dict[str, Any]:
-        """The columns of the curve that say what was asked and answered."""
+        """The columns of the curve that say what was asked and answered: the mean loss where losses were computed, and so on.
+
+        Settles what the step has left for later. Raises what it was left for.
+        """
+        losses = self._of_all([] if self._found is None else self._found.losses)
         over = self._of_all([] if self._found is None else self._found.over)
+        means: dict[str, float | None] = {"loss": None, "clipped_fraction": None}
+        if len(losses):
+            self.later.ask(losses.mean(), lambda mean: means.update(loss=float(mean)))
+        if len(over) and self._setup.private:
+            self.later.ask(over.double().mean(), lambda mean: means.update(clipped_fraction=float(mean)))
+        self.later.settle()
         return {
-            "clipped_fraction": float(over.double().mean()) if len(over) and self._setup.private else None,
+            **means,
             **dict.fromkeys(("alignment_noisy", "alignment_decoded", "snr")),
             **(self._look.row if self._look is not None else {}),
             **({"clip_norm": self._bound} if self._setup.method.rule.adaptive else {}),

@@ -62,7 +62,8 @@ class SlaClip(Adaptive):
 
     def learn(self, gradient, beside):
         full = gradient.clip_norm / math.sqrt(self.slots)
-        first, last = float(gradient.beside[0]) / full, float(gradient.beside[-1]) / full
+        released = gradient.beside.tolist()
+        first, last = released[0] / full, released[-1] / full
         if self.settings["tiny"] == "over-bound":
             last /= gradient.clip_norm
         target = 1 - self.settings["slack_weight"] * (1 - last)

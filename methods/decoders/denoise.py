@@ -40,6 +40,8 @@ def denoise(matrices: dict[str, torch.Tensor], m: int, n: int, std: float, plan:
 def _stack(matrices: dict[str, torch.Tensor], m: int, n: int, std: float, plan: Plan) -> dict[str, dict[str, Any]]:
     import torch
 
+    from dpft.harness import devices
+
     work = [view.float() if view.dtype.itemsize < 4 else view for view in matrices.values()]
     gram = torch.stack([view @ view.mT if m <= n else view.mT @ view for view in work])
     judged = plan.observe or plan.settings["gate"]
@@ -47,7 +49,7 @@ def _stack(matrices: dict[str, torch.Tensor], m: int, n: int, std: float, plan: 
     loud = [i for i in range(len(work)) if judged or not quiet[i]]
     seen, found = {}, {}
     if loud:
-        y = torch.linalg.eigvalsh(gram[loud]).double().clamp_(min=0).sqrt()
+        y = torch.linalg.eigvalsh(torch.stack([gram[i] for i in loud])).double().clamp_(min=0).sqrt().cpu()  # one look
         eta, slope, factor = shrunk(y, m, n, std, plan)
         gain = (eta / y.clamp(min=1e-150)).where(y > 0, slope) * factor  # eta(y)/y tends to the slope at 0
         found = dict(zip(loud, gain, strict=True))
@@ -63,7 +65,7 @@ def _stack(matrices: dict[str, torch.Tensor], m: int, n: int, std: float, plan: 
             view.mul_(float(found[i][0]))
         else:
             vectors = torch.linalg.eigh(gram[i]).eigenvectors[:, -kept:]
-            scaled = vectors * found[i][-kept:].to(vectors.dtype)
+            scaled = vectors * devices.sent(found[i][-kept:].to(vectors.dtype), vectors.device)
             view.copy_(scaled @ (vectors.mT @ work[i]) if m <= n else (work[i] @ vectors) @ scaled.mT)
     return seen if plan.observe else {}
 

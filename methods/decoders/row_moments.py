@@ -23,6 +23,7 @@ class KeptRows:
         self._names: torch.Tensor | None = None  # [n], in the order in which they came
         self._kept: Tensors = {}  # [n or more, ...] each, in that order
         self._places: torch.Tensor | None = None  # [size] int32: of each row in `_kept`, -1 of those that are not there
+        self._last: tuple[torch.Tensor, int] | None = None  # the rows that were named last, all of them held
 
     def at(self, rows: torch.Tensor, size: int, like: dict[str, torch.Tensor]) -> tuple[Tensors, torch.Tensor]:
         """(what is kept, to be written into; places [r] in it) of distinct `rows` [r] of a table of `size`.
@@ -38,7 +39,9 @@ class KeptRows:
             self._kept = {label: tensor.to(rows.device) for label, tensor in self._kept.items()}
             self._places = torch.full((size,), -1, dtype=torch.int32, device=rows.device)
             self._enter(self._names, 0)
-        new = rows[self._places[rows] < 0]
+        same = self._last is not None and self._last[0] is rows and self._last[1] == rows._version
+        new = rows[:0] if same else rows[self._places[rows] < 0]  # how many there are is a look at a card
+        self._last = (rows, rows._version)
         if len(new):
             self._enter(new, len(self._names))
             self._names = torch.cat([self._names, new])
@@ -65,7 +68,7 @@ class KeptRows:
         return {"names": self._names, **{label: tensor[: len(self._names)] for label, tensor in self._kept.items()}}
 
     def load_state_dict(self, state: Tensors) -> None:
-        self._names, self._places = state.get("names"), None
+        self._names, self._places, self._last = state.get("names"), None, None
         self._kept = {label: tensor for label, tensor in state.items() if label != "names"}
 
 

@@ -13,11 +13,12 @@ import torch
 from forks import Process, alive, children
 from small_runs import a_spec
 
-from dpft.harness.execution import local
+from dpft.harness.errors import BadInput
+from dpft.harness.execution import jobs, local
 from dpft.harness.execution.progress import Quiet
 from dpft.harness.records import provenance
 from dpft.harness.records.store import Store
-from dpft.harness.train.settings import Settings
+from dpft.harness.train.settings import Settings, pick_device
 
 pytestmark = pytest.mark.slow
 STEPS = ["--steps", "4", "--batch-size", "60", "--epsilon", "3", "--set", "eval_every=2", "--set", "max_length=32"]
@@ -134,3 +135,45 @@ def test_a_record_says_how_many_threads_it_had_and_not_an_earlier_one():
         assert found == [1, 2, 1]
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture
+def pretended_cards(monkeypatch):
+    """A machine that says that it has two cards. It has none: what is asked of them is noted, and nothing is computed there."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    return taken
+
+
+def test_pretended_cards_are_dealt_to_siblings_in_turn(monkeypatch, pretended_cards):
+    class Sibling:
+        def __init__(self, command, env, **how):
+            self.env = env
+            started.append(self)
+
+        def wait(self, patience=None):
+            return 0
+
+        def terminate(self):
+            pass
+
+    started = []
+    monkeypatch.setattr(jobs.subprocess, "Popen", Sibling)
+    with jobs.siblings(4, ["run"], {}):
+        jobs.take_card(pick_device("auto"))
+        assert pretended_cards == [], "the first stays on the first card"
+    for sibling in started:
+        monkeypatch.setenv(jobs.NUMBER, sibling.env[jobs.NUMBER])
+        jobs.take_card(pick_device("auto"))
+    assert pretended_cards == [1, 0, 1]
+    for device in ("cuda:1", "cpu"):  # all on the one that was named
+        jobs.take_card(pick_device(device))
+    assert pretended_cards == [1, 0, 1]
+
+
+def test_a_card_that_the_machine_does_not_even_pretend_to_have_is_refused(pretended_cards):
+    assert pick_device("cuda:1") == "cuda:1"
+    with pytest.raises(BadInput, match="There is no device cuda:2: cards are counted from cuda:0, and there are 2"):
+        pick_device("cuda:2")
