@@ -35,8 +35,20 @@ def test_tuning_and_tests_share_no_example_and_no_seed(look):
     assert seen > 1000 and not seeds["tune"] & seeds["test"]
 
 
-def test_running_it_again_adds_nothing(look):
-    assert list(state.wanted(BOARD, look)) == []
+def test_the_halves_of_text_are_apart_in_its_records():
+    """Examples are by tests/tasks; here each record says how many it was judged on, and with which seed."""
+    seen = {"tune": set(), "test": set()}
+    for record in Store(ROOT / "results/leaderboard").each():
+        made = record["spec"]
+        seen[made["split"]].add((made["seed"] >= board.TUNING, record["provenance"]["validation_examples"]))
+    (tuned, tested) = (next(iter(found)) for found in (seen["tune"], seen["test"]))
+    assert [len(found) for found in seen.values()] == [1, 1]
+    assert tuned[0] and not tested[0] and tuned[1] + tested[1] == 1000
+
+
+@pytest.mark.parametrize("name", ["vision", "leaderboard"])
+def test_running_it_again_adds_nothing(name):
+    assert list(state.wanted(board.load(name), driver.looking(Store(ROOT / "results" / name)))) == []
 
 
 def test_half_of_the_verdicts_against_dp_adam_are_in(look):
@@ -50,8 +62,9 @@ def test_half_of_the_verdicts_against_dp_adam_are_in(look):
 
 
 def test_every_sentence_of_results_follows_from_the_records(look):
-    (text, *_) = leaderboards.answers(BOARD, look)
-    assert text in (ROOT / "RESULTS.md").read_text() and text.count("\n") == len(BOARD.contests) - 1
+    for made, found in (BOARD, look), (board.load("leaderboard"), driver.looking(Store(ROOT / "results/leaderboard"))):
+        (text, *_) = leaderboards.answers(made, found)
+        assert text in (ROOT / "RESULTS.md").read_text() and text.count("\n") == len(made.contests) - 1
 
 
 def test_the_committed_baseline_is_of_its_tests(dpft, tmp_path):
