@@ -274,7 +274,7 @@ def test_the_time_is_up_between_runs():
     made, asked = Outcomes(quality), iter([False, True])
 
     class Folder:
-        def read(self, run_id):
+        def summary(self, run_id):
             record = made.get(run_id)
             return None if record is None else {"run_id": run_id, **record}
 
