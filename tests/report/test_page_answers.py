@@ -240,7 +240,7 @@ def test_a_record_is_read_again_only_where_it_changed(tmp_path, monkeypatch):
     store = report_cases.store_of(tmp_path / "runs", study(range(2)))
     read, sizes = [], []
     monkeypatch.setattr(
-        Store, "read", lambda self, run_id, read_one=Store.read: read.append(run_id) or read_one(self, run_id)
+        Store, "summary", lambda self, run_id, read_one=Store.summary: read.append(run_id) or read_one(self, run_id)
     )
 
     def looked(_):

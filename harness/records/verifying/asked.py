@@ -44,6 +44,14 @@ def read(record: dict[str, Any]) -> Asked:
     registered = tuple(
         id(known()) for known in (registry.tasks, registry.methods, registry.decoders, registry.clippings)
     )
+    registered += tuple(
+        getattr(known().get(name), "version", 0)
+        for known, name in (
+            (registry.tasks, spec.task),
+            (registry.methods, spec.method),
+            (registry.decoders, spec.decoder),
+        )
+    )
     task, method, wrong, notices = _of_settings(alike, registered)
     return Asked(spec, task, method, list(wrong), list(notices))
 
