@@ -6,6 +6,7 @@ of random examples to its longest one, as transformers' collators do; dpft puts 
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,11 +18,10 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from dpft.harness.bench.cells import Job
-from dpft.harness.bench.workload import loss_of
+from dpft.harness.bench.workload import loss_of, placed
 from dpft.harness.errors import BadInput
 from dpft.tasks.classification import logits
 
-Batch = dict[str, torch.Tensor]
 EPSILON = 1.0  # small, so that few steps of few examples can be certified, too; noise takes the same time at any
 
 
@@ -112,7 +112,7 @@ def _peer(job: Job) -> Waited:
             if done == job.steps:
                 break
     trained = time.perf_counter()
-    right = _right(job, model, prepared)
+    right = _right(job, task, model, prepared)
     return Waited(ready - begin, trained - ready, time.perf_counter() - trained, right / len(prepared.validation))
 
 
@@ -125,7 +125,7 @@ def _plain(job: Job, model: nn.Module, optimizer, prepared) -> Callable[[], Iter
     def epoch():
         seen = 0
         for batch in loader:
-            (loss(model, _to(job, batch)).sum() / job.examples).backward()
+            (loss(model, placed(job.device, batch)).sum() / job.examples).backward()
             seen += job.batch_size
             if seen >= job.examples:
                 optimizer.step()
@@ -156,7 +156,7 @@ def _opacus(mode: str, job: Job, model: nn.Module, optimizer, prepared) -> Calla
         manager = BatchMemoryManager(data_loader=loader, max_physical_batch_size=job.batch_size, optimizer=optimizer)
         with manager as microbatches:
             for batch in microbatches:
-                batch = _to(job, batch)
+                batch = placed(job.device, batch)
                 with torch.autocast(torch.device(job.device).type, torch.bfloat16, enabled=job.precision == "bf16"):
                     loss = criterion(logits(private, batch), batch["labels"])
                 loss.backward()
@@ -169,18 +169,14 @@ def _opacus(mode: str, job: Job, model: nn.Module, optimizer, prepared) -> Calla
 
 
 @torch.no_grad()
-def _right(job: Job, model: nn.Module, prepared) -> int:
+def _right(job: Job, task, model: nn.Module, prepared) -> int:
     """How many validation examples are classified rightly, in microbatches in their order."""
     model.eval()
     right = 0
     for batch in DataLoader(prepared.validation, 2 * job.batch_size, collate_fn=prepared.collate):
-        batch = _to(job, batch)
-        right += int((logits(model, batch).argmax(-1) == batch["labels"]).sum())
+        found, labels = task.predict(model, placed(job.device, batch))
+        right += sum(map(operator.eq, found, labels))
     return right
-
-
-def _to(job: Job, batch: Batch) -> Batch:
-    return {name: tensor.to(job.device) for name, tensor in batch.items()}
 
 
 def _folder(job: Job) -> Path | None:

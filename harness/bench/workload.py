@@ -60,7 +60,7 @@ def _random_tokens(job: Job) -> tuple[nn.Module, Source]:
     ids += ids >= fields.pad_id
     labels = torch.randint(CLASSES, shape[:1], generator=generator)
     examples = [{"input_ids": row, "labels": int(y)} for row, y in zip(ids.numpy(), labels, strict=True)]
-    batch = _to(job.device, Collator(fields)(examples))
+    batch = placed(job.device, Collator(fields)(examples))
     return model, lambda step: [batch] * (job.examples // job.batch_size)
 
 
@@ -89,11 +89,12 @@ def _sentences(job: Job) -> tuple[nn.Module, Source]:
             # the longest example comes along so that it sets the padded length, and goes again
             extra = [] if job.bucketed else [longest]
             batch = prepared.collate([prepared.train[i] for i in micro + extra])
-            batches.append(_to(job.device, {name: tensor[: len(micro)] for name, tensor in batch.items()}))
+            batches.append(placed(job.device, {name: tensor[: len(micro)] for name, tensor in batch.items()}))
         return batches
 
     return prepared.model, source
 
 
-def _to(device: str, batch: Batch) -> Batch:
+def placed(device: str, batch: Batch) -> Batch:
+    """On the device."""
     return {name: tensor.to(device) for name, tensor in batch.items()}

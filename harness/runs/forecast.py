@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def overview(
             "seed": spec.seed,
             "state": _state(record, spec, sources) if record is not None else _absent(store, spec),
         }
-        alike = replace(spec, seed=0, lr=1.0).canonical()  # neither has a part in what is spent
+        alike = spec.setting()  # neither has a part in what is spent
         if alike not in budgets:
             budgets[alike] = _budget(spec, sources, tries)
         rows.append(row | budgets[alike])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache, cached_property
 from typing import Annotated, Any, get_type_hints
 
@@ -117,6 +117,11 @@ class RunSpec:
         """Canonical JSON: sorted keys, no spaces, defaults left out."""
         kept = {name: value for name, default in _defaults() if (value := getattr(self, name)) != default}
         return json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+    def setting(self, with_noise: bool = True) -> str:
+        """The canonical JSON that runs share which differ in seed and learning rate alone; with_noise=False: also in epsilon."""
+        noise = {} if with_noise else {"epsilon": 1.0, "noise_law": None}
+        return replace(self, seed=0, lr=1.0, **noise).canonical()
 
     @cached_property
     def run_id(self) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,8 +49,8 @@ def _compare_once(setup: Setup, run: Run, name: str, query: Gradients, batch: Ba
 
     `compare` looks at examples of every run.
     """
-    alike = replace(setup.spec, seed=0, lr=1.0, epsilon=1.0, noise_law=None)
-    kind = f"{name} {run.progress.step} {setup.engine.name} {setup.device} {setup.max_tokens} {alike.canonical()}"
+    alike = setup.spec.setting(with_noise=False)
+    kind = f"{name} {run.progress.step} {setup.engine.name} {setup.device} {setup.max_tokens} {alike}"
     if setup.compared is not None and kind in setup.compared:
         setup.engine.agreed = True  # as `check` leaves it
         return

@@ -129,8 +129,7 @@ def release_dimension(spec: RunSpec, settings: Settings) -> int:
 
     Raises CannotRun or Skipped as `build` does.
     """
-    alike = dataclasses.replace(spec, seed=0, lr=1.0, epsilon=1.0, noise_law=None)
-    return _dimension(alike.canonical(), settings)
+    return _dimension(spec.setting(with_noise=False), settings)
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,6 +11,20 @@ from dpft.harness.train.mechanism import GaussianMechanism
 from dpft.harness.train.noise import source
 from dpft.harness.train.parts import Run
 
+# of the command line, without data
+TWO_STEPS = [
+    "run",
+    "--task",
+    "low-rank",
+    "--method",
+    "dp-adam",
+    "--steps",
+    "2",
+    "--batch-size",
+    "256",
+    "--epsilon",
+    "2",
+]
 SIZE = dict(task="sst2", batch_size=60, steps=4, eval_every=2, epsilon=3.0, max_length=32)
 
 

@@ -223,6 +223,8 @@ class ConvolutionalNet(nn.Module):
 @pytest.mark.parametrize("size", [1, 3, 4, 8])
 @pytest.mark.parametrize("kind", ["resnet", "convnext-block"])
 def test_convolutional_nets(kind, size):
-    torch.manual_seed(0)
+    torch.manual_seed(
+        1
+    )  # of 0, a bias before a norm cancels from numbers so large that on an Intel its rounding is 1.2e-10
     blocks = [ResidualBlock(4, 6, 2), ResidualBlock(6, 4, 1)] if kind == "resnet" else [ConvNeXtBlock(4)]
     check(randomised(ConvolutionalNet(*blocks)), classification_loss, image_batch(size))

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from small_runs import TWO_STEPS
 from studies import loose
 
 RESULTS = loose("full")
@@ -47,20 +48,7 @@ def test_damaged_records_are_counted_or_passed_over(dpft, folder, name):
 
 
 def test_a_run_whose_record_is_newer_is_neither_made_nor_overwritten(dpft, tmp_path):
-    command = [
-        "run",
-        "--task",
-        "low-rank",
-        "--method",
-        "dp-adam",
-        "--steps",
-        "2",
-        "--batch-size",
-        "256",
-        "--epsilon",
-        "2",
-    ]
-    command += ["--set", "eval_examples=16", "--seeds", "0,1", "--results", tmp_path, "--quiet"]
+    command = [*TWO_STEPS, "--set", "eval_examples=16", "--seeds", "0,1", "--results", tmp_path, "--quiet"]
     assert dpft(*command)[0] == 0
     one, other = sorted(tmp_path.glob("*.json"))
     one.write_text(json.dumps({**json.loads(one.read_text()), "schema": 99}))

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from small_runs import a_spec, quiet
+from small_runs import TWO_STEPS, a_spec, quiet
 
 from dpft.harness.train import run
 
@@ -53,18 +53,5 @@ def test_a_block_that_would_compute_something_else_is_refused(tiny_bert, setting
 
 
 def test_a_model_without_blocks_is_refused_in_one_sentence(dpft, tmp_path):
-    command = [
-        "run",
-        "--task",
-        "low-rank",
-        "--method",
-        "dp-adam",
-        "--steps",
-        "2",
-        "--batch-size",
-        "256",
-        "--epsilon",
-        "2",
-    ]
-    code, _, told = dpft(*command, "--results", tmp_path, "--quiet", "--recompute")
+    code, _, told = dpft(*TWO_STEPS, "--results", tmp_path, "--quiet", "--recompute")
     assert code == 2 and "has no blocks that could run again; leave out --recompute" in told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -40,7 +40,7 @@ def read(record: dict[str, Any]) -> Asked:
         found.append(f"The spec is that of run {expected}, not of {record['run_id']}.")
     if found:
         return Asked(findings=found)
-    alike = replace(spec, seed=0, lr=1.0).canonical()  # of neither does anything else depend
+    alike = spec.setting()  # of neither does anything else depend
     registered = tuple(
         id(known()) for known in (registry.tasks, registry.methods, registry.decoders, registry.clippings)
     )
