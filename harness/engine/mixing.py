@@ -123,3 +123,24 @@ def _frozen(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
     finally:
         for p in parameters.values():
             p.requires_grad_(True)
+
+
+def companies(batch: Batch) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+    """(other batch, rows of it that are examples of `batch`, which ones): every other example alone, and with others replaced.
+
+    The replacements are the first and the last example, floating-point inputs ten times as large; all in reverse order.
+    """
+    size = len(next(iter(batch.values())))
+    if size < 2:
+        return
+    kept = torch.arange(0, size, 2)
+    yield {k: v[::2] for k, v in batch.items()}, torch.arange(len(kept)), kept
+    instead = {}
+    for key, value in batch.items():
+        rows = value.clone()
+        for place, source in ((1, 0), (3, size - 1)):
+            rows[place::4] = (
+                value[source : source + 1] * 10 if value.is_floating_point() else value[source : source + 1]
+            )
+        instead[key] = rows.flip(0)
+    yield instead, size - 1 - kept, kept

@@ -16,7 +16,7 @@ import torch
 
 from dpft.harness import devices, padding
 from dpft.harness.border.values import one_line
-from dpft.harness.engine import engine_class
+from dpft.harness.engine import engine_class, wider
 from dpft.harness.engine.base import ForwardEngine, PlainEngine, zero_sums
 from dpft.harness.engine.clipping import Clipping
 from dpft.harness.errors import BadInput, CannotRun, Diverged
@@ -282,7 +282,7 @@ def _loss(spec: RunSpec, task, device: torch.device):
         return own
 
     def loss(model, batch):
-        half = spec.precision != "fp32"
+        half = spec.precision != "fp32" and not wider.full()
         autocast = torch.autocast(device.type, dtype=torch.bfloat16) if half else contextlib.nullcontext()
         with autocast, padding.known(batch):
             return own(model, batch)

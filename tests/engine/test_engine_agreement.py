@@ -13,10 +13,11 @@ from small_runs import a_spec, quiet, trained
 from torch import nn
 from torch.nn import functional as F
 
-from dpft.harness.engine import agreement, engine_class
-from dpft.harness.engine.agreement import check
+from dpft.harness.engine import agreement, engine_class, wider
+from dpft.harness.engine.agreement import check, compare
+from dpft.harness.engine.base import RunningSums
 from dpft.harness.engine.factored import FactoredEngine
-from dpft.harness.engine.pieces import AbsolutePiece
+from dpft.harness.engine.pieces import AbsolutePiece, LinearPiece
 from dpft.harness.errors import CannotRun
 from dpft.harness.runs import registry
 from dpft.harness.train import run
@@ -312,7 +313,7 @@ class Rounding(nn.Module):
 
     def forward(self, x):
         hidden = self.layer(x)
-        rounded = torch.finfo(x.dtype).eps * (1.5 - len(x))
+        rounded = torch.finfo(hidden.dtype).eps * (1.5 - len(x))
         return hidden[:, 0] + 100 * F.relu(hidden[:, 1] - hidden[:, 1].detach() + self.apart + rounded)
 
 
@@ -327,3 +328,56 @@ def test_a_kink_that_rounding_decides_is_no_mistake_of_the_engine(name, apart, h
     assert (found is None) == holds, found
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert kept == [p.data_ptr() for p in model.parameters()]
+
+
+def in_half(model, batch):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not wider.full()):
+        return model(batch["x"]).float()
+
+
+@pytest.mark.parametrize("name", BATCHED)
+@pytest.mark.parametrize("apart, holds", [(1e-3, True), (0.0, False)])  # bf16 has 3 digits; 0: not in float64 either
+def test_what_bf16_alone_decides_is_no_mistake_of_the_engine(name, apart, holds):
+    torch.manual_seed(0)
+    found = checked(name, Rounding(apart), in_half, {"x": torch.randn(4, 3)}, half=True)
+    assert (found is None) == holds, found
+
+
+class MixingInHalf(Rounding):
+    """In bf16, and there alone, an example has a thousandth of another one: less than rounding does, and no rounding."""
+
+    def forward(self, x):
+        hidden = self.layer(x)
+        own = super().forward(x)
+        return own + 1e-3 * hidden[:, 0].roll(1) if hidden.dtype == torch.bfloat16 else own
+
+
+def test_examples_that_mix_in_bf16_alone_are_refused_beside_a_kink():
+    torch.manual_seed(0)
+    assert checked("factored", MixingInHalf(1e-3), in_half, {"x": torch.randn(4, 3)}, half=True)
+
+
+def test_a_rule_that_is_wrong_in_bf16_alone_is_refused_beside_a_kink(monkeypatch):
+    right = LinearPiece.add_weighted
+
+    def wrong(self, total, factors):
+        right(self, total, factors * (1.0 if wider.full() else 2.0))
+
+    monkeypatch.setattr(LinearPiece, "add_weighted", wrong)
+    torch.manual_seed(0)
+    assert checked("factored", Rounding(1e-3), in_half, {"x": torch.randn(4, 3)}, half=True)
+
+
+@pytest.mark.parametrize("wrong", [1.0, 0.3])
+def test_a_step_in_bf16_is_held_to_what_is_found_again(wrong):
+    """Norms a third of the real ones would let three times the clip norm pass."""
+    torch.manual_seed(0)
+    model, batch = Rounding(1e-3), {"x": torch.randn(4, 3)}
+    engine = engine_class("factored")(
+        model, in_half, dict(model.named_parameters()), lambda phase: contextlib.nullcontext()
+    )
+    engine.agreed = True
+    losses, norms = engine.accumulate(batch, RunningSums(engine.parameters, {}), 0.1, {})
+    told = contextlib.nullcontext() if wrong == 1.0 else pytest.raises(CannotRun)
+    with told:
+        compare(engine, batch, {}, 0.1, None, True, losses, wrong * norms)
