@@ -87,14 +87,13 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, recompu
         data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise, recompute=recompute
     )
     if contests.is_board(suite):
-        if overwrite or retry_failed or as_json or executor != "local" or shard != "1/1":
+        if overwrite or retry_failed or as_json or shard != "1/1":
             raise BadInput(
-                "A leaderboard makes here what its records lack; leave out --overwrite, --retry-failed, --json, --executor and "
-                "--shard."
+                "A leaderboard makes what its records lack; leave out --overwrite, --retry-failed, --json and --shard."
             )
-        return (
-            launching.launch(start) if start else _board(suite, overrides, store, settings, resume, jobs, budget, quiet)
-        )
+        if start:
+            return launching.launch(start)
+        return _board(suite, overrides, store, settings, resume, jobs, budget, quiet, executor)
     if budget is not None:
         raise BadInput("--budget is an option of leaderboards (`dpft list boards`); leave it out.")
     runs = _runs(suite, overrides, data_dir)
@@ -114,8 +113,7 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, recompu
     for text in remarks.of_data(pending, sources):
         reporter.note(text, trouble=False)
     if executor == "ray":
-        plugins = click.get_current_context().find_root().params.get("plugins", ())
-        records = cluster.run_all(runs, store, settings, policy, reporter, jobs, plugins, sources)
+        records = cluster.run_all(runs, store, settings, policy, reporter, jobs, _plugins(), sources)
     else:
         with processes.siblings(min(jobs or 1, max(1, len(pending))), sys.argv[1:], seen):
             settings = dataclasses.replace(settings, device=pick_device(device) if pending else "cpu")
@@ -135,9 +133,13 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, recompu
     return (2 if single else 1) if failed else 0
 
 
-def _board(name, overrides, store, settings, resume, jobs, budget, quiet) -> int:
+def _plugins() -> tuple[str, ...]:
+    return click.get_current_context().find_root().params.get("plugins", ())
+
+
+def _board(name, overrides, store, settings, resume, jobs, budget, quiet, executor) -> int:
+    from dpft.harness.execution import cluster, local, progress
     from dpft.harness.execution import jobs as processes
-    from dpft.harness.execution import local, progress
     from dpft.harness.leaderboard import board, driver
     from dpft.harness.runs.sources import Sources
     from dpft.harness.train.settings import pick_device
@@ -148,12 +150,18 @@ def _board(name, overrides, store, settings, resume, jobs, budget, quiet) -> int
     look = driver.looking(store)  # once: it serves the runs, the text and the count of failures
     processes.seen(store, [])  # a sibling leaves with its parent
     begin = time.time()
-    with processes.siblings(jobs or 1, sys.argv[1:], {}, table=False):
-        settings = dataclasses.replace(settings, device=pick_device(settings.device))
-        processes.take_card(settings.device)
+    elsewhere = executor == "ray"
+    with processes.siblings(1 if elsewhere else jobs or 1, sys.argv[1:], {}, table=False):
+        if not elsewhere:
+            settings = dataclasses.replace(settings, device=pick_device(settings.device))
+            processes.take_card(settings.device)
 
         def make(specs, up) -> None:
-            local.run_all(specs, store, settings, policy, progress.reporter(len(specs), quiet), sources, up, compared)
+            reporter = progress.reporter(len(specs), quiet)
+            if elsewhere:
+                cluster.run_all(specs, store, settings, policy, reporter, jobs, _plugins(), sources, up)
+            else:
+                local.run_all(specs, store, settings, policy, reporter, sources, up, compared)
 
         finished = contests.run(made, look, make, begin + seconds)
     if not quiet:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-import signal
-import tempfile
+import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from dpft.harness.errors import CannotRun, Interrupted
+from dpft.harness.errors import CannotRun, first_line
 from dpft.harness.execution import interrupts
-from dpft.harness.execution.local import Policy, Reporter, collect, pending, wanted
-from dpft.harness.records.store import Store, atomic
+from dpft.harness.execution.local import Policy, Reporter, collect, is_pending, pending, wanted
+from dpft.harness.execution.slots import Share, share
+from dpft.harness.execution.worker import Home, Sent, Task, keep, places, read, work
+from dpft.harness.records.store import Store
 from dpft.harness.runs.sources import Sources
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import journal
 from dpft.harness.train.settings import Settings
 
-BETWEEN = 0.5  # seconds between two looks of a worker at whether it is to end
+LOOK = 0.5  # seconds between looks at what workers tell
+TRIES = 3  # of a run whose worker or node is lost
+SILENT = 60.0  # seconds without a run that begins, after which it is said what is waited for
 
 
 def run_all(
@@ -35,15 +36,18 @@ def run_all(
     jobs: int | None,
     plugins: Sequence[str],
     sources: Sources | None = None,
+    up: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """Make what is pending of `runs`, as execution.run_all does; returns the records of all of them, in order.
 
-    jobs: runs at once, None: as many as there are GPUs, or CPUs. A run gets its share of the CPUs and, where the cluster has
-    GPUs and `settings.device` is not the CPU, its share of those. Joins the cluster that RAY_ADDRESS names, or starts one here.
-    dpft, plug-in files and the data mirror must lie at the same paths on every node. When this process is interrupted, workers
-    end their steps and send their checkpoints, from which the next command goes on; a run that its worker takes with it is
-    made again. With `settings.secure_noise` each release is counted here before a worker makes it, so that it is charged then.
-    Raises CannotRun without ray, and, when everything else has been made, for runs that were lost.
+    jobs: runs at once, None: as many as there are GPUs, or CPUs, also of nodes that come later. What each gets: slots.py. Joins
+    the cluster that RAY_ADDRESS names, or starts one here; any number of commands may share one, and one folder of results.
+    dpft, plug-in files and data must lie at the same paths on every node.
+
+    Rows come while a run is made. Checkpoints come to the store here, so that no folder need be shared: a run whose worker or
+    node is lost goes on from the last one, elsewhere, up to TRIES times; so does a command that is given again. With
+    `settings.secure_noise` each release is counted here before a worker makes it, so that it is charged then.
+    Raises CannotRun without ray or a cluster that can make them, and for runs that were lost, when all else has been made.
     """
     try:
         import ray
@@ -54,85 +58,179 @@ def run_all(
     store.open_for_writing()
     runs = wanted(runs, store, policy)
     sources = sources or Sources(settings.data_dir)
-    lost: list[str] = []
+    todo = pending(runs, store, policy, sources)
     made: set[str] = set()
-    with ExitStack() as stack:
-        todo = pending(runs, store, policy, sources)
-        claimed = [spec for spec in todo if stack.enter_context(store.claim(spec.run_id))]  # until all of them are made
-        if claimed:
+    if todo:
+        if settings.data_dir is not None:
+            settings = dataclasses.replace(settings, data_dir=Path(settings.data_dir).absolute())
+        with ExitStack() as stack:
+            stack.enter_context(redirect_stdout(sys.stderr))  # ray's own remarks would stand between the records
             _start(ray)
             stack.callback(ray.shutdown)
-            share, most = _share(ray.cluster_resources(), settings.device, jobs)
-            work = ray.remote(_work).options(max_retries=0, **share)
-            home = _beside(ray.remote(_Home)).remote()
-            waiting, flying = list(claimed), {}
-
-            def landed(done) -> None:
-                """Keep what a worker sends: its checkpoint, and the record unless it was asked to stop."""
-                spec = flying.pop(done)
-                try:
-                    found = ray.get(done)
-                except ray.exceptions.RayError as error:
-                    lost.append(spec.label())
-                    reporter.note(f"{spec.label()} was lost ({type(error).__name__}).")
-                    return
-                for text in found.notes:
-                    reporter.note(text)
-                _keep(_places(store.checkpoint_path(spec.run_id)), found.kept)
-                if found.record is None:
-                    return
-                store.write(found.record, found.curve)
-                made.add(spec.run_id)
-                with reporter.run(spec) as observe:
-                    for row in found.curve:
-                        observe(row["step"], row)
-                reporter.finished(found.record)
-
-            try:
-                while waiting or flying:
-                    while waiting and len(flying) < most:
-                        spec = waiting.pop(0)
-                        places = _places(store.checkpoint_path(spec.run_id))
-                        if not policy.resume:
-                            for path in places:
-                                path.unlink(missing_ok=True)
-                        counted = str(places[1].absolute())
-                        sent = _Task(spec, settings, tuple(plugins), share["num_cpus"], _read(places), counted)
-                        flying[work.remote(sent, home)] = spec
-                    landed(ray.wait(list(flying), num_returns=1)[0][0])
-            except KeyboardInterrupt:  # ray makes one of what a handler raises
-                home.stop.remote()
-                for done in ray.wait(list(flying), num_returns=len(flying), timeout=interrupts.GRACE)[0]:
-                    landed(done)
-                interrupts.end()
-                raise
-    for spec in runs:
-        if store.summary(spec.run_id) is None and spec.label() not in lost:
-            reporter.note(f"{spec.label()} is being made by another process; waiting for it.")
-            with store.claim(spec.run_id, wait=True):
-                if store.summary(spec.run_id) is None:
-                    lost.append(spec.label())
-    if lost:
-        raise CannotRun(f"{len(lost)} runs were lost with their workers, the others are there; give the command again.")
-    return collect(runs, store, made, sources)
+            driver = _Driver(ray, store, settings, policy, reporter, jobs, [os.path.abspath(one) for one in plugins])
+            stack.callback(driver.close)
+            driver.make(todo, up)
+        made = driver.made
+        if driver.lost:
+            told = f"{len(driver.lost)} runs were lost" if len(driver.lost) > 1 else "A run was lost"
+            raise CannotRun(f"{told}, the others are there; give the command again. {next(iter(driver.lost.values()))}")
+    return collect([spec for spec in runs if store.summary(spec.run_id) is not None], store, made, sources)
 
 
 def _start(ray) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a run without a GPU keeps what the user has set
+    address = os.environ.get("RAY_ADDRESS")
     with interrupts.kept():
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=False, configure_logging=False
-        )
+        try:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        except Exception as error:  # of many kinds, and none is documented
+            what = f"of RAY_ADDRESS ({address}) cannot be reached" if address else "cannot be started here"
+            raise CannotRun(
+                f"The Ray cluster {what}: {first_line(error)}; mend that, or leave --executor out."
+            ) from None
 
 
-def _share(resources: dict[str, float], device: str, jobs: int | None) -> tuple[dict[str, float], int]:
-    """(what one run asks of the cluster, runs at once)."""
-    cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0) if device != "cpu" else 0.0
-    most = jobs or int(gpus or cpus)
-    share = {"num_cpus": max(1, math.floor(cpus / most))}
-    if gpus:
-        share["num_gpus"] = 1 if most <= gpus else gpus / most
-    return share, most
+class _Flight:
+    """A run that has been sent. held: its claim, and what shows it; tries: so far; shown: its last step that was."""
+
+    def __init__(self, spec: RunSpec, held: ExitStack):
+        self.spec, self.held = spec, held
+        self.tries, self.shown, self.observe = 0, 0, None
+
+
+class _Driver:
+    """Sends runs to the cluster and takes in what comes back. made, lost: run ids, with why."""
+
+    def __init__(self, ray, store: Store, settings: Settings, policy: Policy, reporter: Reporter, jobs, plugins):
+        self.ray, self.store, self.settings, self.policy, self.reporter = ray, store, settings, policy, reporter
+        self.jobs, self.plugins = jobs, tuple(plugins)
+        self.share: Share = share(self._nodes(), settings.device, jobs)
+        self.home = _beside(ray.remote(Home)).remote()
+        self.work = ray.remote(work).options(max_retries=0, **self.share.options())
+        self.flying: dict[Any, _Flight] = {}
+        self.made: set[str] = set()
+        self.lost: dict[str, str] = {}
+        self.begun, self.said = time.monotonic(), False
+
+    def close(self) -> None:
+        for flight in self.flying.values():
+            flight.held.close()
+
+    def make(self, todo: Sequence[RunSpec], up: Callable[[], bool]) -> None:
+        """All of `todo` that no other process makes, those that one gave up included; none is begun once the time is `up`."""
+        waiting, elsewhere = deque(todo), []
+        try:
+            while waiting or elsewhere or self.flying:
+                if up():
+                    waiting, elsewhere = deque(), []
+                while waiting and len(self.flying) < self._most():
+                    if not self._send(spec := waiting.popleft()):
+                        elsewhere.append(spec)
+                        self.reporter.note(f"{spec.label()} is being made by another process; waiting for it.")
+                if not waiting:
+                    elsewhere = [spec for spec in elsewhere if not self._send(spec)]
+                self._wait()
+        except KeyboardInterrupt:  # ray makes one of what a handler raises
+            self.home.stop.remote()
+            for done in self.ray.wait(list(self.flying), num_returns=len(self.flying), timeout=interrupts.GRACE)[0]:
+                self._landed(done)
+            interrupts.end()
+            raise
+
+    def _nodes(self) -> list[dict[str, float]]:
+        return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+
+    def _most(self) -> int:
+        """Runs in flight. Without --jobs more than fit, so that a cluster that can grow sees that it should."""
+        slots = max(1, self.share.slots(self._nodes()))
+        return self.jobs or 2 * slots
+
+    def _send(self, spec: RunSpec) -> bool:
+        """Claim a run and send it, if it still has to be made; False where another process is at it."""
+        held = ExitStack()
+        if not held.enter_context(self.store.claim(spec.run_id)):
+            held.close()
+            return False
+        if not is_pending(self.store, spec, self.policy):  # another process has made it meanwhile
+            held.close()
+            return True
+        if not self.policy.resume:
+            for path in places(self.store.checkpoint_path(spec.run_id)):
+                path.unlink(missing_ok=True)
+        self._fly(_Flight(spec, held))
+        return True
+
+    def _fly(self, flight: _Flight) -> None:
+        checkpoint = self.store.checkpoint_path(flight.spec.run_id).absolute()
+        steering = {key: value for key, value in os.environ.items() if key.startswith("DPFT_")}
+        sent = Task(
+            flight.spec, self.settings, self.plugins, self.share.threads, read(places(checkpoint)), str(checkpoint),
+            os.getcwd(), steering,
+        )  # fmt: skip
+        flight.tries += 1
+        self.flying[self.work.remote(sent, self.home)] = flight
+
+    def _wait(self) -> None:
+        """A look at what workers tell, and at what has come back."""
+        if not self.flying:
+            time.sleep(LOOK)
+            return
+        done = self.ray.wait(list(self.flying), timeout=LOOK)[0]
+        by_id = {flight.spec.run_id: flight for flight in self.flying.values()}
+        for run_id, rows in self.ray.get(self.home.take.remote()):
+            self.begun = time.monotonic()
+            if run_id in by_id:
+                self._show(by_id[run_id], rows)
+        for one in done:
+            self._landed(one)
+        running = any(flight.observe for flight in self.flying.values())
+        if not running and not self.said and time.monotonic() - self.begun > SILENT:
+            self.said = True
+            cards = f" and {self.share.cards:.3g} of a card" if self.share.cards else ""
+            self.reporter.note(
+                f"No run has begun for {SILENT:.0f} seconds: no node of the Ray cluster has {self.share.cpus:g} CPUs{cards} free."
+            )
+
+    def _show(self, flight: _Flight, rows: Sequence[dict[str, Any]]) -> None:
+        if flight.observe is None:
+            flight.observe = flight.held.enter_context(self.reporter.run(flight.spec))
+        for row in rows:
+            if row["step"] > flight.shown:  # a run that goes on elsewhere takes some steps again
+                flight.shown = row["step"]
+                flight.observe(row["step"], row)
+
+    def _landed(self, done) -> None:
+        """Keep what a worker sends: its checkpoint, and the record unless it was asked to stop."""
+        flight = self.flying.pop(done)
+        spec, self.begun = flight.spec, time.monotonic()
+        try:
+            found: Sent = self.ray.get(done)
+        except self.ray.exceptions.RayTaskError as error:  # nothing of dpft ran there
+            return self._lose(flight, f"{type(error.cause).__name__}: {first_line(error.cause)}")
+        except self.ray.exceptions.RayError as error:
+            if flight.tries < TRIES and not interrupts.asked():
+                self.reporter.note(
+                    f"The worker of {spec.label()} was lost ({type(error).__name__}); it is made elsewhere."
+                )
+                return self._fly(flight)
+            return self._lose(flight, type(error).__name__)
+        for text in found.notes:
+            self.reporter.note(text)
+        keep(places(self.store.checkpoint_path(spec.run_id)), found.kept)
+        if found.problem is not None:
+            return self._lose(flight, found.problem)
+        if found.record is not None:
+            self._show(flight, found.curve)
+            self.store.write(found.record, found.curve)
+            self.made.add(spec.run_id)
+        flight.held.close()
+        if found.record is not None:
+            self.reporter.finished(found.record)
+
+    def _lose(self, flight: _Flight, why: str) -> None:
+        self.lost[flight.spec.run_id] = f"{flight.spec.label()}: {why}"
+        self.reporter.note(f"{flight.spec.label()} was lost: {why}")
+        flight.held.close()
 
 
 def _beside(actor):
@@ -142,102 +240,3 @@ def _beside(actor):
 
     here = ray.get_runtime_context().get_node_id()
     return actor.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
-
-
-class _Home:
-    """An actor beside the driver: workers ask it between steps whether to end, and tell it of releases before they make them."""
-
-    def __init__(self) -> None:
-        self._stopped = False
-
-    def stop(self) -> None:
-        self._stopped = True
-
-    def stopped(self) -> bool:
-        return self._stopped
-
-    def count(self, path: str) -> None:
-        """One release of a run whose journal is at `path`; on disk when this returns."""
-        journal.note(Path(path))
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What a worker is sent for one run.
-
-    Attributes:
-        threads: that it may use.
-        kept: of an earlier command, to go on from: contents of its `_places`.
-        journal: where the driver's node counts its releases.
-    """
-
-    spec: RunSpec
-    settings: Settings
-    plugins: tuple[str, ...]
-    threads: int
-    kept: tuple[bytes, ...]
-    journal: str
-
-
-@dataclass(frozen=True)
-class _Sent:
-    """What comes back of one run. record: None where it was stopped. kept: contents of its `_places`, empty if not there."""
-
-    record: dict[str, Any] | None
-    curve: list[dict[str, Any]]
-    kept: tuple[bytes, ...]
-    notes: list[str]
-
-
-def _work(task: _Task, home) -> _Sent:
-    """One run on a worker, which keeps its process for others. home: the actor `_Home`."""
-    import ray
-    import torch
-
-    from dpft.harness.runs import registry
-    from dpft.harness.train.run import execute
-    from dpft.harness.train.settings import pick_device
-
-    spec = task.spec
-    for plugin in task.plugins:
-        registry.load_plugin(plugin)
-    torch.set_num_threads(task.threads)
-    settings = dataclasses.replace(task.settings, device=pick_device(task.settings.device))
-    notes, looked = [], time.monotonic()
-
-    def observe(step: int, row: dict[str, Any]) -> None:
-        nonlocal looked
-        if time.monotonic() - looked > BETWEEN:
-            looked = time.monotonic()
-            if ray.get(home.stopped.remote()):
-                raise Interrupted(signal.SIGTERM)
-
-    def witness() -> None:
-        ray.get(home.count.remote(task.journal))
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{spec.run_id}.ckpt"
-        _keep(_places(path), task.kept)
-        try:
-            record, curve = execute(
-                spec, settings, observe, path, lambda text, trouble=True: notes.append(text), witness
-            )
-        except Interrupted:
-            record, curve = None, []
-        return _Sent(record, curve, _read(_places(path)), notes)
-
-
-def _places(checkpoint: Path) -> tuple[Path, Path]:
-    return checkpoint, journal.path_of(checkpoint)
-
-
-def _read(paths: tuple[Path, Path]) -> tuple[bytes, ...]:
-    return tuple(path.read_bytes() if path.exists() else b"" for path in paths)
-
-
-def _keep(paths: tuple[Path, Path], kept: tuple[bytes, ...]) -> None:
-    """Write what there is; what is empty was never there. A count of releases is not replaced by a lower one."""
-    for path, content in zip(paths, kept, strict=True):
-        if len(content) > (journal.releases(path) if path == paths[1] else 0):
-            with atomic(path) as temporary:
-                temporary.write_bytes(content)

@@ -39,64 +39,90 @@ class Quiet(Reporter):
 
 
 class Lines(Quiet):
-    """One line when a run starts, at each evaluation, and when it ends."""
+    """One line when a run starts, at each evaluation, and when it ends; it names the run where several are made at once."""
 
     talks = True
 
     def __init__(self, total: int):
-        self.total, self.count = total, 0
+        self.total, self.count, self.going, self.several = total, 0, 0, False
+        self.labels: dict[str, str] = {}
 
     @contextmanager
     def run(self, spec: RunSpec):
         self.count += 1
+        self.going += 1
+        self.several = self.several or self.going > 1
+        self.labels[spec.run_id] = spec.label()
         start = time.monotonic()
         self.note(f"[{self.count}/{self.total}] {spec.label()} ({spec.steps} steps)")
 
         def observe(step: int, row: dict[str, Any]) -> None:
             if row["metric"] is not None:
-                self.note(f"    step {step}/{spec.steps}  {_figures(row)}  {time.monotonic() - start:.0f} s")
+                of = f"{spec.label()}: " if self.several else ""
+                self.note(f"    {of}step {step}/{spec.steps}  {_figures(row)}  {time.monotonic() - start:.0f} s")
 
-        yield observe
+        try:
+            yield observe
+        finally:
+            self.going -= 1
 
     def finished(self, record: dict[str, Any]) -> None:
-        click.echo(f"    {_ending(record)}", err=True)
+        of = f"{self.labels.pop(record['run_id'])}: " if self.several else ""
+        click.echo(f"    {of}{_ending(record)}", err=True)
 
 
 class Bars(Quiet):
-    """A live bar with the current metric and the epsilon spent."""
+    """Live bars, one for each run in progress, with its current metric and the epsilon spent."""
 
     talks = True
 
     def __init__(self, total: int):
-        self.total, self.count = total, 0
+        self.total, self.count, self.going, self.bars = total, 0, 0, None
+        self.labels: dict[str, str] = {}
 
     @contextmanager
     def run(self, spec: RunSpec):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
         self.count += 1
-        columns = (
-            "{task.description}",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[info]}"),
-        )
+        self.labels[spec.run_id] = spec.label()
         metric: dict[str, float] = {}
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(f"[{self.count}/{self.total}] {spec.label()}", total=spec.steps, info="preparing")
+        bars = self._shown()
+        task = bars.add_task(f"[{self.count}/{self.total}] {spec.label()}", total=spec.steps, info="preparing")
 
-            def observe(step: int, row: dict[str, Any]) -> None:
-                if row["metric"] is not None:
-                    metric["metric"] = row["metric"]
-                bar.update(task, completed=step, info=_figures({**row, **metric}))
+        def observe(step: int, row: dict[str, Any]) -> None:
+            if row["metric"] is not None:
+                metric["metric"] = row["metric"]
+            bars.update(task, completed=step, info=_figures({**row, **metric}))
 
-            self.label = spec.label()
+        self.going += 1
+        try:
             yield observe
+        finally:
+            self.going -= 1
+            bars.remove_task(task)
+            if not self.going:
+                bars.stop()
+                self.bars = None
+
+    def _shown(self):
+        """The live display, which all runs in progress share: a terminal has room for one."""
+        if self.bars is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                "{task.description}",
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[info]}"),
+            )
+            self.bars = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.bars.start()
+        return self.bars
 
     def finished(self, record: dict[str, Any]) -> None:
-        click.echo(f"[{self.count}/{self.total}] {self.label}: {_ending(record)}", err=True)
+        label = self.labels.pop(record["run_id"])
+        click.echo(f"[{self.count}/{self.total}] {label}: {_ending(record)}", err=True)
 
 
 def _figures(row: dict[str, Any]) -> str:

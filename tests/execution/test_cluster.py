@@ -10,7 +10,9 @@ import time
 
 import pytest
 
-from dpft.harness.execution.cluster import _keep, _places, _share
+from dpft.harness.errors import CannotRun
+from dpft.harness.execution.slots import Share, share
+from dpft.harness.execution.worker import keep, places
 
 STEPS = ["--steps", "2", "--batch-size", "60", "--epsilon", "3", "--set", "eval_every=2", "--set", "max_length=32"]
 
@@ -19,19 +21,43 @@ needs_ray = pytest.mark.skipif(
 )
 
 
+def nodes(*pairs):
+    return [{"CPU": cpus, **({"GPU": cards} if cards else {})} for cpus, cards in pairs]
+
+
 @pytest.mark.parametrize(
-    "resources, device, jobs, expected",
+    "of, device, jobs, expected, at_once",
     [
-        ({"CPU": 2.0}, "auto", None, ({"num_cpus": 1}, 2)),
-        ({"CPU": 16.0}, "auto", 4, ({"num_cpus": 4}, 4)),
-        ({"CPU": 2.0}, "cpu", 4, ({"num_cpus": 1}, 4)),
-        ({"CPU": 64.0, "GPU": 8.0}, "auto", None, ({"num_cpus": 8, "num_gpus": 1}, 8)),
-        ({"CPU": 16.0, "GPU": 1.0}, "cuda", 4, ({"num_cpus": 4, "num_gpus": 0.25}, 4)),
-        ({"CPU": 16.0, "GPU": 1.0}, "cpu", None, ({"num_cpus": 1}, 16)),
+        (nodes((2.0, 0)), "auto", None, Share(1), 2),
+        (nodes((16.0, 0)), "auto", 4, Share(4), 4),
+        (nodes((2.0, 0)), "cpu", 4, Share(1), 2),
+        (nodes((64.0, 8.0)), "auto", None, Share(8, 1), 8),
+        (nodes((16.0, 1.0)), "cuda", 4, Share(4, 0.25), 4),
+        (nodes((16.0, 1.0)), "cpu", None, Share(1), 16),
+        # a run is on one node: six of the 8 CPUs are on none of these
+        (nodes((4.0, 0), (4.0, 0)), "auto", 1, Share(4), 2),
+        (nodes((3.0, 0), (5.0, 0)), "auto", 2, Share(3), 2),
+        # a head with CPUs and a node with a card: the head's CPUs are of no use to what needs the card
+        (nodes((32.0, 0), (8.0, 1.0)), "auto", None, Share(8, 1), 1),
+        # three runs on two cards: two on each, or one would wait
+        (nodes((8.0, 2.0)), "auto", 3, Share(2, 0.5), 4),
+        (nodes((8.0, 1.0), (8.0, 1.0)), "cuda", 3, Share(4, 0.5), 4),
+        # more cards than CPUs
+        (nodes((2.0, 4.0)), "auto", None, Share(0.5, 1), 4),
     ],
 )
-def test_a_run_gets_its_share(resources, device, jobs, expected):
-    assert _share(resources, device, jobs) == expected
+def test_a_run_gets_its_share(of, device, jobs, expected, at_once):
+    found = share(of, device, jobs)
+    assert found == expected and found.slots(of) == at_once
+
+
+@pytest.mark.parametrize(
+    "of, device, told",
+    [(nodes((4.0, 0)), "cuda", "no node"), (nodes((0.0, 0)), "auto", "has a CPU"), ([], "cpu", "CPU")],
+)
+def test_what_no_node_can_give_is_refused_at_once(of, device, told):
+    with pytest.raises(CannotRun, match=told):
+        share(of, device, None)
 
 
 def command(tiny_bert, mirror, folder, *more):
@@ -63,14 +89,14 @@ def test_a_cluster_makes_what_this_process_makes(tiny_bert, mirror, tmp_path):
 
 
 def test_a_count_of_releases_is_never_replaced_by_a_lower_one(tmp_path):
-    places = _places(tmp_path / "run.ckpt")
+    two = places(tmp_path / "run.ckpt")
     for sent, kept in (
         ((b"one", b".."), (b"one", b"..")),
         ((b"two", b"."), (b"two", b"..")),
         ((b"", b"..."), (b"two", b"...")),
     ):
-        _keep(places, sent)
-        assert tuple(path.read_bytes() for path in places) == kept
+        keep(two, sent)
+        assert tuple(path.read_bytes() for path in two) == kept
 
 
 SLOW = """
@@ -115,11 +141,11 @@ def begun(tmp_path, step):
 @needs_ray
 def test_with_secure_noise_what_a_killed_worker_released_is_charged(tmp_path):
     call = [*slow_run(tmp_path), str(tmp_path / "there"), "--executor", "ray", "--jobs", "1", "--secure-noise"]
-    with subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
         os.kill(begun(tmp_path, 5), signal.SIGKILL)
-        assert "was lost (WorkerCrashedError)" in first.stderr.read() and first.wait() == 2
-    second = subprocess.run(call, capture_output=True, text=True)
-    [found] = json.loads(second.stdout)
+        told, found = command.communicate()[::-1]
+    assert "was lost (WorkerCrashedError); it is made elsewhere" in told and command.returncode == 0, told
+    [found] = json.loads(found)
     privacy = found["privacy"]
     assert found["status"] == "done" and 5 <= privacy["steps_lost"] <= 40 and privacy["steps_run"] == 40
     assert privacy["within_budget"] and not list((tmp_path / "there").glob("*.releases"))
@@ -141,3 +167,102 @@ def test_an_interrupted_driver_has_its_workers_send_checkpoints(tmp_path):
     [found], [expected] = json.loads(second.stdout), json.loads(whole.stdout)
     assert found["result"] == expected["result"] and found["chain"] == expected["chain"]
     assert not list((tmp_path / "there").glob("*.ckpt"))
+
+
+@pytest.fixture
+def three_nodes(monkeypatch):
+    """A cluster on this machine: a head for the drivers, and two nodes of one CPU."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    workers = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    cluster.wait_for_nodes()
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    yield cluster, workers
+    cluster.shutdown()
+
+
+def in_order(text):
+    return {r["spec"]["seed"]: (r["status"], r["chain"], r["result"]) for r in json.loads(text)}
+
+
+@needs_ray
+def test_runs_of_a_node_that_is_gone_go_on_elsewhere_from_their_checkpoints(tmp_path, three_nodes):
+    cluster, (node, _) = three_nodes
+    call = [*slow_run(tmp_path)[:-1], "--seeds", "0,1", "--checkpoint-every", "0", "--results"]
+    alone = subprocess.run([*call, str(tmp_path / "here")], capture_output=True, text=True)
+    (tmp_path / "now").unlink()
+    there = [*call, str(tmp_path / "there"), "--executor", "ray"]
+    with subprocess.Popen(there, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+        begun(tmp_path, 10)
+        cluster.remove_node(node, allow_graceful=False)
+        told, found = command.communicate()[::-1]
+    assert command.returncode == 0, told
+    assert told.count("it is made elsewhere") == 1 and "continued from step" in told, told
+    assert in_order(found) == in_order(alone.stdout) and len(in_order(found)) == 2
+    assert not list((tmp_path / "there").glob("*.ckpt"))
+
+
+@needs_ray
+def test_two_commands_share_a_cluster_and_a_folder(tmp_path, three_nodes):
+    (tmp_path / "slow.py").write_text(SLOW)
+    call = [
+        sys.executable,
+        "-m",
+        "dpft.harness",
+        "--plugin",
+        "slow.py",
+        "run",
+        "--task",
+        "low-rank",
+        "--model",
+        "linear",
+    ]
+    call += [
+        "--method",
+        "slow",
+        "--epsilon",
+        "8",
+        "--batch-size",
+        "64",
+        "--steps",
+        "8",
+        "--set",
+        "eval_every=4",
+        "--json",
+    ]
+    call += ["--seeds", "0,1,2,3,4,5", "--results", "there", "--executor", "ray", "--jobs", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    commands = [
+        subprocess.Popen(call, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    told = [command.communicate() for command in commands]
+    assert [command.returncode for command in commands] == [0, 0], told
+    made = [err.count("done: ") for _, err in told]
+    assert sum(made) == 6 and min(made) > 0, told
+    assert in_order(told[0][0]) == in_order(told[1][0]) and len(in_order(told[0][0])) == 6
+    assert all(" step 4/8 " in err for _, err in told), "as they are made"
+
+
+@needs_ray
+def test_why_a_worker_could_not_make_a_run_is_said(tmp_path, three_nodes):
+    call = slow_run(tmp_path)
+    with open(tmp_path / "slow.py", "a") as plugin:
+        plugin.write('\nif "DRIVER" not in os.environ:\n    raise ValueError("no licence on this node")\n')
+    call += [str(tmp_path / "there"), "--executor", "ray", "--jobs", "1"]
+    found = subprocess.run(call, env={**os.environ, "DRIVER": "1"}, capture_output=True, text=True)
+    assert found.returncode == 2 and "no licence on this node" in found.stderr.splitlines()[-1], found.stderr
+    assert "Traceback" not in found.stderr
+    refused = subprocess.run(
+        [*call, "--device", "cuda"], env={**os.environ, "DRIVER": "1"}, capture_output=True, text=True
+    )
+    assert refused.returncode == 2 and "no node of the Ray cluster has one" in refused.stderr, refused.stderr
+
+
+@needs_ray
+def test_a_leaderboard_is_made_on_a_cluster(tmp_path, three_nodes):
+    call = [sys.executable, "-m", "dpft.harness", "run", "tiny", "--results", str(tmp_path), "--executor", "ray"]
+    found = subprocess.run([*call, "--budget", "20s"], capture_output=True, text=True)
+    assert found.returncode == 0 and "the same command goes on" in found.stderr, found.stderr
+    assert list(tmp_path.glob("*.json")) and not list(tmp_path.glob("*.ckpt"))
