@@ -15,8 +15,8 @@ from typing import Any
 from dpft.harness.errors import CannotRun, first_line
 from dpft.harness.execution import interrupts
 from dpft.harness.execution.local import Policy, Reporter, collect, is_pending, pending, wanted
+from dpft.harness.execution.on_node import Home, Sent, Task, keep, places, read, work
 from dpft.harness.execution.slots import Share, share
-from dpft.harness.execution.worker import Home, Sent, Task, keep, places, read, work
 from dpft.harness.records.store import Store
 from dpft.harness.runs.sources import Sources
 from dpft.harness.runs.spec import RunSpec

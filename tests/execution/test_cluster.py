@@ -11,8 +11,8 @@ import time
 import pytest
 
 from dpft.harness.errors import CannotRun
+from dpft.harness.execution.on_node import keep, places
 from dpft.harness.execution.slots import Share, share
-from dpft.harness.execution.worker import keep, places
 
 STEPS = ["--steps", "2", "--batch-size", "60", "--epsilon", "3", "--set", "eval_every=2", "--set", "max_length=32"]
 
@@ -200,6 +200,25 @@ def test_runs_of_a_node_that_is_gone_go_on_elsewhere_from_their_checkpoints(tmp_
     assert command.returncode == 0, told
     assert told.count("it is made elsewhere") == 1 and "continued from step" in told, told
     assert in_order(found) == in_order(alone.stdout) and len(in_order(found)) == 2
+    assert not list((tmp_path / "there").glob("*.ckpt"))
+
+
+@needs_ray
+def test_a_command_that_was_killed_goes_on_from_what_came(tmp_path, three_nodes):
+    call = [
+        *slow_run(tmp_path)[:-1],
+        "--checkpoint-every",
+        "0",
+        "--results",
+        str(tmp_path / "there"),
+        "--executor",
+        "ray",
+    ]
+    with subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        begun(tmp_path, 10)
+        first.kill()
+    second = subprocess.run(call, capture_output=True, text=True)
+    assert second.returncode == 0 and "continued from step" in second.stderr, second.stderr
     assert not list((tmp_path / "there").glob("*.ckpt"))
 
 
