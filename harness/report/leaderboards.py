@@ -21,7 +21,7 @@ def parts(board: Board, look: Look) -> list[Part]:
     found: list[Part] = []
     for contest in board.contests:
         found += [f"### {contest.title}", *_contest(contest, board.rules, look)]
-    return [*found, _reading(board.rules)]
+    return [*found, _reading(board.rules, _lower(board, look))]
 
 
 def answers(board: Board, look: Look, pictures: Figures | None = None) -> list[Part]:
@@ -190,13 +190,32 @@ def _caption(contest: Contest, one: Standing) -> str:
     return f"{spec.model}; {budget}B = {spec.batch_size:,}, T = {spec.steps:,}. Time and memory of a step over the baseline's."
 
 
-def _reading(rules: Rules) -> str:
+def _reading(rules: Rules, lower: bool = False) -> str:
+    """lower: whether the metric is better where it is lower."""
     fewest, most = rules.seeds
-    return (
-        f"How to read it. Settings of each method are the best of {rules.trials} trials (its defaults, and points of one "
-        "low-discrepancy sequence in a space of equal width) on the tune half of the validation data, by halving over "
-        f"{rules.tuning_seeds} seeds. Verdicts are on the test half with other seeds, {fewest} to {most}, added while one is "
-        "open. They hold whenever one stops: the t test as an e-process over paired seeds (2310.03722), "
-        f"{1 - LEVEL:.0%} for all verdicts of a table together (Bonferroni). `the same`: the whole interval lies within "
-        f"{rules.margin:g}. Choices made by tuning are not covered by ε."
+    chosen = (
+        f"Settings of each method are the best of {rules.trials} trials (its defaults, and points of one low-discrepancy "
+        "sequence in a space of equal width) on the tune half of the validation data, by halving over "
+        f"{rules.tuning_seeds} seeds. "
+        "Verdicts are on the test half with other seeds"
+        if rules.trials > 1
+        else "Settings are those that the board names; none was chosen on these data. Verdicts are on the test half"
     )
+    seeds = f"{fewest} to {most}, added while one is open" if most > fewest else f"{most} seeds"
+    signs = " Differences are gains: by how much the metric is lower." if lower else ""
+    return (
+        f"How to read it. {chosen}, {seeds}. They hold whenever one stops: the t test as an e-process over paired seeds "
+        f"(2310.03722), {1 - LEVEL:.0%} for all verdicts of a table together (Bonferroni). `the same`: the whole interval lies "
+        f"within {rules.margin:g}.{signs}"
+        + (" Choices made by tuning are not covered by ε." if rules.trials > 1 else "")
+    )
+
+
+def _lower(board: Board, look: Look) -> bool:
+    results = (
+        record["result"]
+        for contest in board.contests
+        for one in standings(contest, board.rules, look)
+        for record in one.records.values()
+    )
+    return any(found is not None and not found["higher_is_better"] for found in results)
