@@ -31,7 +31,7 @@ from dpft.harness.records.schema import SCHEMA
 from dpft.harness.runs import registry, users
 from dpft.harness.runs.plan import PrivacyPlan, plan
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import by_user, hooks, loop, public_rows, ranks, recomputing, sections
+from dpft.harness.train import by_user, hooks, kept_features, loop, public_rows, ranks, recomputing, sections
 from dpft.harness.train.core import encodings_of
 from dpft.harness.train.mechanism import Mechanism
 from dpft.harness.train.noise import secret_source, source, stream
@@ -197,6 +197,9 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multip
     model = method.prepare(prepared.model, stream("cpu", "method", spec.task, spec.method, spec.seed))
     hooks.check_trainable(method, model, head)
     prepared = dataclasses.replace(prepared, model=model.to(device))
+    if method.settings.get("features") == "kept":  # an option of methods that train the head alone
+        prepared = kept_features.cut(prepared, spec, device)
+        model = prepared.model
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise CannotRun(f"{spec.method} leaves nothing trainable in {spec.model}; mend its `prepare`.")
