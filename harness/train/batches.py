@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -23,8 +24,11 @@ def batch_of(setup: Setup, examples, indices: Sequence[int], step: int | None = 
 
 def microbatches(setup: Setup, indices: Sequence[int], step: int) -> Iterator[Batch]:
     """The logical batch `indices` of a training step, in microbatches of like length."""
+    kept = setup.spec.options.get("features") == "kept"  # then a batch may take a pass through the encoder
     for micro in grouped(setup, indices):
-        yield batch_of(setup, setup.prepared.train, micro, step)
+        with setup.clock("features") if kept else nullcontext():
+            batch = batch_of(setup, setup.prepared.train, micro, step)
+        yield batch
 
 
 def grouped(setup: Setup, indices: Sequence[int]) -> Iterator[list[int]]:

@@ -48,6 +48,7 @@ def test_the_numbers_are_those_of_features_made_anew(tiny_bert, settings):
     assert [row["loss"] for row in curve] == pytest.approx([row["loss"] for row in other], rel=1e-5)
     assert kept["diagnostics"]["alignment"] == pytest.approx(anew["diagnostics"]["alignment"], rel=1e-4)
     assert kept["cost"]["trainable_parameters"] == anew["cost"]["trainable_parameters"]
+    assert kept["cost"]["phase_s"]["features"] > 0 and "features" not in anew["cost"]["phase_s"]
     assert sum(kept["cost"]["peak_bytes"].values()) < sum(anew["cost"]["peak_bytes"].values()) / 2
 
 
