@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import sys
 import time
 from collections import deque
@@ -82,12 +83,20 @@ def _start(ray) -> None:
     address = os.environ.get("RAY_ADDRESS")
     with interrupts.kept():
         try:
+            _reach(address)
             ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
-        except Exception as error:  # of many kinds, and none is documented
+        except (Exception, SystemExit) as error:  # of many kinds, and none is documented
             what = f"of RAY_ADDRESS ({address}) cannot be reached" if address else "cannot be started here"
             raise CannotRun(
                 f"The Ray cluster {what}: {first_line(error)}; mend that, or leave --executor out."
             ) from None
+
+
+def _reach(address: str | None) -> None:
+    """Raises OSError where nobody listens at host:port; ray itself tries for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 class _Flight:

@@ -139,6 +139,15 @@ def begun(tmp_path, step):
 
 
 @needs_ray
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])
+def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path, address):
+    call = [*slow_run(tmp_path), str(tmp_path / "there"), "--executor", "ray"]
+    found = subprocess.run(call, capture_output=True, text=True, timeout=60, env={**os.environ, "RAY_ADDRESS": address})
+    assert found.returncode == 2 and f"RAY_ADDRESS ({address}) cannot be reached" in found.stderr
+    assert found.stderr.count("\n") == 1 and found.stdout == ""
+
+
+@needs_ray
 def test_with_secure_noise_what_a_killed_worker_released_is_charged(tmp_path):
     call = [*slow_run(tmp_path), str(tmp_path / "there"), "--executor", "ray", "--jobs", "1", "--secure-noise"]
     with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
