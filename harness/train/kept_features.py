@@ -67,13 +67,7 @@ def cut(prepared: Prepared, spec: RunSpec, device: torch.device) -> Prepared:
     _HELD.move_to_end(key)
     while len(_HELD) > ENCODERS:
         _HELD.popitem(last=False)
-    return replace(
-        prepared,
-        model=Top(model, found.name, found.layer),
-        train_lengths=[1] * len(prepared.train),
-        validation_lengths=[1] * len(prepared.validation),
-        collate=_Collator(found, held),
-    )
+    return replace(prepared, model=Top(model, found.name, found.layer), collate=_Collator(found, held))
 
 
 class _Cut:
