@@ -1,4 +1,4 @@
-"""The features that a frozen encoder has for an example, computed once for all steps, evaluations and runs of a process.
+"""The features that a frozen encoder has for an example, computed once for all steps, evaluations and runs.
 
 Where the head alone trains, and is one layer at the model's end, what comes before it is a public function of one example. It is
 computed of each example by itself, so it does not depend on batches, and what trains afterwards is the layer alone.
@@ -6,9 +6,14 @@ computed of each example by itself, so it does not depend on batches, and what t
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import hashlib
+import json
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,15 +21,16 @@ from torch import nn
 
 from dpft.harness import padding
 from dpft.harness.errors import CannotRun
+from dpft.harness.records import provenance
 from dpft.harness.runs.spec import RunSpec
+from dpft.harness.train import held_features
+from dpft.tasks import encoded
 
 if TYPE_CHECKING:
     from dpft.tasks.base import Prepared
 
 Batch = dict[str, torch.Tensor]
 FEATURES, LABELS = "features", "labels"
-ENCODERS, MOST_BYTES = 2, 2**31  # whose features are held at once; of each
-_HELD: OrderedDict[tuple, dict[tuple, torch.Tensor]] = OrderedDict()
 
 
 class Top(nn.Module):
@@ -47,10 +53,11 @@ class Top(nn.Module):
         return self.get_submodule(self.name)(features)
 
 
-def cut(prepared: Prepared, spec: RunSpec, device: torch.device) -> Prepared:
+def cut(prepared: Prepared, spec: RunSpec, device: torch.device, on_disk: bool) -> Prepared:
     """`prepared` with the layer that trains as its model, and batches of {"features": [batch, ...], "labels": [batch]}.
 
-    Features are in the numbers of the model's parameters, whatever the run's precision is: evaluation is, too.
+    Features are in the numbers of the model's parameters, whatever the run's precision is: evaluation is, too. on_disk: whether
+    the cache folder may hold them, as it may hold encoded rows.
     Raises CannotRun where what trains is not one layer, alone, at the model's end.
     """
     model = prepared.model
@@ -61,13 +68,22 @@ def cut(prepared: Prepared, spec: RunSpec, device: torch.device) -> Prepared:
             f"features=kept needs a head that is one layer, the model's last, which {spec.model} with head={spec.head} has not; "
             "take features=anew."
         )
-    place = (str(device), torch.get_num_threads())
-    key = (prepared.model_fingerprint, spec.model, spec.head, spec.batch_norm, found.name, *place)
-    held = _HELD.setdefault(key, {})
-    _HELD.move_to_end(key)
-    while len(_HELD) > ENCODERS:
-        _HELD.popitem(last=False)
+    held = held_features.of(_name(prepared, spec, found.name, device), on_disk or os.environ.get(encoded.ASKED) == "1")
     return replace(prepared, model=Top(model, found.name, found.layer), collate=_Collator(found, held))
+
+
+def save() -> None:
+    """What has been computed goes to disk, where it may be."""
+    held_features.save()
+
+
+def _name(prepared: Prepared, spec: RunSpec, layer: str, device: torch.device) -> str:
+    """64 hex digits of what features depend on besides the example: weights, code, and whatever rounds."""
+    code = Path(sys.modules[type(prepared.model).__module__].__file__).read_bytes() + Path(__file__).read_bytes()
+    made = [prepared.model_fingerprint, spec.task, spec.head, spec.batch_norm, layer, hashlib.sha256(code).hexdigest()]
+    where = [torch.cuda.get_device_name(device) if device.type == "cuda" else provenance.cpu(), torch.get_num_threads()]
+    where += [version(package) for package in ("torch", "transformers")]
+    return hashlib.sha256(json.dumps([made, where]).encode()).hexdigest()
 
 
 class _Cut:
@@ -102,9 +118,9 @@ class _Cut:
 
 
 class _Collator:
-    """Encoded examples -> a batch of features. held: by the example's content, for whoever has the same encoder."""
+    """Encoded examples -> a batch of features."""
 
-    def __init__(self, of: _Cut, held: dict[tuple, torch.Tensor]):
+    def __init__(self, of: _Cut, held: held_features.Held):
         self.of, self.held = of, held
 
     def __call__(self, examples: Sequence[Any]) -> Batch:
@@ -112,16 +128,9 @@ class _Collator:
         return {FEATURES: torch.stack([self._one(example) for example in examples]), LABELS: labels}
 
     def _one(self, example: Any) -> torch.Tensor:
-        key = tuple((name, _bytes(value)) for name, value in sorted(example.items()) if name != LABELS)
+        key = held_features.digest(example, LABELS)
         if (found := self.held.get(key)) is None:
             self.of.model.eval()
             found = self.of.features(example)
-            if len(self.held) * found.nbytes < MOST_BYTES:
-                self.held[key] = found
+            self.held.put(key, found)
         return found
-
-
-def _bytes(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        value = value.numpy()
-    return value.tobytes() if hasattr(value, "tobytes") else value

@@ -71,6 +71,7 @@ def execute(
             stack.enter_context(devices.current(setup.device))
             stack.callback(setup.engine.close)
             stack.callback(setup.mechanism.close)
+            stack.callback(kept_features.save)
             loop.train(
                 dataclasses.replace(setup, note=functools.cache(note), witness=witness, compared=compared),
                 made,
@@ -198,7 +199,7 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multip
     hooks.check_trainable(method, model, head)
     prepared = dataclasses.replace(prepared, model=model.to(device))
     if method.settings.get("features") == "kept":  # an option of methods that train the head alone
-        prepared = kept_features.cut(prepared, spec, device)
+        prepared = kept_features.cut(prepared, spec, device, task.encoded_on_disk)
         model = prepared.model
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:

@@ -11,14 +11,15 @@ from dpft.harness.errors import BadInput
 from dpft.harness.execution import local
 from dpft.harness.execution.progress import Quiet
 from dpft.harness.records.store import Store
-from dpft.harness.train import kept_features, run
+from dpft.harness.train import held_features, kept_features, run
 
 
 @pytest.fixture(autouse=True)
-def nothing_held():
-    kept_features._HELD.clear()
+def nothing_held(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPFT_CACHE", str(tmp_path / "cache"))
+    held_features._HELD.clear()
     yield
-    kept_features._HELD.clear()
+    held_features._HELD.clear()
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_each_example_is_computed_once_for_all_seeds_and_evaluations(
         once = len(passes)
         local.run_all(seeds[:1], Store(tmp_path / "more"), settings, local.Policy(), Quiet())
         assert len(passes) == once
-        kept_features._HELD.clear()
+        held_features._HELD.clear()
         back = local.run_all(seeds[::-1], Store(tmp_path / "back"), settings, local.Policy(), Quiet())
     assert {r["run_id"]: r["chain"] for r in there} == {r["run_id"]: r["chain"] for r in back}, "whoever came first"
 
@@ -78,8 +79,42 @@ def test_a_run_that_was_cut_short_goes_on_to_the_bit(tmp_path, tiny_bert, settin
     with pytest.raises(KeyboardInterrupt):
         run.execute(spec, dataclasses.replace(settings, checkpoint_seconds=0.0), stops, path)
     assert path.exists()
-    kept_features._HELD.clear()
+    held_features._HELD.clear()
     assert run.execute(spec, settings, quiet, path)[0]["chain"] == whole["chain"]
+
+
+def files(tmp_path):
+    return sorted((tmp_path / "cache" / "features").glob("*"))
+
+
+def test_the_next_command_reads_them_from_disk(tmp_path, tiny_bert, settings, passes):
+    first = run.execute(last_layer(tiny_bert), settings, quiet)[0]
+    assert len(files(tmp_path)) == 1
+    held_features._HELD.clear()
+    made = len(passes)
+    again = run.execute(last_layer(tiny_bert), settings, quiet)[0]
+    assert len(passes) == made and again["chain"] == first["chain"] and len(files(tmp_path)) == 1
+    held_features._HELD.clear()
+    run.execute(last_layer(tiny_bert, seed=1), settings, quiet)
+    assert len(passes) == len(set(passes)) > made and len(files(tmp_path)) == 1, "one file has all"
+    content = bytearray(files(tmp_path)[0].read_bytes())
+    content[-1] ^= 1
+    files(tmp_path)[0].write_bytes(content)
+    held_features._HELD.clear()
+    last = run.execute(last_layer(tiny_bert), settings, quiet)[0]
+    assert last["chain"] == first["chain"] and len(passes) > len(set(passes)), "a damaged file is passed over"
+
+
+def test_features_of_own_rows_stay_off_disk_unless_asked(tmp_path, tiny_bert, settings, monkeypatch):
+    from dpft.tasks.glue import Sst2
+
+    monkeypatch.setattr(Sst2, "encoded_on_disk", False)
+    run.execute(last_layer(tiny_bert, steps=2), settings, quiet)
+    assert not files(tmp_path)
+    held_features._HELD.clear()
+    monkeypatch.setenv("DPFT_CACHE_OWN", "1")
+    run.execute(last_layer(tiny_bert, steps=2), settings, quiet)
+    assert len(files(tmp_path)) == 1
 
 
 def test_another_encoder_has_other_features(tmp_path, tiny_bert, settings, passes):
