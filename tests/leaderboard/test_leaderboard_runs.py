@@ -35,7 +35,7 @@ def test_a_board_is_run_continued_verified_and_reported(tmp_path):
 
 
 def test_options_that_a_board_cannot_have(tmp_path):
-    for more in (("--overwrite",), ("--shard", "1/2"), ("--executor", "ray"), ("--budget", "soon")):
+    for more in (("--overwrite",), ("--shard", "1/2"), ("--retry-failed",), ("--budget", "soon")):
         found = dpft("run", "tiny", "--results", tmp_path / "x", *more)
         assert found.exit_code != 0 and not (tmp_path / "x").exists(), more
     assert dpft("run", "offline-mini", "--budget", "1h").exit_code != 0
