@@ -35,7 +35,7 @@ def test_tuning_and_tests_share_no_example_and_no_seed(look):
     assert seen > 1000 and not seeds["tune"] & seeds["test"]
 
 
-@pytest.mark.parametrize("name, examples", [("leaderboard", 1000), ("writing", 32), ("half-epoch", 872)])
+@pytest.mark.parametrize("name, examples", [("leaderboard", 1000), ("writing", 64), ("half-epoch", 872)])
 def test_the_halves_of_text_are_apart_in_its_records(name, examples):
     """Examples are by tests/tasks; here each record says how many it was judged on, and with which seed."""
     seen = {"tune": set(), "test": set()}
