@@ -81,7 +81,7 @@ def of(
         return encode(rows)
     if (found := _MEMORY.get(name)) is not None:
         return found
-    path = cache_dir() / "encoded" / f"{name}.bin" if on_disk or os.environ.get(ASKED) == "1" else None
+    path = cache_dir() / "encoded" / f"{name}.bin" if may_lie_on_disk(on_disk) else None
     arrays = encoded_files.read(path, name) if path is not None else None
     if arrays is None:
         made = _flat(encode, rows)
@@ -91,6 +91,11 @@ def of(
         if path is not None and encoded_files.write(path, name, arrays):
             arrays = encoded_files.read(path, name) or arrays  # from now on the file's pages, which others share
     return _MEMORY.put(name, Examples(arrays))
+
+
+def may_lie_on_disk(public: bool) -> bool:
+    """Whether the cache folder may hold what is as good as the rows: of public data, and of all where the user asks for it."""
+    return public or os.environ.get(ASKED) == "1"
 
 
 def _flat(encode: Callable, rows: Sequence[Example]) -> dict[str, np.ndarray] | list[Example]:

@@ -111,9 +111,7 @@ def compare(
             total = RunningSums(engine.parameters, encodings)
             found = engine.accumulate(batch, total, bound, encodings)
             step = losses, norms
-            if (
-                first is not None
-            ):  # asked again: where the step's are those of the first answer, they are asked again, too
+            if first is not None:  # asked again: so are the step's, where they are those of the first answer
                 step = tuple(
                     torch.where(torch.isclose(old, before, rtol=explained, atol=0.0), now.to(old.dtype), old)
                     for old, before, now in zip(step, first, found, strict=True)
@@ -160,7 +158,7 @@ def _refuse_mixing(engine: Engine, batch: Batch) -> None:
 def _singly(engine: Engine, batch: Batch, encodings, bound: Bound, alone) -> None:
     """Compare each example as a batch of one, in half precision: the engine sees the very numbers that autograd sees."""
     for i in range(len(next(iter(batch.values())))):
-        example = {k: v[i : i + 1] for k, v in batch.items()} if alone is None else alone[i]
+        example = _single(batch, alone, i)
         total = RunningSums(engine.parameters, encodings)
         found = engine.accumulate(example, total, bound, encodings)
         _compare(engine, example, encodings, bound, None, True, total.complete(), [found])
@@ -170,7 +168,7 @@ def _compare(engine, batch, encodings, bound, alone, half, total: Sums, found) -
     """Take the clipped gradient of every example alone away from `total`: nothing may be left. found: (losses, norms) to hold."""
     clip_norm, tolerance, largest, slack = engine.ball(bound), _tolerance(half), 0.0, 0.0
     for i in range(len(found[0][0])):
-        example = {k: v[i : i + 1] for k, v in batch.items()} if alone is None else alone[i]
+        example = _single(batch, alone, i)
         with engine.plain():
             loss, gradient = example_gradient(engine, example, encodings)
         squares = {name: _length(g).square()[None] for name, g in gradient.items()}
@@ -225,7 +223,7 @@ def agree(
     size = len(losses)
     tolerance, told = max(_tolerance(half), CHARGED), False
     for i in sorted({0, 1, size // 2, size - 1}):
-        loss, gradient = example_gradient(engine, {key: value[i : i + 1] for key, value in batch.items()}, encodings)
+        loss, gradient = example_gradient(engine, _single(batch, None, i), encodings)
         expected = {name: float(g.double().square().sum()) for name, g in gradient.items()}
         whole = sum(expected.values())
         found = {name: float(squares[name][i]) for name in expected}
@@ -239,6 +237,11 @@ def agree(
                 times = math.sqrt(found[name] / square) if square > 0 else math.inf
                 raise disagreement(engine, f"has a gradient of {name} of {times:.4g} times the norm it has alone")
     return told
+
+
+def _single(batch: Batch, alone: Sequence[Batch] | None, i: int) -> Batch:
+    """Example i as a batch of one: the one that is given, or its row."""
+    return {key: value[i : i + 1] for key, value in batch.items()} if alone is None else alone[i]
 
 
 def _alike(

@@ -137,7 +137,7 @@ class _Driver:
                         elsewhere.append(spec)
                         self.reporter.note(f"{spec.label()} is being made by another process; waiting for it.")
                 if not waiting:
-                    elsewhere = [spec for spec in elsewhere if not self._send(spec)]
+                    elsewhere = [spec for spec in elsewhere if len(self.flying) >= self._most() or not self._send(spec)]
                 self._wait()
         except KeyboardInterrupt:  # ray makes one of what a handler raises
             self.home.stop.remote()
@@ -151,8 +151,7 @@ class _Driver:
 
     def _most(self) -> int:
         """Runs in flight. Without --jobs more than fit, so that a cluster that can grow sees that it should."""
-        slots = max(1, self.share.slots(self._nodes()))
-        return self.jobs or 2 * slots
+        return self.jobs or 2 * max(1, self.share.slots(self._nodes()))
 
     def _send(self, spec: RunSpec) -> bool:
         """Claim a run and send it, if it still has to be made; False where another process is at it."""

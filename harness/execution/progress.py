@@ -45,14 +45,12 @@ class Lines(Quiet):
 
     def __init__(self, total: int):
         self.total, self.count, self.going, self.several = total, 0, 0, False
-        self.labels: dict[str, str] = {}
 
     @contextmanager
     def run(self, spec: RunSpec):
         self.count += 1
         self.going += 1
         self.several = self.several or self.going > 1
-        self.labels[spec.run_id] = spec.label()
         start = time.monotonic()
         self.note(f"[{self.count}/{self.total}] {spec.label()} ({spec.steps} steps)")
 
@@ -67,7 +65,7 @@ class Lines(Quiet):
             self.going -= 1
 
     def finished(self, record: dict[str, Any]) -> None:
-        of = f"{self.labels.pop(record['run_id'])}: " if self.several else ""
+        of = f"{_label(record)}: " if self.several else ""
         click.echo(f"    {of}{_ending(record)}", err=True)
 
 
@@ -78,12 +76,10 @@ class Bars(Quiet):
 
     def __init__(self, total: int):
         self.total, self.count, self.going, self.bars = total, 0, 0, None
-        self.labels: dict[str, str] = {}
 
     @contextmanager
     def run(self, spec: RunSpec):
         self.count += 1
-        self.labels[spec.run_id] = spec.label()
         metric: dict[str, float] = {}
         bars = self._shown()
         task = bars.add_task(f"[{self.count}/{self.total}] {spec.label()}", total=spec.steps, info="preparing")
@@ -121,8 +117,11 @@ class Bars(Quiet):
         return self.bars
 
     def finished(self, record: dict[str, Any]) -> None:
-        label = self.labels.pop(record["run_id"])
-        click.echo(f"[{self.count}/{self.total}] {label}: {_ending(record)}", err=True)
+        click.echo(f"[{self.count}/{self.total}] {_label(record)}: {_ending(record)}", err=True)
+
+
+def _label(record: dict[str, Any]) -> str:
+    return RunSpec(**record["spec"]).label()
 
 
 def _figures(row: dict[str, Any]) -> str:

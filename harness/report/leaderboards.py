@@ -11,6 +11,7 @@ from dpft.harness.leaderboard.state import Look, Standing, baseline, judged, lea
 from dpft.harness.report.figures import Figures
 from dpft.harness.report.glance import Point, scatter
 from dpft.harness.report.text import Part, Table
+from dpft.harness.runs import registry
 from dpft.harness.statistics.sequential import LEVEL
 
 MANY = 6  # names in a sentence
@@ -21,7 +22,8 @@ def parts(board: Board, look: Look) -> list[Part]:
     found: list[Part] = []
     for contest in board.contests:
         found += [f"### {contest.title}", *_contest(contest, board.rules, look)]
-    return [*found, _reading(board.rules, _lower(board, look))]
+    tasks = (registry.task(contest.arms[0].settings["task"]) for contest in board.contests)
+    return [*found, _reading(board.rules, not all(task.higher_is_better for task in tasks))]
 
 
 def answers(board: Board, look: Look, pictures: Figures | None = None) -> list[Part]:
@@ -190,8 +192,8 @@ def _caption(contest: Contest, one: Standing) -> str:
     return f"{spec.model}; {budget}B = {spec.batch_size:,}, T = {spec.steps:,}. Time and memory of a step over the baseline's."
 
 
-def _reading(rules: Rules, lower: bool = False) -> str:
-    """lower: whether the metric is better where it is lower."""
+def _reading(rules: Rules, lower: bool) -> str:
+    """lower: whether a metric of the board is better where it is lower."""
     fewest, most = rules.seeds
     chosen = (
         f"Settings of each method are the best of {rules.trials} trials (its defaults, and points of one low-discrepancy "
@@ -209,13 +211,3 @@ def _reading(rules: Rules, lower: bool = False) -> str:
         f"within {rules.margin:g}.{signs}"
         + (" Choices made by tuning are not covered by ε." if rules.trials > 1 else "")
     )
-
-
-def _lower(board: Board, look: Look) -> bool:
-    results = (
-        record["result"]
-        for contest in board.contests
-        for one in standings(contest, board.rules, look)
-        for record in one.records.values()
-    )
-    return any(found is not None and not found["higher_is_better"] for found in results)

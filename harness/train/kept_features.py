@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +20,7 @@ from dpft.harness import padding
 from dpft.harness.errors import CannotRun
 from dpft.harness.records import provenance
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import held_features
+from dpft.harness.train import held_features, resuming
 from dpft.tasks import encoded
 
 if TYPE_CHECKING:
@@ -62,13 +59,13 @@ def cut(prepared: Prepared, spec: RunSpec, device: torch.device, on_disk: bool) 
     """
     model = prepared.model
     trained = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
-    found = _Cut(model.to(device).eval(), trained.pop(), prepared.collate, device) if len(trained) == 1 else None
+    found = _Cut(model.eval(), trained.pop(), prepared.collate, device) if len(trained) == 1 else None
     if found is None or not found.holds(prepared.validation[0]):
         raise CannotRun(
             f"features=kept needs a head that is one layer, the model's last, which {spec.model} with head={spec.head} has not; "
             "take features=anew."
         )
-    held = held_features.of(_name(prepared, spec, found.name, device), on_disk or os.environ.get(encoded.ASKED) == "1")
+    held = held_features.of(_name(prepared, spec, found.name, device), encoded.may_lie_on_disk(on_disk))
     return replace(prepared, model=Top(model, found.name, found.layer), collate=_Collator(found, held))
 
 
@@ -79,8 +76,8 @@ def save() -> None:
 
 def _name(prepared: Prepared, spec: RunSpec, layer: str, device: torch.device) -> str:
     """64 hex digits of what features depend on besides the example: weights, code, and whatever rounds."""
-    code = Path(sys.modules[type(prepared.model).__module__].__file__).read_bytes() + Path(__file__).read_bytes()
-    made = [prepared.model_fingerprint, spec.task, spec.head, spec.batch_norm, layer, hashlib.sha256(code).hexdigest()]
+    code = resuming.code_of((type(prepared.model),))
+    made = [prepared.model_fingerprint, spec.task, spec.head, spec.batch_norm, layer, code]
     where = [torch.cuda.get_device_name(device) if device.type == "cuda" else provenance.cpu(), torch.get_num_threads()]
     where += [version(package) for package in ("torch", "transformers")]
     return hashlib.sha256(json.dumps([made, where]).encode()).hexdigest()
@@ -130,7 +127,6 @@ class _Collator:
     def _one(self, example: Any) -> torch.Tensor:
         key = held_features.digest(example, LABELS)
         if (found := self.held.get(key)) is None:
-            self.of.model.eval()
             found = self.of.features(example)
             self.held.put(key, found)
         return found

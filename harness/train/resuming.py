@@ -55,14 +55,14 @@ def _made_of(setup: Setup) -> dict[str, Any]:
     return {
         "data": setup.prepared.data_fingerprint,
         "model": setup.prepared.model_fingerprint,
-        "code": _code(tuple(type(part) for part in parts)),
+        "code": code_of(tuple(type(part) for part in parts)),
         "kind of device": setup.device.type,
         "kind of noise": "secure" if setup.secure_noise else "seeded",
     }
 
 
 @cache
-def _code(classes: tuple[type, ...]) -> str:
+def code_of(classes: tuple[type, ...]) -> str:
     """sha256 over the source of what computes: COMPUTING, and the plug-ins that define these classes or their bases."""
     files = {path for folder in COMPUTING for path in (ROOT / folder).rglob("*.py")}
     modules = {sys.modules.get(one.__module__) for kind in classes for one in kind.__mro__}
