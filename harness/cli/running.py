@@ -141,6 +141,7 @@ def _board(name, overrides, store, settings, resume, jobs, budget, quiet, execut
     from dpft.harness.execution import cluster, local, progress
     from dpft.harness.execution import jobs as processes
     from dpft.harness.leaderboard import board, driver
+    from dpft.harness.runs import preparation
     from dpft.harness.runs.sources import Sources
     from dpft.harness.train.settings import pick_device
 
@@ -161,6 +162,7 @@ def _board(name, overrides, store, settings, resume, jobs, budget, quiet, execut
             if elsewhere:
                 cluster.run_all(specs, store, settings, policy, reporter, jobs, _plugins(), sources, up)
             else:
+                preparation.refuse(specs, settings.data_dir)
                 local.run_all(specs, store, settings, policy, reporter, sources, up, compared)
 
         finished = contests.run(made, look, make, begin + seconds)

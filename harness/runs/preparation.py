@@ -43,6 +43,13 @@ def none_can_be_made(runs: Sequence[RunSpec], data_dir: Path | None) -> str | No
     return sentence
 
 
+def refuse(runs: Sequence[RunSpec], data_dir: Path | None) -> None:
+    """Raises CannotRun where what the runs need is not here and cannot be had: a board's failed runs stand, and decide."""
+    lacking(runs, data_dir)
+    if reason := none_can_be_made(runs, data_dir):
+        raise CannotRun(reason)
+
+
 def _cannot(one: Fetch, why: str) -> str:
     return f"{one.what[0].upper()}{one.what[1:]} cannot be fetched: {why}; {one.instead}."
 

@@ -2,12 +2,15 @@
 
 import re
 
+import pytest
 from click.testing import CliRunner
 from small_runs import unwatched
 
 from dpft.harness.cli import cli
+from dpft.harness.errors import BadInput
 from dpft.harness.records.store import Store
 from dpft.harness.records.verifying import verify_folder
+from dpft.harness.runs import preparation
 
 
 def dpft(*arguments):
@@ -32,6 +35,16 @@ def test_a_board_is_run_continued_verified_and_reported(tmp_path):
     again = dpft("run", *small, "--quiet")
     assert again.exit_code == 0 and len(Store(tmp_path).ids()) == len(records)
     assert "tune half" in dpft("report", tmp_path).output, "a plain report keeps the halves apart"
+
+
+@pytest.mark.parametrize("where", [None, "nowhere"])
+def test_a_board_without_its_data_is_refused_before_a_run_fails(tmp_path, monkeypatch, where):
+    monkeypatch.delenv("DPFT_DATA", raising=False)
+    monkeypatch.setattr(preparation, "silent", lambda: "https://huggingface.co does not answer")
+    more = ("--data-dir", tmp_path / where) if where else ()
+    found = dpft("run", "half-epoch", "--results", tmp_path / "x", *more)
+    assert isinstance(found.exception, BadInput) and "--data-dir" in str(found.exception), found.output  # exit code 2
+    assert not Store(tmp_path / "x").ids(), "a failed run would stand"
 
 
 def test_options_that_a_board_cannot_have(tmp_path):
