@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 from dpft.harness.errors import Interrupted
 
 GRACE = 5.0  # seconds that the step in flight is waited for
+AGAIN = 0.01  # seconds until Interrupted is raised again, where it was lost
 ONE = 1.0  # seconds within which several signals are one: a terminal and a scheduler tell whole groups of processes
 
 
@@ -42,10 +44,30 @@ def handled() -> Iterator[None]:
             signal.signal(number, handler)
     _Asked.number = None
     try:
-        yield
+        with _not_lost():
+            yield
     finally:
+        _stop_waiting()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _not_lost() -> Iterator[None]:
+    """Inside: Interrupted is raised again where it was in a destructor, of which Python prints what they raise, and goes on."""
+    before = sys.unraisablehook
+
+    def unraisable(what: Any) -> None:
+        if isinstance(what.exc_value, Interrupted):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        else:
+            before(what)
+
+    sys.unraisablehook = unraisable
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager
