@@ -97,7 +97,7 @@ def report(
             raise BadInput(
                 "The theory section is made of diagnostics alone; leave out --public and --csv, or --theory."
             )
-        parts = reporting.theory(store.records(), pictures)
+        parts = reporting.theory(store, pictures)
     else:
         view = reporting.View(options["view"], options["memory_cap"])
         chosen = reporting.Options(options["curves"], options["all_lr"], options["public"], view, options["baseline"])

@@ -1,4 +1,5 @@
-"""The curve of a run as it is read: a table with a row for each step, and columns that hold numbers."""
+"""The curve of a run as it is read: a table with a row for each step, and columns that hold numbers. What was looked at by
+parameter lies in one column more (looks.py), which is read when it is asked for."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from dpft.harness.border.files import shown_path, trouble
 from dpft.harness.errors import BadInput
 from dpft.harness.records.damaged import Counted
+from dpft.harness.records.looks import COLUMN
 
 if TYPE_CHECKING:
     import polars
@@ -20,14 +22,18 @@ PLACE = "read from"  # a column that no curve has
 NUMBERS = ("epsilon", "loss", "metric", "lr", "clipped_fraction", "alignment_noisy", "alignment_decoded", "snr")
 
 
-def read(path: Path) -> polars.DataFrame:
-    """A curve file. Raises BadInput, naming it, where it is missing, no table, or none of steps."""
+def read(path: Path, whole: bool = False) -> polars.DataFrame:
+    """A curve file; whole: with what was looked at by parameter, if anything was.
+
+    Raises BadInput, naming it, where it is missing, no table, or none of steps.
+    """
     import polars
 
     problem = trouble(path)
     if problem is None:
         try:
-            frame = polars.read_parquet(path, glob=False)
+            lazy = polars.scan_parquet(path, glob=False)
+            frame = (lazy if whole else lazy.drop(COLUMN, strict=False)).collect()
         except Exception as error:  # polars has errors of its own, and panics
             problem = f"is no readable parquet file ({(str(error).splitlines() or ['?'])[0]})"
         else:
@@ -41,22 +47,26 @@ class Ahead:
     """Reads the curves of many runs in blocks, in half the time that one by one takes; what cannot be read so is left out."""
 
     def __init__(self, path_of: Callable[[str], Path]) -> None:
-        self._path_of, self._frames = path_of, {}
+        self._path_of, self._frames, self._whole = path_of, {}, False
 
-    def each(self, run_ids: Sequence[str], counted: Counted = iter) -> Iterator[str]:
-        """The ids, in order; the curves of a block have been read before its first. counted: as of a store."""
+    def each(self, run_ids: Sequence[str], counted: Counted = iter, whole: bool = False) -> Iterator[str]:
+        """The ids, in order; the curves of a block have been read before its first.
+
+        counted: as of a store; whole: as of `read`.
+        """
+        self._whole = whole
         for place, run_id in enumerate(counted(run_ids)):
             if place % BLOCK == 0:
-                self._frames = _together([self._path_of(one) for one in run_ids[place : place + BLOCK]])
+                self._frames = _together([self._path_of(one) for one in run_ids[place : place + BLOCK]], whole)
             yield run_id
         self._frames = {}
 
-    def take(self, run_id: str) -> polars.DataFrame | None:
+    def take(self, run_id: str, whole: bool = False) -> polars.DataFrame | None:
         """The curve of a run of this block, once; None where it was not read: `read` says why."""
-        return self._frames.pop(str(self._path_of(run_id)), None)
+        return self._frames.pop(str(self._path_of(run_id)), None) if whole == self._whole else None
 
 
-def _together(paths: Sequence[Path]) -> dict[str, polars.DataFrame]:
+def _together(paths: Sequence[Path], whole: bool) -> dict[str, polars.DataFrame]:
     """Path -> curve, of those that are sound; files of one layout are read at once."""
     import polars
 
@@ -68,7 +78,8 @@ def _together(paths: Sequence[Path]) -> dict[str, polars.DataFrame]:
     found: dict[str, polars.DataFrame] = {}
     for group in alike.values():
         with contextlib.suppress(Exception):
-            rows = polars.scan_parquet(group, glob=False, include_file_paths=PLACE).collect()
+            lazy = polars.scan_parquet(group, glob=False, include_file_paths=PLACE)
+            rows = (lazy if whole else lazy.drop(COLUMN, strict=False)).collect()
             found |= {key[0]: one for key, one in rows.partition_by(PLACE, as_dict=True, include_key=False).items()}
     return {path: frame for path, frame in found.items() if trouble_in(frame) is None}
 

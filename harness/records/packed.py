@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dpft.harness.border.files import shown_path, trouble
 from dpft.harness.errors import BadInput, first_line
 from dpft.harness.records.curve_files import trouble_in
+from dpft.harness.records.looks import COLUMN
 
 if TYPE_CHECKING:
     import polars
@@ -32,10 +33,9 @@ class Packed:
     """The packed runs of a folder; none where it has no such files. Files that are replaced meanwhile are read anew."""
 
     def __init__(self, records: Path, curves: Path) -> None:
-        self._records, self._curves = (
-            _Blocks(records, ("run_id", "record", "columns")),
-            _Blocks(curves, ("run_id", "step")),
-        )
+        self._records = _Blocks(records, ("run_id", "record", "columns"))
+        self._curves = _Blocks(curves, ("run_id", "step"), left_out=COLUMN)
+        self._whole = _Blocks(curves, ("run_id", "step"))
 
     @classmethod
     def of(cls, folder: Path) -> Packed:
@@ -61,16 +61,18 @@ class Packed:
         row = self._row(run_id)
         return row is not None and row["columns"] is not None
 
-    def curve(self, run_id: str) -> polars.DataFrame | None:
-        """One row per step, with the columns that the run's own file had."""
+    def curve(self, run_id: str, whole: bool = False) -> polars.DataFrame | None:
+        """One row per step, with the columns that the run's own file had; whole: as of `curve_files.read`."""
         import polars
 
-        row, block = self._row(run_id), self._curves.around(run_id)
+        row, blocks = self._row(run_id), self._whole if whole else self._curves
         if row is None or row["columns"] is None:
             return None
+        block = blocks.around(run_id)
         if block is None:
-            raise BadInput(f"{shown_path(self._curves.path)} lacks the curve of {run_id}; get it again.")
-        frame = self._curves.guarded(lambda: block.filter(polars.col("run_id") == run_id).select(row["columns"]))
+            raise BadInput(f"{shown_path(blocks.path)} lacks the curve of {run_id}; get it again.")
+        names = [name for name in row["columns"] if whole or name != COLUMN]
+        frame = blocks.guarded(lambda: block.filter(polars.col("run_id") == run_id).select(names))
         if (problem := trouble_in(frame)) is not None:
             raise BadInput(f"The curve of {run_id} in {shown_path(self._curves.path)} {problem}; get the file again.")
         return frame
@@ -95,10 +97,11 @@ class Packed:
 
 
 class _Blocks:
-    """A parquet file that is sorted by run id, of which one row group is held at a time."""
+    """A parquet file that is sorted by run id, of which one row group is held at a time. columns: that it must have; left_out:
+    one that is not read."""
 
-    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
-        self.path, self._columns = path, columns
+    def __init__(self, path: Path, columns: tuple[str, ...], left_out: str | None = None) -> None:
+        self.path, self._columns, self._left_out = path, columns, left_out
         self.seen: tuple | None = None
         self._file: pyarrow.parquet.ParquetFile | None = None
         self._firsts: list[str] = []
@@ -126,7 +129,8 @@ class _Blocks:
             return None
         index = max(0, bisect.bisect_right(self._firsts, run_id) - 1)
         if self._held is None or self._held[0] != index:
-            table = self.guarded(lambda: polars.from_arrow(self._file.read_row_group(index)))
+            names = [name for name in self._file.schema_arrow.names if name != self._left_out]
+            table = self.guarded(lambda: polars.from_arrow(self._file.read_row_group(index, names)))
             self._held = index, table
         return self._held[1]
 

@@ -32,7 +32,7 @@ def pack(folder: Path) -> tuple[int, int, int]:
     rows, curves = [], []
     for run_id in ids:
         record = store.read(run_id)
-        curve = store.curve(run_id) if store.has_curve(run_id) else None
+        curve = store.curve(run_id, whole=True) if store.has_curve(run_id) else None
         rows.append(
             {"run_id": run_id, "status": record["status"]}
             | {name: record["spec"].get(name) for name in PICKED}
@@ -95,7 +95,7 @@ def _check_equal(packed: Packed, rows: list[dict[str, Any]], curves: list[polars
     """That what was written is what was read: nothing else may be removed."""
     for row, curve in zip(rows, curves, strict=True):
         run_id = row["run_id"]
-        again = packed.curve(run_id)
+        again = packed.curve(run_id, whole=True)
         same = again is None if curve is None else again is not None and repr(again.rows()) == repr(curve.rows())
         if packed.text(run_id) != row["record"].encode() or not same:
             raise BadInput(f"Run {run_id} cannot be packed: its curve has other types than the others; move it away.")

@@ -14,7 +14,8 @@ from dpft.harness.border.values import Amount, Count, Line, Number, Plain, Step,
 from dpft.harness.errors import BadInput
 from dpft.harness.runs.spec import RunSpec, completed, types
 
-SCHEMA = 1
+SCHEMA = 2
+READ = (1, SCHEMA)  # 1 has in itself what 2 has beside its curve (looks.py)
 STATUSES = ("done", "diverged", "oom", "timeout", "error", "skipped")
 SECTIONS = ("schema", "run_id", "status", "spec", "privacy", "result", "cost", "diagnostics", "provenance", "error")
 Values = Annotated[list[Number], msgspec.Meta(min_length=1)]
@@ -157,7 +158,7 @@ def check(record: Any, where: str) -> None:
     """Raises BadInput unless `record` is one of this schema. where: `the record PATH`, as it stands in a sentence."""
     if not isinstance(record, dict) or "schema" not in record:
         raise BadInput(f"The file {where} is no dpft record; take it out of the results folder.")
-    if record["schema"] != SCHEMA:
+    if record["schema"] not in READ:
         raise BadInput(
             f"The record {where} has schema {shown(record['schema'])}, not {SCHEMA}; read it with the dpft that wrote it."
         )
@@ -168,6 +169,13 @@ def check(record: Any, where: str) -> None:
         fitted_spec(record["spec"])
     except Misfit as problem:
         raise BadInput(f"The record {where} is damaged: {sentence(problem)}; delete it and run again.") from None
+
+
+def check_place(record: Any, run_id: str, where: str) -> None:
+    """Raises BadInput unless `record`, found at `where`, is one, and of the run that it is kept as."""
+    check(record, where)
+    if record["run_id"] != run_id:
+        raise BadInput(f"The record {where} is of run {shown(record['run_id'])}; rename or delete it.")
 
 
 def fitted_spec(stored: dict[str, Any], where: str = "spec") -> None:

@@ -14,12 +14,11 @@ from typing import Any
 
 from dpft.harness.border.documents import parsed
 from dpft.harness.border.files import content, shown_path, stamp_of
-from dpft.harness.border.values import shown
 from dpft.harness.errors import BadInput
-from dpft.harness.records import curve_files
+from dpft.harness.records import curve_files, looks
 from dpft.harness.records.damaged import Counted, PassedOver, readable
 from dpft.harness.records.packed import RECORDS, Packed
-from dpft.harness.records.schema import SCHEMA, check
+from dpft.harness.records.schema import SCHEMA, check, check_place
 from dpft.harness.records.slim import Reader
 from dpft.harness.train.journal import path_of
 
@@ -158,13 +157,26 @@ class Store:
         sound = {record["run_id"] for record in self.sound(self.summary, present)}
         return [run_id for run_id in run_ids if run_id not in present or run_id in sound]
 
-    def curve(self, run_id: str):
-        """The curve as a polars frame, one row per step. Raises BadInput when it is missing or damaged."""
-        if (read_already := self.ahead.take(run_id)) is not None:
+    def curve(self, run_id: str, whole: bool = False):
+        """The curve as a polars frame, one row per step; whole: with what was looked at by parameter.
+
+        Raises BadInput when it is missing or damaged.
+        """
+        if (read_already := self.ahead.take(run_id, whole)) is not None:
             return read_already
         if not self.curve_path(run_id).exists() and self._packed_curve(run_id):
-            return self.packed.curve(run_id)
-        return curve_files.read(self.curve_path(run_id))
+            return self.packed.curve(run_id, whole)
+        return curve_files.read(self.curve_path(run_id), whole)
+
+    def looks(self, run_id: str) -> looks.Looks:
+        """What a run of this schema looked at by parameter. Raises BadInput when its curve is damaged."""
+        return looks.of(self.curve(run_id, whole=True) if self.has_curve(run_id) else None, run_id)
+
+    def whole(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record of a run of this store with all its diagnostics, wherever it has them. Raises BadInput as `looks`."""
+        if record["schema"] == 1:  # which has them in itself, but not in a summary
+            return record if looks.KINDS[0] in record["diagnostics"] else self.read(record["run_id"])
+        return {**record, "diagnostics": {**record["diagnostics"], **self.looks(record["run_id"])}}
 
     def write(self, record: dict[str, Any], curve: list[dict[str, Any]]) -> None:
         """Curve first, then the record, each by rename: a record that exists has its curve."""
@@ -172,8 +184,12 @@ class Store:
 
         check(record, "the record to be written")
         run_id = record["run_id"]
+        record, seen = looks.apart(record)
         if curve:
-            self._write_curve(run_id, pyarrow.Table.from_pylist(curve))
+            table = pyarrow.Table.from_pylist(curve)
+            if (column := looks.column(seen, [row["step"] for row in curve])) is not None:
+                table = table.append_column(looks.COLUMN, column)
+            self._write_curve(run_id, table)
         self._write_record(record)
         if record["status"] not in CONTINUED:
             self.checkpoint_path(run_id).unlink(missing_ok=True)
@@ -200,7 +216,7 @@ class Store:
     def take_from(self, other: Store, record: dict[str, Any]) -> None:
         """Copy a run of another store, curve first."""
         if other.has_curve(record["run_id"]):
-            self._write_curve(record["run_id"], other.curve(record["run_id"]).to_arrow())
+            self._write_curve(record["run_id"], other.curve(record["run_id"], whole=True).to_arrow())
         self._write_record(record)
 
     def _write_curve(self, run_id: str, table) -> None:
@@ -236,13 +252,6 @@ def read_record(text: bytes, run_id: str, where: str) -> dict[str, Any]:
         raise BadInput(f"The record {where} is damaged ({error}); delete it and run again.") from None
     check_place(record, run_id, where)
     return record
-
-
-def check_place(record: Any, run_id: str, where: str) -> None:
-    """Raises BadInput unless `record`, found at `where`, is one, and of the run that it is kept as."""
-    check(record, where)
-    if record["run_id"] != run_id:
-        raise BadInput(f"The record {where} is of run {shown(record['run_id'])}; rename or delete it.")
 
 
 @contextmanager

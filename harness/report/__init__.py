@@ -11,7 +11,6 @@ from typing import Any
 
 from dpft.harness.border.files import text as read_text
 from dpft.harness.errors import BadInput, unknown
-from dpft.harness.records.schema import bulk
 from dpft.harness.records.store import Store, atomic
 from dpft.harness.report import (
     brief,
@@ -29,7 +28,7 @@ from dpft.harness.report import (
     texts,
 )
 from dpft.harness.report.figures import Figures
-from dpft.harness.report.reading import Curves, summaries
+from dpft.harness.report.reading import Curves, diagnostics, summaries
 from dpft.harness.report.text import Part, latex
 from dpft.harness.report.views import Group, View, arrange
 from dpft.harness.runs.spec import completed
@@ -145,12 +144,10 @@ def markdown(
     return text.markdown(list(Report(records, store, options or Options()).parts(figures)))
 
 
-def theory(records: list[dict[str, Any]], figures: Figures | None = None) -> list[Part]:
-    """Spectra that theory predicts beside those that were seen, and a picture of the run with the largest budget.
-
-    Takes whole records, not summaries.
-    """
-    done = [{**r, "spec": completed(r["spec"]), "diagnostics": bulk(r)} for r in records if r["status"] == "done"]
+def theory(store: Store, figures: Figures | None = None) -> list[Part]:
+    """Spectra that theory predicts beside those that were seen, and a picture of the run with the largest budget."""
+    records = [record for record in store.each() if record["status"] == "done"]
+    done = [{**r, "spec": completed(r["spec"]), "diagnostics": diagnostics(store, r)} for r in records]
     parts = decoders.theory(done)
     if not parts:
         return ["There are no runs to compare with theory; make some with `dpft run spectral-theory`."]

@@ -40,14 +40,16 @@ def summaries(store: Store) -> list[dict[str, Any]]:
 
 
 def diagnostics(store: Store, record: dict[str, Any]) -> dict[str, Any]:
-    """All diagnostics of a run, read again where the record is a summary."""
-    if "alignment_by_parameter" in record["diagnostics"]:
-        return record["diagnostics"]
-    return bulk(store.read(record["run_id"]))
+    """All diagnostics of a run of `store`; the record may be a summary."""
+    return bulk(store.whole(record))
 
 
 def spikes(store: Store, record: dict[str, Any]) -> list[int]:
     """How many singular values survived, of every matrix and evaluated step of a run; the other bulk is not even parsed."""
+    if record["schema"] != 1:
+        steps = diagnostics(store, record)["decoder_by_parameter"]
+        seen = [one for step in steps for one in step.values() if isinstance(one, dict)]
+        return [one["spikes"] for one in seen if one.get("spikes") is not None]
     try:
         steps = msgspec.json.decode(store.text(record["run_id"]), type=_Spikes).diagnostics
     except msgspec.DecodeError as error:

@@ -4,15 +4,16 @@
 rates and seeds, whose chains are made anew. What plan, run, report, page and verify take of it: docs/records.md.
 """
 
-import io
 import json
 import sys
 from pathlib import Path
 
 import polars
+import pyarrow
+import pyarrow.parquet
 from studies import loose
 
-from dpft.harness.records import chain
+from dpft.harness.records import chain, looks
 from dpft.harness.runs.spec import RunSpec, completed
 
 METHODS, RATES = ("dp-adam", "dp-lora", "last-layer", "noise-only"), 5
@@ -27,16 +28,17 @@ def make(folder, count):
     demo = {one["spec"]["method"]: one for one in originals if one["spec"]["task"] == "sentences"}
     seeds, suite = count // (len(METHODS) * RATES), []
     for method in METHODS:
-        record = demo[method]
+        record, seen = looks.apart(demo[method])
         rows = polars.read_parquet(loose("official") / f"{record['run_id']}.parquet").rows(named=True)
-        bulk = json.dumps(record["diagnostics"], indent=1).replace("\n", "\n ")
+        beside = looks.column(seen, [row["step"] for row in rows])
         rates = [record["spec"]["lr"] * 2**i for i in range(RATES)]
         for lr in rates:
             for seed in range(seeds):
                 new, curve = _clone(record, rows, lr, seed)
-                text = json.dumps({**new, "diagnostics": "@"}, indent=1).replace('"@"', bulk, 1)
-                (runs / f"{new['run_id']}.json").write_text(text)
-                (runs / f"{new['run_id']}.parquet").write_bytes(curve)
+                (runs / f"{new['run_id']}.json").write_text(json.dumps(new, indent=1))
+                table = pyarrow.Table.from_pylist(curve)
+                table = table if beside is None else table.append_column(looks.COLUMN, beside)
+                pyarrow.parquet.write_table(table, runs / f"{new['run_id']}.parquet")
         spec = {k: v for k, v in record["spec"].items() if v is not None and k not in LEFT_OUT}
         given = {**spec, **record["spec"]["options"], "lr": rates, "seed": list(range(seeds))}
         suite += ["[[large.arms]]", *(f"{key} = {json.dumps(value)}" for key, value in given.items())]
@@ -57,9 +59,7 @@ def _clone(record, rows, lr, seed):
     ]
     *_, value = chain.values(new, rows)
     new["chain"] = {"version": chain.VERSION, "value": value}
-    written = io.BytesIO()
-    polars.DataFrame(rows, infer_schema_length=None).write_parquet(written, statistics=False)
-    return new, written.getvalue()
+    return new, rows
 
 
 if __name__ == "__main__":

@@ -19,5 +19,5 @@ def loose(study):
     for run_id in packed.ids():
         (folder / f"{run_id}.json").write_bytes(packed.text(run_id))
         if packed.has_curve(run_id):
-            packed.curve(run_id).write_parquet(folder / f"{run_id}.parquet")
+            packed.curve(run_id, whole=True).write_parquet(folder / f"{run_id}.parquet")
     return folder

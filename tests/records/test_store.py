@@ -31,7 +31,7 @@ def test_round_trip(store):
         ("{", "damaged"),
         ("", "damaged"),
         ("[]", "no dpft record"),
-        (json.dumps({**record(), "schema": 2}), "has schema 2"),
+        (json.dumps({**record(), "schema": 3}), "has schema 3"),
         (json.dumps({**record(), "status": "fine"}), "status must be one of those there are, not 'fine'"),
         (json.dumps({k: v for k, v in record().items() if k != "privacy"}), "lacks privacy"),
         (json.dumps(record("other")), "is of run 'other'"),

@@ -13,6 +13,7 @@ from dpft.harness.border.documents import parsed
 from dpft.harness.errors import BadInput
 from dpft.harness.privacy import units, verify_record
 from dpft.harness.privacy.recompute import is_foreign
+from dpft.harness.records import looks
 from dpft.harness.records.damaged import Counted, PassedOver, readable
 from dpft.harness.records.schema import SCHEMA, check
 from dpft.harness.records.store import Store
@@ -42,7 +43,8 @@ def verify_folder(folder: Path, passed_over: PassedOver = None, counted: Counted
         what = "no results folder" if ids is None else "no record (*.json) in"
         raise BadInput(f"There is {what} {folder}; name a folder of records, or make one with `dpft run`.")
     found, twins = {}, _Twins()
-    for name, record in readable(store.ahead.each(ids, counted), lambda name: (name, _read(store, name)), passed_over):
+    each = store.ahead.each(ids, counted, whole=True)
+    for name, record in readable(each, lambda name: (name, _read(store, name)), passed_over):
         if is_foreign(record):
             found[name] = Verdict(verify_record(record), foreign=True)
             continue
@@ -111,13 +113,17 @@ def _read(store: Store, name: str) -> Any:
 
 
 def _curve(store: Store, name: str, record: dict[str, Any]) -> tuple[curves.Rows | None, list[str]]:
-    """(rows of a run's curve, None where it has none; what is wrong with the file)."""
-    if record.get("status") != "done" or not store.has_curve(name):
-        return None, []
+    """(rows of a run's curve, None where it has none; what is wrong with the file). `record` gets the diagnostics beside it."""
+    curve, problems = None, []
     try:
-        return store.curve(name).rows(named=True), []
+        curve = store.curve(name, whole=True) if store.has_curve(name) else None
+        if record.get("schema") != 1 and isinstance(record.get("diagnostics"), dict):
+            record["diagnostics"] |= looks.of(curve, name)
     except BadInput as problem:
-        return None, [str(problem)]
+        problems.append(str(problem))
+    if curve is None or record.get("status") != "done":
+        return None, problems
+    return curve.drop(looks.COLUMN, strict=False).rows(named=True), problems
 
 
 class _Twins:

@@ -137,6 +137,8 @@ def _diagnostics(diagnostics: dict[str, Any], rows: Rows) -> Iterator[str]:
             mean is not None and not math.isclose(mean, recorded, rel_tol=1e-9, abs_tol=1e-12)
         ):
             yield f"The diagnostics' {name} is {recorded!r}, but the mean over the curve is {mean!r}."
+    if "alignment_by_parameter" not in diagnostics:  # it lies beside the curve, and was not read with it
+        return
     # of a method that asks for no gradients only the update can be held against one
     looked = [row["step"] for row in rows if any(row[name] is not None for name in COSINES)]
     steps = [row["step"] for row in diagnostics["alignment_by_parameter"]]
