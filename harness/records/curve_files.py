@@ -88,10 +88,11 @@ def trouble_in(frame: polars.DataFrame) -> str | None:
     """What is wrong with a curve, as the end of a sentence; None where nothing is."""
     import polars
 
-    if lacking := [name for name in NEEDED if name not in frame.columns]:
+    schema = frame.schema  # polars makes it anew each time
+    if lacking := [name for name in NEEDED if name not in schema]:
         return f"lacks the column {lacking[0]}"
-    for name in {"step", *NUMBERS} & set(frame.columns):
-        kind = frame.schema[name]
+    for name in {"step", *NUMBERS} & schema.keys():
+        kind = schema[name]
         if not (kind.is_integer() if name == "step" else kind.is_numeric() or kind == polars.Null):
             return f"has {kind} in column {name}, where numbers belong"
     if frame["step"].to_list() != list(range(1, frame.height + 1)):

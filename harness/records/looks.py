@@ -14,7 +14,6 @@ from dpft.harness.errors import BadInput, first_line
 from dpft.harness.records.schema import SCHEMA
 
 if TYPE_CHECKING:
-    import polars
     import pyarrow
 
 COLUMN = "by_parameter"
@@ -39,13 +38,11 @@ def column(looks: Looks, steps: Sequence[int]) -> pyarrow.Array | None:
     return None if all(entries is None for entries in found) else pyarrow.array(found, _type())
 
 
-def of(curve: polars.DataFrame | None, run_id: str) -> Looks:
-    """The three lists of a curve that was read whole. Raises BadInput where its column is none of ours."""
-    if curve is None or COLUMN not in curve.columns:
-        return rows({})
+def of(curve: Sequence[Mapping[str, Any]], run_id: str) -> Looks:
+    """The three lists of the rows of a curve that was read whole. Raises BadInput where its column is none of ours."""
     try:
-        return rows(dict(curve.select("step", COLUMN).drop_nulls().iter_rows()))
-    except Exception as problem:  # polars has errors of its own
+        return rows({row["step"]: row[COLUMN] for row in curve if row.get(COLUMN) is not None})
+    except Exception as problem:  # whatever it holds
         raise BadInput(
             f"The curve of run {run_id} is damaged in its column {COLUMN} ({first_line(problem)}); run it again."
         ) from problem

@@ -170,7 +170,7 @@ class Store:
 
     def looks(self, run_id: str) -> looks.Looks:
         """What a run of this schema looked at by parameter. Raises BadInput when its curve is damaged."""
-        return looks.of(self.curve(run_id, whole=True) if self.has_curve(run_id) else None, run_id)
+        return looks.of(self.curve(run_id, whole=True).rows(named=True) if self.has_curve(run_id) else [], run_id)
 
     def whole(self, record: dict[str, Any]) -> dict[str, Any]:
         """The record of a run of this store with all its diagnostics, wherever it has them. Raises BadInput as `looks`."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpft.harness import privacy
 from dpft.harness.cache import cached
-from dpft.harness.privacy import verify_record
+from dpft.harness.privacy.claims import Claims
 from dpft.harness.runs.spec import RunSpec, completed
 from dpft.harness.statistics import thresholds
 
@@ -28,6 +28,7 @@ def rejected(records: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
         if record["status"] == "done":
             alike[_ledger(record)].append(record)
     found: dict[str, list[str]] = {}
+    claims = Claims()
     for ledger, group in alike.items():
         inputs = {"code": _code(), "ledger": ledger, "records": [_digest(record) for record in group]}
         count = len(group)
@@ -35,20 +36,20 @@ def rejected(records: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
             "verified",
             inputs,
             lambda value, count=count: _valid(value, count),
-            lambda group=group: [_findings(r) for r in group],
+            lambda group=group: [_findings(r, claims) for r in group],
         )
         found |= {record["run_id"]: said for record, said in zip(group, findings, strict=True) if said}
     return found
 
 
-def _findings(record: dict[str, Any]) -> list[str]:
+def _findings(record: dict[str, Any], claims: Claims) -> list[str]:
     try:
         expected = RunSpec(**completed(record["spec"])).run_id
     except (TypeError, ValueError) as problem:
         return [f"The spec is not that of a run ({problem})."]
     if expected != record["run_id"]:
         return [f"The spec is that of run {expected}, not of {record['run_id']}."]
-    return verify_record(record)
+    return claims.findings(record)
 
 
 def _valid(value: Any, count: int) -> bool:

@@ -52,7 +52,7 @@ def _clone(record, rows, lr, seed):
     new = {**record, "spec": {**record["spec"], "lr": lr, "seed": seed}}
     spec = RunSpec(**completed(new["spec"]))
     new["run_id"] = spec.run_id
-    shift = 1 + 1e-6 * int(spec.run_id[:6], 16) / 16**6
+    shift = 1 + 1e-6 * int(spec.run_id, 16) / 16**16  # no two of many runs alike
     rows = [
         {**row, "lr": lr * spec.lr_factor(at), "loss": None if row["loss"] is None else row["loss"] * shift}
         for at, row in enumerate(rows)

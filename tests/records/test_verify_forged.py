@@ -8,6 +8,9 @@ import pytest
 from forged_cases import FORGED, SENTENCES, SST2, forged, load, newer, put, renamed
 from mutations import mutated
 
+from dpft.harness.privacy import verify_record
+from dpft.harness.privacy.claims import Claims
+
 
 def verified(capsys, monkeypatch, folder):
     from dpft.harness import cli
@@ -51,11 +54,12 @@ def test_no_mutation_raises_and_those_that_contradict_are_found(base):
     from dpft.harness.records import verifying
 
     record, rows = load(base)
-    rng, wanted = random.Random(base), 0
+    rng, wanted, claims = random.Random(base), 0, Claims()
     for _ in range(200):
         forgery, curve, where, needed = mutated(record, rows, rng)
         text = json.dumps(forgery)
-        found = verifying._verify(json.loads(text), curve)  # inside the net: nothing may fall into it
+        assert claims.findings(json.loads(text), 16) == verify_record(json.loads(text), 16), "whatever was seen before"
+        found = verifying._verify(json.loads(text), curve, claims)  # inside the net: nothing may fall into it
         assert all(isinstance(one, str) and one.endswith(".") for one in found.findings)
         assert found.findings or not needed, (where, text[:200])
         wanted += needed

@@ -11,7 +11,8 @@ from typing import Any
 
 from dpft.harness.border.documents import parsed
 from dpft.harness.errors import BadInput
-from dpft.harness.privacy import units, verify_record
+from dpft.harness.privacy import units
+from dpft.harness.privacy.claims import Claims
 from dpft.harness.privacy.recompute import is_foreign
 from dpft.harness.records import looks
 from dpft.harness.records.damaged import Counted, PassedOver, readable
@@ -42,14 +43,14 @@ def verify_folder(folder: Path, passed_over: PassedOver = None, counted: Counted
     if not ids:
         what = "no results folder" if ids is None else "no record (*.json) in"
         raise BadInput(f"There is {what} {folder}; name a folder of records, or make one with `dpft run`.")
-    found, twins = {}, _Twins()
+    found, twins, claims = {}, _Twins(), Claims()
     each = store.ahead.each(ids, counted, whole=True)
     for name, record in readable(each, lambda name: (name, _read(store, name)), passed_over):
         if is_foreign(record):
-            found[name] = Verdict(verify_record(record), foreign=True)
+            found[name] = Verdict(claims.findings(record), foreign=True)
             continue
         rows, problems = _curve(store, name, record)
-        verdict = found[name] = verify_run(record, rows)
+        verdict = found[name] = verify_run(record, rows, claims)
         verdict.findings[:0] = problems
         if record.get("run_id") != name:
             verdict.findings.append(f"The file is called {name}, but the record is of run {record.get('run_id')!r}.")
@@ -58,19 +59,22 @@ def verify_folder(folder: Path, passed_over: PassedOver = None, counted: Counted
     return found
 
 
-def verify_run(record: dict[str, Any], rows: curves.Rows | None) -> Verdict:
-    """The verdict on a record of ours; rows: of its curve, None where there is none. Never raises for what they hold."""
+def verify_run(record: dict[str, Any], rows: curves.Rows | None, claims: Claims | None = None) -> Verdict:
+    """The verdict on a record of ours; rows: of its curve, None where there is none; claims: of the records before it.
+
+    Never raises for what they hold.
+    """
     try:
-        return _verify(record, rows)
+        return _verify(record, rows, claims or Claims())
     except Exception as problem:  # what confuses a verifier is not fine
         return Verdict([f"The record cannot be verified ({type(problem).__name__}: {problem})."])
 
 
-def _verify(record: dict[str, Any], rows: curves.Rows | None) -> Verdict:
+def _verify(record: dict[str, Any], rows: curves.Rows | None, claims: Claims) -> Verdict:
     found = list(layout.findings(record))
     done = record.get("status") == "done"
     epsilon = [row.get("epsilon") for row in rows] if rows and done and record.get("privacy") is not None else None
-    found += verify_record(record, len(rows) if rows is not None and done else None, epsilon)
+    found += claims.findings(record, len(rows) if rows is not None and done else None, epsilon)
     if found or record["status"] not in ("done", "diverged", "timeout"):
         return Verdict(found)
     run = asked.read(record)
@@ -114,16 +118,16 @@ def _read(store: Store, name: str) -> Any:
 
 def _curve(store: Store, name: str, record: dict[str, Any]) -> tuple[curves.Rows | None, list[str]]:
     """(rows of a run's curve, None where it has none; what is wrong with the file). `record` gets the diagnostics beside it."""
-    curve, problems = None, []
+    rows, problems = None, []
     try:
-        curve = store.curve(name, whole=True) if store.has_curve(name) else None
+        rows = store.curve(name, whole=True).rows(named=True) if store.has_curve(name) else None
         if record.get("schema") != 1 and isinstance(record.get("diagnostics"), dict):
-            record["diagnostics"] |= looks.of(curve, name)
+            record["diagnostics"] |= looks.of(rows or [], name)
     except BadInput as problem:
         problems.append(str(problem))
-    if curve is None or record.get("status") != "done":
+    if rows is None or record.get("status") != "done":
         return None, problems
-    return curve.drop(looks.COLUMN, strict=False).rows(named=True), problems
+    return [{key: value for key, value in row.items() if key != looks.COLUMN} for row in rows], problems
 
 
 class _Twins:
