@@ -65,7 +65,7 @@ def advise(board: Board, look: Look, question: Question) -> Advice:
             f"evidence to advise from; tested were: {settings}."
         )
     contest, found = min(alike, key=lambda one: _distance(_spec(one[0]), _size(one[1]), question))
-    first, level, _ = leading(found)
+    first, level, _ = leading(found, board.rules)
     return Advice(contest, _apart(_spec(contest), _size(found), question), [first, *level], plain(found), found)
 
 

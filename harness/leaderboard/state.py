@@ -132,13 +132,30 @@ def judged(found: list[Standing]) -> list[Standing]:
     return [one for one in found if not one.arm.control and one.finals]
 
 
-def leading(found: list[Standing]) -> tuple[Standing, list[Standing], list[Standing]]:
-    """(the judged arm with the best mean, those not shown to be worse, those that are), of at least one judged arm."""
+def leading(found: list[Standing], rules: Rules) -> tuple[Standing, list[Standing], list[Standing]]:
+    """(the judged arm with the best mean, those not shown to be worse, those that are), of at least one judged arm.
+
+    Shown it is by the seeds that both have, or by their verdicts against the baseline: a leader whose interval there ends above
+    another's is better than it.
+    """
     first, *others = sorted(judged(found), key=lambda one: -one.mean)
     # the leader was chosen by the same data, so every pair counts
     level = LEVEL / max(1, (len(others) + 1) * len(others) // 2)
-    behind = [one for one in others if verdict(paired(one, first), TINY, level).verdict == "worse"]
+    base = baseline(found, rules)
+    least, _ = _against(first, base)
+    behind = [
+        one
+        for one in others
+        if _against(one, base)[1] < least or verdict(paired(one, first), TINY, level).verdict == "worse"
+    ]
     return first, [one for one in others if one not in behind], behind
+
+
+def _against(one: Standing, base: Standing | None) -> tuple[float, float]:
+    """The ends of what is known of its difference to the baseline."""
+    if one is base:
+        return 0.0, 0.0
+    return (one.verdict.low, one.verdict.high) if one.verdict is not None else (-math.inf, math.inf)
 
 
 def wanted(board: Board, look: Look) -> list[RunSpec]:

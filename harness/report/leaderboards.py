@@ -63,7 +63,7 @@ def answer(contest: Contest, rules: Rules, found: list[Standing]) -> str:
     """Which method to use, in a sentence: who leads, who is not shown to be worse, the cheapest of these and its settings."""
     if len(judged(found)) < 2:
         return "No two methods have been tested yet."
-    first, level_with, _ = leading(found)
+    first, level_with, _ = leading(found, rules)
     text = f"**{first.arm.name}** leads ({_share(first.mean, first)}"
     without = plain(found)
     text += f"; non-private {_share(without.mean, without)})" if without is not None else ")"
@@ -208,6 +208,7 @@ def _reading(rules: Rules, lower: bool) -> str:
     return (
         f"How to read it. {chosen}, {seeds}. They hold whenever one stops: the t test as an e-process over paired seeds "
         f"(2310.03722), {1 - LEVEL:.0%} for all verdicts of a table together (Bonferroni). `the same`: the whole interval lies "
-        f"within {rules.margin:g}.{signs}"
+        f"within {rules.margin:g}.{signs} Worse than the leader is what its own seeds beside the leader's show, {1 - LEVEL:.0%} for all "
+        "such pairs together, or what both intervals against the baseline do."
         + (" Choices made by tuning are not covered by ε." if rules.trials > 1 else "")
     )

@@ -56,6 +56,20 @@ def test_running_it_again_adds_nothing(name):
     assert list(state.wanted(board.load(name), driver.looking(Store(ROOT / "results" / name)))) == []
 
 
+@pytest.mark.parametrize("name", ["vision", "leaderboard", "writing", "half-epoch"])
+def test_what_a_sentence_calls_level_its_table_does_not_put_below(name):
+    made = board.load(name)
+    for contest in made.contests:
+        found = state.standings(contest, made.rules, driver.looking(Store(ROOT / "results" / name)))
+        first, level, _ = state.leading(found, made.rules)
+        best = "better" if first.verdict is not None and first.verdict.verdict == "better" else "level"
+        below = {one.arm.name for one in level if one.verdict is not None and one.verdict.verdict == "worse"}
+        if best == "better":
+            assert not below and made.rules.baseline not in {one.arm.name for one in level}
+        if first.arm.name == made.rules.baseline:
+            assert not below
+
+
 def test_half_of_the_verdicts_against_dp_adam_are_in(look):
     verdicts = [
         one.verdict.verdict
