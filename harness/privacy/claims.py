@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ class Claims:
     else can matter."""
 
     def __init__(self) -> None:
-        self._found: dict[str, list[str]] = {}
+        self._found: dict[bytes, list[str]] = {}
 
     def findings(
         self, record: Any, curve_steps: int | None = None, curve_epsilon: Sequence[float] | None = None
@@ -26,9 +27,10 @@ class Claims:
         """As `verify_record`."""
         claims = _claims(record) if isinstance(record, dict) else record
         try:
-            key = repr((claims, curve_steps, curve_epsilon))
+            text = repr((claims, curve_steps, curve_epsilon))
         except ValueError:  # a whole number of thousands of digits
             return verify_record(claims, curve_steps, curve_epsilon)
+        key = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
         if key not in self._found:
             self._found[key] = verify_record(claims, curve_steps, curve_epsilon)
         return list(self._found[key])

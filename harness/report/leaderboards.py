@@ -208,7 +208,7 @@ def _reading(rules: Rules, lower: bool) -> str:
     return (
         f"How to read it. {chosen}, {seeds}. They hold whenever one stops: the t test as an e-process over paired seeds "
         f"(2310.03722), {1 - LEVEL:.0%} for all verdicts of a table together (Bonferroni). `the same`: the whole interval lies "
-        f"within {rules.margin:g}.{signs} Worse than the leader is what its own seeds beside the leader's show, {1 - LEVEL:.0%} for all "
-        "such pairs together, or what both intervals against the baseline do."
+        f"within {rules.margin:g}.{signs} Worse than the leader is what its own seeds beside the leader's show, "
+        f"{1 - LEVEL:.0%} for all such pairs together, or what both intervals against the baseline do."
         + (" Choices made by tuning are not covered by ε." if rules.trials > 1 else "")
     )
