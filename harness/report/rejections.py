@@ -12,7 +12,7 @@ from typing import Any
 
 from dpft.harness import privacy
 from dpft.harness.cache import cached
-from dpft.harness.privacy.claims import Claims
+from dpft.harness.privacy.claims_alike import Claims
 from dpft.harness.runs.spec import RunSpec, completed
 from dpft.harness.statistics import thresholds
 

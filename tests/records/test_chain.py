@@ -12,6 +12,7 @@ from forged_cases import renamed
 from mutations import mutated
 from small_runs import a_spec, quiet
 
+from dpft.harness.privacy.claims_alike import Claims
 from dpft.harness.records import chain, verifying
 from dpft.harness.records.digest import digest
 from dpft.harness.records.store import Store
@@ -118,10 +119,10 @@ def test_the_chain_is_over_every_entry(section, made):
 @pytest.mark.parametrize("name", ["private", "public"])
 def test_no_mutation_of_a_run_with_a_chain_escapes(name, made):
     record, rows = made[1][name]
-    rng = random.Random(name)
+    rng, claims = random.Random(name), Claims()
     for _ in range(150):
         forgery, curve, where, needed = mutated(record, rows, rng)
-        found = verifying._verify(json.loads(json.dumps(forgery)), curve)
+        found = verifying._verify(json.loads(json.dumps(forgery)), curve, claims)
         assert found.findings or not needed, where
 
 

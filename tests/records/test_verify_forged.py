@@ -9,7 +9,7 @@ from forged_cases import FORGED, SENTENCES, SST2, forged, load, newer, put, rena
 from mutations import mutated
 
 from dpft.harness.privacy import verify_record
-from dpft.harness.privacy.claims import Claims
+from dpft.harness.privacy.claims_alike import Claims
 
 
 def verified(capsys, monkeypatch, folder):

@@ -12,7 +12,7 @@ from typing import Any
 from dpft.harness.border.documents import parsed
 from dpft.harness.errors import BadInput
 from dpft.harness.privacy import units
-from dpft.harness.privacy.claims import Claims
+from dpft.harness.privacy.claims_alike import Claims
 from dpft.harness.privacy.recompute import is_foreign
 from dpft.harness.records import looks
 from dpft.harness.records.damaged import Counted, PassedOver, readable
