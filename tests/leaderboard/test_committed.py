@@ -1,5 +1,7 @@
 """The committed leaderboard: what it may claim, proven from its records."""
 
+import functools
+
 import pytest
 from studies import ROOT
 
@@ -19,7 +21,19 @@ WHERE = {"vision": "on images", "leaderboard": "on text", "writing": "in writing
 
 @pytest.fixture(scope="module")
 def look():
-    return driver.looking(STORE)
+    return looking("vision")
+
+
+@functools.cache
+def looking(name):
+    return driver.looking(Store(ROOT / "results" / name))
+
+
+@functools.cache
+def standings(name):
+    """[(contest, its standings)] of a board."""
+    made = board.load(name)
+    return [(contest, state.standings(contest, made.rules, looking(name))) for contest in made.contests]
 
 
 def test_tuning_and_tests_share_no_example_and_no_seed(look):
@@ -56,14 +70,13 @@ def test_the_halves_of_text_are_apart_in_its_records(name, examples):
 
 @pytest.mark.parametrize("name", ["vision", "leaderboard", "writing", "half-epoch"])
 def test_running_it_again_adds_nothing(name):
-    assert list(state.wanted(board.load(name), driver.looking(Store(ROOT / "results" / name)))) == []
+    assert list(state.wanted(board.load(name), looking(name))) == []
 
 
 @pytest.mark.parametrize("name", ["vision", "leaderboard", "writing", "half-epoch"])
 def test_what_a_sentence_calls_level_its_table_does_not_put_below(name):
     made = board.load(name)
-    for contest in made.contests:
-        found = state.standings(contest, made.rules, driver.looking(Store(ROOT / "results" / name)))
+    for _, found in standings(name):
         first, level, _ = state.leading(found, made.rules)
         best = "better" if first.verdict is not None and first.verdict.verdict == "better" else "level"
         below = {one.arm.name for one in level if one.verdict is not None and one.verdict.verdict == "worse"}
@@ -76,9 +89,8 @@ def test_what_a_sentence_calls_level_its_table_does_not_put_below(name):
 def test_half_of_the_verdicts_against_dp_adam_are_in_and_results_says_how_many():
     found = {}
     for name in ("vision", "leaderboard", "half-epoch", "writing"):
-        made, look = board.load(name), driver.looking(Store(ROOT / "results" / name))
-        standings = [one for contest in made.contests for one in state.standings(contest, made.rules, look)]
-        verdicts = [one.verdict.verdict != "undecided" for one in standings if one.verdict is not None]
+        judged = [one.verdict for _, found_there in standings(name) for one in found_there if one.verdict is not None]
+        verdicts = [one.verdict != "undecided" for one in judged]
         found[name] = sum(verdicts), len(verdicts)
     decided, of = map(sum, zip(*found.values(), strict=True))
     assert decided >= of / 2 and found["half-epoch"][0] == 0
@@ -89,10 +101,7 @@ def test_half_of_the_verdicts_against_dp_adam_are_in_and_results_says_how_many()
 
 
 def test_every_sentence_of_results_follows_from_the_records(look):
-    others = [
-        (board.load(name), driver.looking(Store(ROOT / "results" / name)))
-        for name in ("leaderboard", "writing", "half-epoch")
-    ]
+    others = [(board.load(name), looking(name)) for name in ("leaderboard", "writing", "half-epoch")]
     for made, found in [(BOARD, look), *others]:
         (text, *_) = leaderboards.answers(made, found)
         assert text in (ROOT / "RESULTS.md").read_text() and text.count("\n") == len(made.contests) - 1
