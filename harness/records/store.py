@@ -188,7 +188,7 @@ class Store:
         if curve:
             table = pyarrow.Table.from_pylist(curve)
             if (column := looks.column(seen, [row["step"] for row in curve])) is not None:
-                table = table.append_column(looks.COLUMN, column)
+                table = table.append_column(looks.COLUMN, [column])
             self._write_curve(run_id, table)
         self._write_record(record)
         if record["status"] not in CONTINUED:
@@ -223,7 +223,8 @@ class Store:
         import pyarrow.parquet
 
         with atomic(self.curve_path(run_id)) as path:
-            pyarrow.parquet.write_table(table.replace_schema_metadata({"schema": str(SCHEMA)}), path)
+            table = table.replace_schema_metadata({"schema": str(SCHEMA)})
+            pyarrow.parquet.write_table(table, path, write_statistics=False)  # nobody skips a part of one run
 
     def _write_record(self, record: dict[str, Any]) -> None:
         with atomic(self.record_path(record["run_id"])) as path:

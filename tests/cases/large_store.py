@@ -37,8 +37,8 @@ def make(folder, count):
                 new, curve = _clone(record, rows, lr, seed)
                 (runs / f"{new['run_id']}.json").write_text(json.dumps(new, indent=1))
                 table = pyarrow.Table.from_pylist(curve)
-                table = table if beside is None else table.append_column(looks.COLUMN, beside)
-                pyarrow.parquet.write_table(table, runs / f"{new['run_id']}.parquet")
+                table = table if beside is None else table.append_column(looks.COLUMN, [beside])
+                pyarrow.parquet.write_table(table, runs / f"{new['run_id']}.parquet", write_statistics=False)
         spec = {k: v for k, v in record["spec"].items() if v is not None and k not in LEFT_OUT}
         given = {**spec, **record["spec"]["options"], "lr": rates, "seed": list(range(seeds))}
         suite += ["[[large.arms]]", *(f"{key} = {json.dumps(value)}" for key, value in given.items())]
