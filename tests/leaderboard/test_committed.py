@@ -100,6 +100,15 @@ def test_half_of_the_verdicts_against_dp_adam_are_in_and_results_says_how_many()
     assert f"{', '.join(parts)}, none of {found['half-epoch'][1]} on SST-2." in said
 
 
+def test_the_documents_say_what_the_boards_cost():
+    said = " ".join((ROOT / "docs/leaderboard.md").read_text().split())
+    hours = {
+        name: sum(record["cost"]["total_s"] for record in Store(ROOT / "results" / name).each()) / 3600
+        for name in ("vision", "leaderboard", "half-epoch", "writing")
+    }
+    assert f"{', '.join(f'`{name}` {spent:.1f}' for name, spent in hours.items())}." in said
+
+
 def test_every_sentence_of_results_follows_from_the_records(look):
     others = [(board.load(name), looking(name)) for name in ("leaderboard", "writing", "half-epoch")]
     for made, found in [(BOARD, look), *others]:
