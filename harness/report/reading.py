@@ -9,10 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from dpft.harness.border.files import trouble
-from dpft.harness.errors import BadInput
 from dpft.harness.records.schema import bulk
 from dpft.harness.records.store import Store
 from dpft.harness.report.rows import Row
@@ -20,18 +17,6 @@ from dpft.harness.statistics import Reached, median_reached, to_threshold
 from dpft.harness.statistics.thresholds import FEWEST
 
 COLUMNS = ("step", "metric", "epsilon", "alignment_noisy", "alignment_decoded")
-
-
-class _Seen(msgspec.Struct):
-    spikes: int | None = None
-
-
-class _Decoded(msgspec.Struct):
-    decoder_by_parameter: list[dict[str, _Seen | int]] = []
-
-
-class _Spikes(msgspec.Struct):
-    diagnostics: _Decoded
 
 
 def summaries(store: Store) -> list[dict[str, Any]]:
@@ -45,17 +30,10 @@ def diagnostics(store: Store, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def spikes(store: Store, record: dict[str, Any]) -> list[int]:
-    """How many singular values survived, of every matrix and evaluated step of a run; the other bulk is not even parsed."""
-    if record["schema"] != 1:
-        steps = diagnostics(store, record)["decoder_by_parameter"]
-        seen = [one for step in steps for one in step.values() if isinstance(one, dict)]
-        return [one["spikes"] for one in seen if one.get("spikes") is not None]
-    try:
-        steps = msgspec.json.decode(store.text(record["run_id"]), type=_Spikes).diagnostics
-    except msgspec.DecodeError as error:
-        raise BadInput(f"The diagnostics of run {record['run_id']} are damaged ({error}); run it again.") from error
-    seen = [one for step in steps.decoder_by_parameter for one in step.values() if isinstance(one, _Seen)]
-    return [one.spikes for one in seen if one.spikes is not None]
+    """How many singular values survived, of every matrix and evaluated step of a run."""
+    steps = diagnostics(store, record).get("decoder_by_parameter", [])  # which the oldest records lack
+    seen = [one for step in steps for one in step.values() if isinstance(one, dict)]
+    return [one["spikes"] for one in seen if one.get("spikes") is not None]
 
 
 @dataclass(frozen=True)
