@@ -20,7 +20,7 @@ KINDS = {
 }
 
 
-def trouble(path: Path, largest: int | None = None) -> str | None:
+def trouble(path: Path | str, largest: int | None = None) -> str | None:
     """Why `path` cannot be read as a file, as the end of a sentence after its name; None where it can. largest: in bytes."""
     try:
         found = os.stat(path)
@@ -35,7 +35,7 @@ def trouble(path: Path, largest: int | None = None) -> str | None:
     return None
 
 
-def stamp_of(path: Path) -> tuple[int, ...] | None:
+def stamp_of(path: Path | str) -> tuple[int, ...] | None:
     """What tells a file from one that replaces it; None where there is none."""
     try:
         found = os.stat(path)
@@ -44,12 +44,13 @@ def stamp_of(path: Path) -> tuple[int, ...] | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def content(path: Path, what: str, hint: str) -> bytes:
+def content(path: Path | str, what: str, hint: str) -> bytes:
     """The bytes of a document. what: `The record`; hint: what to do. Raises BadInput with one sentence."""
     problem = trouble(path, LARGEST)
     if problem is None:
         try:
-            return Path(path).read_bytes()
+            with open(path, "rb") as file:
+                return file.read()
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
     raise BadInput(f"{what} {shown_path(path)} {problem}; {hint}.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from copy import deepcopy
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, cached_property
 from typing import Annotated, Any, get_type_hints
 
@@ -115,13 +116,18 @@ class RunSpec:
 
     def canonical(self) -> str:
         """Canonical JSON: sorted keys, no spaces, defaults left out."""
-        kept = {name: value for name, default in _defaults() if (value := getattr(self, name)) != default}
+        return self._canonical({})
+
+    def _canonical(self, instead: dict[str, Any]) -> str:
+        """As if some fields held something else."""
+        values = {**vars(self), **instead}
+        kept = {name: value for name, default in _defaults() if (value := values[name]) != default}
         return json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
     def setting(self, with_noise: bool = True) -> str:
         """The canonical JSON that runs share which differ in seed and learning rate alone; with_noise=False: also in epsilon."""
         noise = {} if with_noise else {"epsilon": 1.0, "noise_law": None}
-        return replace(self, seed=0, lr=1.0, **noise).canonical()
+        return self._canonical({"seed": 0, "lr": 1.0, **noise})
 
     @cached_property
     def run_id(self) -> str:
@@ -130,7 +136,8 @@ class RunSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, defaults included."""
-        return asdict(self)
+        values = ((name, getattr(self, name)) for name in types())
+        return {name: deepcopy(value) if isinstance(value, dict | list) else value for name, value in values}
 
     def lr_factor(self, step: int) -> float:
         """Linear warm-up over `warmup_steps`, then constant, or linear to zero at the last step; step from 0."""

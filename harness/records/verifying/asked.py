@@ -82,13 +82,19 @@ def _types(spec: RunSpec) -> Iterator[str]:
             if not isinstance(value, dict):
                 yield f"{key} in the spec must be an object, not {value!r}."
             continue
-        try:
-            kept = typed(key, value)
-        except BadInput:
+        plain = value is None or type(value) in (bool, int, float, str)
+        if not (_is_kept if plain else _is_kept.__wrapped__)(key, type(value), value):
             yield f"{key} in the spec cannot be {value!r}."
-            continue
-        if type(kept) is not type(value) or kept != value:
-            yield f"{key} in the spec cannot be {value!r}."
+
+
+@lru_cache(maxsize=4096)
+def _is_kept(key: str, kind: type, value: Any) -> bool:
+    """Whether a spec that is given `value` holds just that. kind: its type, as 1 and 1.0 and True are one key."""
+    try:
+        kept = typed(key, value)
+    except BadInput:
+        return False
+    return type(kept) is kind and kept == value
 
 
 def _kind(kind: str, spec: RunSpec, notices: list[str]) -> type | None:
