@@ -48,6 +48,24 @@ def test_above_twelve_seeds_patterns_are_drawn():
     assert st.sign_flip(np.ones(40), "greater").p == pytest.approx(1 / 4096)
 
 
+@pytest.mark.parametrize("alternative", ["two-sided", "less", "greater"])
+@pytest.mark.parametrize("n", [2, 7, 12, 13, 21])
+def test_it_is_scipy_s_permutation_test_to_the_bit(n, alternative):
+    rng = np.random.default_rng(n)
+    for x in (rng.normal(0.3, 1, n), np.round(rng.normal(0.3, 1, n), 1) + 0.1):  # the second has ties
+        scale = np.abs(x).max()
+        theirs = stats.permutation_test(
+            (x,),
+            lambda sample, axis, scale=scale: np.round(np.mean(sample / scale, axis=axis), 12),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=4096 if n <= 12 else 4095,
+            alternative=alternative,
+            rng=np.random.default_rng(0),
+        )
+        assert st.sign_flip(x, alternative).p == theirs.pvalue
+
+
 def test_false_alarms_come_at_the_stated_rate():
     """Nothing differs: at 8 seeds and level .05 the exact test rejects 12 of 256 sign patterns, .047."""
     rng = np.random.default_rng(0)
