@@ -5,9 +5,10 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from dpft.harness.probes.clock import Clock
 
@@ -15,10 +16,15 @@ from dpft.harness.probes.clock import Clock
 @contextmanager
 def uncounted():
     """What is made in here is no part of the step that is measured."""
-    before, LiveBytes.counting = LiveBytes.counting, False
+    now, before, LiveBytes.counting = LiveBytes.entered, LiveBytes.counting, False
+    left = before and now is not None and _get_current_dispatch_mode() is now
+    if left:  # to see every operation and count nothing is slow
+        now.__exit__(None, None, None)
     try:
         yield
     finally:
+        if left:
+            now.__enter__()
         LiveBytes.counting = before
 
 
@@ -30,6 +36,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     counting = True
+    entered: LiveBytes | None = None  # the innermost
     CATEGORIES = {
         "forward": "activations",
         "backward": "backward",
@@ -46,7 +53,23 @@ class LiveBytes(TorchDispatchMode):
         self.live: dict[str, int] = defaultdict(int)
         self.peak: dict[str, int] = {}
         self._total = self._peak_total = 0
+        self._outer: list[LiveBytes | None] = []
         self._known: dict[int, tuple[weakref.ref, list[str]]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and torch's guard against it takes a third of the time that counting does."""
+        return False
+
+    def __enter__(self) -> LiveBytes:
+        self._outer.append(LiveBytes.entered)
+        super().__enter__()
+        LiveBytes.entered = self
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        super().__exit__(*problem)
+        LiveBytes.entered = self._outer.pop()
 
     def label(self, category: str, tensors) -> None:
         """Count the storages of `tensors` under `category` from now on, also those that were counted under another."""
