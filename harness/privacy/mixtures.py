@@ -27,6 +27,7 @@ MAX_CELLS = 2_000_000
 ZERO = 1e-18
 
 
+@functools.lru_cache(maxsize=64)  # a search asks for each law twice: for epsilon and for what the tail lacks
 def scales(law: ScaleLaw, dimension: int) -> tuple[Any, Any, float]:
     """(S, probability, lost): the scales of spherical noise in units of C, rounded down, and the mass rounded down to 0.
 
