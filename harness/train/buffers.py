@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Number
 from typing import Any
@@ -16,6 +17,8 @@ LARGE = 1 << 20  # bytes: larger tensors are remembered by a checksum, not by a 
 _OWN = frozenset(
     {"_parameters", "_buffers", "_modules", "training", "activations", "max_batch_len"}
 )  # the last two: Opacus's
+# What `_held` finds nothing in and most attributes of a module are: hooks, names, what is not set.
+_NOTHING = frozenset({OrderedDict, type(None), str, set})
 
 State = dict[str, Any]
 
@@ -138,7 +141,7 @@ def _state(model: nn.Module) -> Iterator[tuple[str, Any]]:
             if buffer is not None:
                 yield f"buffer {path + '.' if path else ''}{name}", buffer
         for name, value in vars(module).items():
-            if name not in _OWN:
+            if type(value) not in _NOTHING and name not in _OWN:
                 yield from _held(f"attribute {name}{where}", value)
 
 
