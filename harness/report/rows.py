@@ -220,7 +220,8 @@ def on_equal_seeds(rows: Sequence[Row]) -> tuple[list[Row], tuple[int, ...]]:
 
 def on(row: Row, seeds: Sequence[int]) -> Row:
     """The row on these seeds alone; where it lacks one, the row itself, which then says so."""
-    missing = [seed for seed in seeds if seed not in row.finals]
+    theirs, kept = row.finals, set(seeds)
+    missing = [seed for seed in seeds if seed not in theirs]
     if not seeds:
         return replace(row, lacks="no seed is shared by most rows")
     if missing:
@@ -229,8 +230,8 @@ def on(row: Row, seeds: Sequence[int]) -> Row:
         return row
     return replace(
         row,
-        records=[r for r in row.records if _seed(r) in seeds],
-        spare=tuple(r for r in row.records if _seed(r) not in seeds),
+        records=[r for r in row.records if _seed(r) in kept],
+        spare=tuple(r for r in row.records if _seed(r) not in kept),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import polars
 import pytest
@@ -93,6 +94,25 @@ def test_many_blocks_and_ids_that_are_not_there(tmp_path):
         assert store.read(missing) is None and not store.has_curve(missing)
     records = [{"run_id": name} for i, name in enumerate(names) if i % 3]
     assert all(reading.Curves(store, records).of(one)["metric"] for one in records)
+
+
+def test_packing_holds_a_few_blocks_of_curves_however_many_there_are(tmp_path, monkeypatch):
+    """50,000 runs took 6 GB."""
+    (record,) = Store(loose("official")).records()[:1]
+    for i in range(6 * BLOCK):
+        (tmp_path / f"{i:016x}.json").write_text(json.dumps({**record, "run_id": f"{i:016x}"}))
+        polars.DataFrame({"step": [1], "metric": [float(i)]}).write_parquet(tmp_path / f"{i:016x}.parquet")
+    held, alive, curve = [], [], Store.curve
+
+    def watched(*arguments, **more):
+        found = curve(*arguments, **more)
+        held.append(weakref.ref(found))
+        alive.append(sum(one() is not None for one in held))
+        return found
+
+    monkeypatch.setattr(Store, "curve", watched)
+    pack(tmp_path)
+    assert len(held) >= 6 * BLOCK and max(alive) <= 2 * BLOCK
 
 
 def test_nothing_is_removed_where_packing_fails(tmp_path, monkeypatch):

@@ -6,10 +6,13 @@ import random
 
 import pytest
 from forged_cases import FORGED, SENTENCES, SST2, forged, load, newer, put, renamed
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mutations import mutated
 
 from dpft.harness.privacy import verify_record
 from dpft.harness.privacy.claims_alike import Claims
+from dpft.harness.records.verifying import layout
 
 
 def verified(capsys, monkeypatch, folder):
@@ -86,3 +89,23 @@ def test_no_file_is_a_traceback(content, tmp_path, capsys, monkeypatch):
     (tmp_path / "x.json").write_text(content)
     code, said = verified(capsys, monkeypatch, tmp_path)
     assert code in (1, 2) and (said.err.count("\n") == 1) == (code == 2)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.text(max_size=3), VALUES, max_size=4))
+@settings(deadline=None, max_examples=400)
+def test_the_quick_look_for_numbers_that_are_not_finite_misses_none(record):
+    assert layout._may_be_huge(record) or not any(layout._not_finite(record))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 1.7e308])
+def test_numbers_that_are_not_finite_are_seen_wherever_they_are(number):
+    for record in ({"a": number}, {"a": [{"b": [0.5, number]}]}, {"a": {"b": [1] * 40 + [number]}}):
+        assert layout._may_be_huge(record) and any(layout._not_finite(record))
+    assert not layout._may_be_huge({"a": [1e299 / 16, -0.5, 10**18, "x", None]})
