@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -183,10 +185,9 @@ def make_model(count: int, generator: torch.Generator) -> nn.Module:
     return Model()
 
 
+@cache
 def _coprime(count: int) -> int:
     """A factor that makes i -> factor * i a permutation of 0..count-1."""
-    import math
-
     return next(k for k in range(count // 3 + 1, count) if math.gcd(k, count) == 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy
 from scipy import stats
@@ -118,6 +119,7 @@ def _effective(inside: numpy.ndarray, outside: numpy.ndarray, wrong: float) -> f
     return float(high / gap) if gap > 0 else numpy.inf
 
 
+@lru_cache(maxsize=256)  # what is within reach of one setting is asked for each of the defects that are planted in it
 def _composed(q: float, sigma: float, steps: int, delta: float, target: float, place: int) -> Bound:
     """The accountant's lower epsilon, on the coarse grid of the calibration: lower by five tolerances, and five times faster.
 

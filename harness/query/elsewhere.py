@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,10 +43,24 @@ class Elsewhere(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.embedding and len(args) > 1 and id(args[1]) in self._looked_up and not any(args[3:4]):
             return self._looked_up[id(args[1])](args[0])
+        if not self._holds(args) and not (kwargs and self._holds(kwargs.values())):  # most calls
+            return func(*args, **kwargs)
         made: dict[int, torch.Tensor] = {}
         if name.endswith("_") and not name.endswith("__"):  # in place of its first argument
             return func(*args[:1], *self._all(args[1:], made), **self._all(kwargs, made))
         return func(*self._all(args, made), **self._all(kwargs, made))
+
+    def _holds(self, values: Iterable[Any]) -> bool:
+        """Whether a parameter that is moved is among `values`, or in a list, tuple or dict of them."""
+        for value in values:
+            if id(value) in self._moved:
+                return True
+            if type(value) in (list, tuple):
+                if self._holds(value):
+                    return True
+            elif type(value) is dict and self._holds(value.values()):
+                return True
+        return False
 
     def _all(self, value: Any, made: dict[int, torch.Tensor]) -> Any:
         """`value` with the moved in place of what it holds; itself where it holds none."""
