@@ -7,7 +7,7 @@ import click
 WHAT, WHERE, HOW, PRINTED = "What to run", "Where", "How", "What is printed"
 HEADINGS = {
     WHAT: "task model method epsilon delta steps batch_size lr clip_norm seed more precision tries what_if samplers users replay",
-    WHERE: "data_dir results device executor jobs ranks shard",
+    WHERE: "data_dir results device executor jobs ranks shard_model shard",
     HOW: "engine max_tokens recompute timeout checkpoint_every resume retry_failed secure_noise overwrite budget skip_damaged "
     "dry_run",
     PRINTED: "quiet as_json",

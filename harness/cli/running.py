@@ -43,6 +43,7 @@ from dpft.harness.errors import BadInput
     show_default=True,
     help="Here, or on the Ray cluster of RAY_ADDRESS.",
 )
+@click.option("--shard-model", is_flag=True, help="With --ranks: each holds a part of the weights that do not train.")
 @click.option("--recompute", is_flag=True, help="Run blocks again in the backward pass: less memory, more time.")
 @click.option("--timeout", type=Finite(0, 1e9, min_open=True), help="Seconds per run.")
 @click.option(
@@ -62,8 +63,8 @@ from dpft.harness.errors import BadInput
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON document instead of the table.")
 @skip_damaged
 @sharing.among_ranks
-def run(suite, overrides, data_dir, results, engine, device, max_tokens, recompute, shard, jobs, start, executor, timeout,
-        checkpoint_every, resume, retry_failed, secure_noise, overwrite, replay, budget, quiet, as_json,
+def run(suite, overrides, data_dir, results, engine, device, max_tokens, shard_model, recompute, shard, jobs, start, executor,
+        timeout, checkpoint_every, resume, retry_failed, secure_noise, overwrite, replay, budget, quiet, as_json,
         passed_over):  # fmt: skip
     """Make the missing runs of SUITE (a suite, a leaderboard, or --task/--method ...) and print the table."""
     from dpft.harness import engine as engines
@@ -84,7 +85,7 @@ def run(suite, overrides, data_dir, results, engine, device, max_tokens, recompu
         raise unknown("engine", engine, engines.NAMES)
     store = Store(results, passed_over, showing.counted)
     settings = Settings(
-        data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise, recompute=recompute
+        data_dir, engine, device, max_tokens, timeout, checkpoint_every, secure_noise, 1, recompute, shard_model
     )
     if contests.is_board(suite):
         if overwrite or retry_failed or as_json or shard != "1/1":

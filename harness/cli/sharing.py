@@ -24,6 +24,7 @@ def among_ranks(command: Callable[..., int]) -> Callable[..., int]:
             "--replay": asked["replay"] is not None,
         }
         launching.refuse(ranks, [name for name, given in one_at_a_time.items() if given], asked["device"])
+        launching.refuse_to_part(ranks, asked["shard_model"], asked["engine"])
         try:
             with launching.among(asked["device"]) as served:
                 if served:

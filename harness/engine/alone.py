@@ -9,6 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
+from dpft.harness.engine import parted
 from dpft.harness.engine.pieces import KeptPiece, Piece
 from dpft.harness.engine.taps import Use
 from dpft.harness.errors import CannotRun
@@ -32,7 +33,10 @@ def alone(uses: list[Use], local: str, encoding: Encoding) -> Piece:
         return _one_by_one(use, local)
 
     try:
-        return KeptPiece(encoding.dense(added(one, uses)))
+        with parted.whole(
+            uses[0].module
+        ):  # its own forward is run, and what torch.func runs must not exchange anything
+            return KeptPiece(encoding.dense(added(one, uses)))
     except (RuntimeError, ValueError, TypeError) as error:
         if "memory" in str(error):
             raise

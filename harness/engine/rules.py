@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dpft.harness.engine import parted
 from dpft.harness.engine.alone import added, alone, wide
 from dpft.harness.engine.cost import cheaper_kept
 from dpft.harness.engine.fakes import has_values
@@ -59,7 +60,7 @@ def _by_type(module: nn.Module) -> Rule:
         return _recomputed
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return _batch_norm
-    if "forward" in vars(module):  # put on the instance: its type says nothing
+    if parted.has_own_forward(module):  # put on the instance: its type says nothing
         return alone
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and _plain(module) and ordinary(module):
         return _convolution

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
+from dpft.harness.engine import parted
 from dpft.harness.engine.base import Batch
 from dpft.harness.errors import CannotRun
 
@@ -24,7 +25,7 @@ def full() -> bool:
 @contextmanager
 def widened(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Parameters and buffers of floating point are of `dtype` inside; afterwards they are the very tensors they were."""
-    parameters = {p: p.data for p in model.parameters() if p.is_floating_point()}
+    parameters = {p: p.data for p in model.parameters() if p.is_floating_point() and parted.held(p) is p}
     buffers = [
         (module._buffers, name, buffer)
         for module in model.modules()
@@ -37,7 +38,8 @@ def widened(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             p.data = own.to(dtype)
         for holder, name, own in buffers:
             holder[name] = own.to(dtype)
-        yield
+        with parted.widened(model, dtype):
+            yield
     finally:
         for p, own in parameters.items():
             p.data = own

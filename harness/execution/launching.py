@@ -43,6 +43,19 @@ def refuse(count: int | None, several: Sequence[str], device: str) -> None:
         raise BadInput(f"--ranks gives each rank a card of its own; write --device cuda, not {device}.")
 
 
+def refuse_to_part(count: int | None, wanted: bool, engine: str) -> None:
+    """Raises BadInput where the model is to be parted among ranks and cannot be."""
+    where = ranks.place()
+    if wanted and (where.count if where else count or 1) == 1:
+        raise BadInput(
+            "--shard-model parts the model among ranks, and this run has one process; add --ranks 2 or more."
+        )
+    if wanted and engine == "opacus":
+        raise BadInput(
+            "--shard-model does not go with --engine opacus, which wraps the layers itself; use factored or reference."
+        )
+
+
 @contextmanager
 def among(device: str) -> Iterator[bool]:
     """Inside, this process is one of the ranks, where it is one; yields whether it has done all that it is here for."""

@@ -12,7 +12,7 @@ from dpft.harness.probes.alignment import (
     signal_to_noise,
 )
 from dpft.harness.probes.clock import PHASES, Clock
-from dpft.harness.probes.live import LiveBytes, uncounted
+from dpft.harness.probes.live import LiveBytes, counted_as, uncounted
 
 __all__ = [
     "PHASES",
@@ -23,6 +23,7 @@ __all__ = [
     "add_row_scores",
     "alignment",
     "cosine",
+    "counted_as",
     "gradient",
     "norm",
     "overlap",

@@ -28,6 +28,16 @@ def uncounted():
         LiveBytes.counting = before
 
 
+@contextmanager
+def counted_as(category: str):
+    """What is made in here is of this category, whatever the phase is."""
+    before, LiveBytes.category = LiveBytes.category, category
+    try:
+        yield
+    finally:
+        LiveBytes.category = before
+
+
 class LiveBytes(TorchDispatchMode):
     """Peak of live tensor bytes by category on the CPU; a function of the program alone, not of the allocator.
 
@@ -37,6 +47,7 @@ class LiveBytes(TorchDispatchMode):
 
     counting = True
     entered: LiveBytes | None = None  # the innermost
+    category: str | None = None  # of what is made now; None: that of the phase
     CATEGORIES = {
         "forward": "activations",
         "backward": "backward",
@@ -87,7 +98,7 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if not self.counting:
             return out
-        category = self.CATEGORIES.get(self.clock.phase or "", "other")
+        category = self.category or self.CATEGORIES.get(self.clock.phase or "", "other")
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor):
                 known = self._shapes.get(tuple(tensor.shape)) if self.clock.phase in ("backward", "clip") else None

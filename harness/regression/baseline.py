@@ -133,7 +133,7 @@ def _run(record: dict[str, Any]) -> Run:
             **source["hardware"],
             **{key: source["settings"].get(key) for key in SETTINGS},
             **({} if ranks == 1 else {"ranks": ranks}),
-            **({"recompute": True} if source["settings"].get("recompute") else {}),
+            **{how: True for how in ("recompute", "shard_model") if source["settings"].get(how)},
         },
     )
 

@@ -238,7 +238,8 @@ def hardware(record: dict[str, Any]) -> str:
     ranks = settings.get("ranks", 1)
     several = f", {ranks} ranks" if ranks != 1 else ""
     again = ", recomputing" if settings.get("recompute") else ""
-    return f"{name} ({it['device'].partition(':')[0]}{threads}{several}{again})"
+    parted = ", model sharded" if settings.get("shard_model") else ""
+    return f"{name} ({it['device'].partition(':')[0]}{threads}{several}{parted}{again})"
 
 
 def mean_cut(row: Row) -> tuple[float, float | None] | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpft.harness.engine import parted
 from dpft.harness.errors import CannotRun
 from dpft.harness.train.later import AT_ONCE, Later
 
@@ -43,6 +44,7 @@ def fingerprint(model: nn.Module, owners: Mapping[str, Any] | None = None, weigh
                 value = (value.data_ptr(), value._version) if as_weight else _content(value)
             found[name] = value
     for name, p in model.named_parameters():
+        p = parted.held(p)
         found[f"parameter {name}"] = (p.data_ptr(), p._version)
         if weights:
             found[f"parameter {name}'s values"] = _content(p.detach(), copied=False)

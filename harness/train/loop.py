@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dpft.harness import devices, probes
+from dpft.harness.engine import parted
 from dpft.harness.errors import CannotRun, Diverged, Interrupted
 from dpft.harness.query import updates
 from dpft.harness.records import chain
@@ -78,7 +79,7 @@ def _measured_step(setup: Setup, run: Run, optimizer, indices: list[int], begun:
     live, step = None, run.progress.step
     if any(0 <= step - start < MEMORY_STEPS for start in setup.starts) and setup.device.type == "cpu":
         live = probes.LiveBytes(setup.clock)
-        live.label("parameters", setup.prepared.model.parameters())
+        live.label("parameters", map(parted.held, setup.prepared.model.parameters()))
         live.label("parameters", setup.prepared.model.buffers())
         live.label("optimizer_state", setup.method.state_dict().values())
         live.label("optimizer_state", [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)])

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpft.harness.errors import CannotRun, RankLost, first_line
@@ -51,6 +52,7 @@ class Ranks:
     """
 
     number, count = 0, 1
+    _parts: Sequence[torch.Tensor] = ()
 
     @property
     def first(self) -> bool:
@@ -95,6 +97,17 @@ class Ranks:
     def add(self, sums: Iterable[dict[str, torch.Tensor]]) -> None:
         """Make of every tensor, in place, its sum over the ranks; names and shapes are the same on all."""
 
+    def lend(self, parts: Sequence[torch.Tensor]) -> None:
+        """From now on all may `gather` these, each by its place; all call it, with as many of the same sizes. (): no more."""
+        if parts:
+            self.alike(str([len(part) for part in parts]), "blocks of the model")
+        self._parts = parts
+
+    def gather(self, number: int, room: torch.Tensor) -> None:
+        """Write what all have lent under this number into `room` [ranks * n], rank after rank. Any may call it at any time: the
+        others see to it in their next exchange, whatever that is."""
+        room.copy_(self._parts[number])
+
 
 class Group(Ranks):
     """One of several ranks: torch.distributed, gloo between CPUs and NCCL between cards; words go by gloo.
@@ -110,11 +123,14 @@ class Group(Ranks):
         self._dist, self._words = dist, dist.new_group(backend="gloo", timeout=IDLE)
 
     def everyones(self, value: T, patience: float = WAIT) -> list[T]:
-        return self._exchange((None, value), patience)
+        return self._exchange(value=value, patience=patience)
+
+    def gather(self, number: int, room: torch.Tensor) -> None:
+        self._exchange(wanted=number, room=room)
 
     def failed(self, status: str, sentence: str) -> tuple[str, str]:
         try:
-            self._exchange(((status, sentence), None), WAIT)
+            self._exchange(trouble=(status, sentence))
         except Failed as together:
             return together.status, str(together)
         raise AssertionError("a failure was not heard")
@@ -143,17 +159,43 @@ class Group(Ranks):
                 for tensor, part in zip(pack, flat.split([tensor.numel() for tensor in pack]), strict=True):
                     tensor.copy_(part.view(tensor.shape))
 
-    def _exchange(self, message: tuple[tuple[str, str] | None, Any], patience: float) -> list[Any]:
-        content = pickle.dumps(message)
-        sizes, found = self._said(content, SLOT, patience)
-        if max(sizes) > SLOT:
-            _, found = self._said(content, max(sizes), patience)
-        messages = [pickle.loads(one) for one in found]
-        troubles = {number: trouble for number, (trouble, _) in enumerate(messages) if trouble is not None}
-        if troubles:
-            number, (status, sentence) = min(troubles.items())
-            raise Failed(status, sentence if len(troubles) == self.count else f"Rank {number}: {sentence}")
-        return [value for _, value in messages]
+    def _exchange(
+        self, value: Any = None, trouble=None, wanted: int | None = None, room=None, patience=WAIT
+    ) -> list[Any]:
+        """What all have to say. Whoever wants a block is served first, by those too who are here for something else: these say
+        it again, until all do. So ranks need not want the same, nor as often. wanted, room: as of `gather`, which ends it."""
+        content = pickle.dumps((trouble, wanted, value))
+        while True:
+            sizes, found = self._said(content, SLOT, patience)
+            short = [
+                one if size <= SLOT else pickle.dumps((None, None, None))
+                for one, size in zip(found, sizes, strict=True)
+            ]
+            said = list(map(pickle.loads, short))
+            wants = [want for _, want, _ in said]
+            if max(sizes) > SLOT and wants == [None] * self.count:
+                _, found = self._said(content, max(sizes), patience)
+                said = list(map(pickle.loads, found))
+            troubles = {number: one[0] for number, one in enumerate(said) if one[0] is not None}
+            if troubles:
+                number, (status, sentence) = min(troubles.items())
+                raise Failed(status, sentence if len(troubles) == self.count else f"Rank {number}: {sentence}")
+            self._serve(wants, room)
+            if wanted is not None or wants == [None] * self.count:
+                return [value for _, _, value in said]
+
+    def _serve(self, wants: Sequence[int | None], room: torch.Tensor | None) -> None:
+        """Hand everyone the block that it wants; who wants none needs no room for it."""
+        for number in sorted({want for want in wants if want is not None}):
+            part, who = self._parts[number], [rank for rank, want in enumerate(wants) if want == number]
+            if len(who) == self.count:
+                # its newer name: the older one warns
+                all_gather = getattr(self._dist, "all_gather_single", None) or self._dist.all_gather_into_tensor
+                self._over(partial(all_gather, room, part, async_op=True), WAIT)
+                continue
+            for rank in who:
+                into = list(room.chunk(self.count)) if rank == self.number else None
+                self._over(partial(self._dist.gather, part, into, dst=rank, async_op=True), WAIT)
 
     def _said(self, content: bytes, room: int, patience: float) -> tuple[list[int], list[bytes]]:
         """How much every rank has to say, and, where it is no more than `room`, what."""

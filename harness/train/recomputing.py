@@ -18,31 +18,35 @@ def enable(model: nn.Module, loss: Loss, batch: Batch, name: str) -> None:
     Raises CannotRun where the model has no such blocks, and where it would compute something else: transformers drops what a
     block finds in a cache, for example.
     """
-    host = next(
-        (module for module in model.modules() if getattr(module, "supports_gradient_checkpointing", False)), None
-    )
-    if host is None:
+    hosts = [module for module in model.modules() if getattr(module, "supports_gradient_checkpointing", False)]
+    if not hosts:
         raise CannotRun(f"The model {name} has no blocks that could run again; leave out --recompute.")
-    before = _computed(model, host, loss, batch)
+    before, host = _computed(model, hosts, loss, batch), hosts[0]
     if hasattr(host, "activation_checkpointing_enable"):  # of transformers 5, where the older name warns
         host.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
         host.gradient_checkpointing_enable({"use_reentrant": False})
     host.disable_input_require_grads()  # hooks that reentrant checkpoints need, and the engine would have to look through
-    after = _computed(model, host, loss, batch)
+    after = _computed(model, hosts, loss, batch)
     if not all(torch.allclose(a, b, rtol=CLOSE, atol=CLOSE) for a, b in zip(before, after, strict=True)):
         raise CannotRun(f"The model {name} computes something else where its blocks run again; leave out --recompute.")
 
 
-def _computed(model: nn.Module, host: nn.Module, loss: Loss, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the transformer returns first, and the losses: those of a head that starts at zero say nothing of the rest."""
+def _computed(model: nn.Module, hosts: list[nn.Module], loss: Loss, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the outermost transformer that is called returns first, and the losses: those of a head that starts at zero say
+    nothing of the rest. A language model with its head may be held and not called: the task calls what is in it."""
     seen: list[torch.Tensor] = []
-    handle = host.register_forward_hook(lambda module, given, output: seen.append(real_tensors(output)[0].detach()))
+
+    def hook(module: nn.Module, given: tuple, output) -> None:
+        seen.append(real_tensors(output)[0].detach())
+
+    handles = [host.register_forward_hook(hook) for host in hosts]
     training = model.training
     model.train()
     try:
         losses = loss(model, batch).detach()
     finally:
         model.train(training)
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return seen[-1], losses

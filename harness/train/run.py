@@ -31,7 +31,7 @@ from dpft.harness.records.schema import SCHEMA
 from dpft.harness.runs import registry, users
 from dpft.harness.runs.plan import PrivacyPlan, plan
 from dpft.harness.runs.spec import RunSpec
-from dpft.harness.train import by_user, hooks, kept_features, loop, public_rows, ranks, recomputing, sections
+from dpft.harness.train import by_user, hooks, kept_features, lending, loop, public_rows, ranks, recomputing, sections
 from dpft.harness.train.core import encodings_of
 from dpft.harness.train.mechanism import Mechanism
 from dpft.harness.train.noise import secret_source, source, stream
@@ -82,6 +82,7 @@ def execute(
         status, error = reason.status, str(reason)
     except (Exception, SystemExit) as reason:  # a plug-in that calls sys.exit ends its run, not dpft
         status, error = together.failed(*classify(reason))
+    together.lend(())
     seconds = made.cost.earlier_seconds + time.perf_counter() - begin
     record = {
         "schema": SCHEMA,
@@ -176,8 +177,8 @@ def _wanted(spec: RunSpec) -> ModelSpec:
     return ModelSpec(spec.model, spec.head, spec.max_length, spec.views, spec.batch_norm)
 
 
-def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multiplier: float = 0.0):
-    """(method, task's data with the model to train, trainable parameters by name, names of the head's)."""
+def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multiplier: float = 0.0, split: bool = False):
+    """(method, task's data with the model to train, trainable parameters by name, names of the head's). split: --shard-model."""
     task, method = registry.task(spec.task)(spec.task_options), registry.instance(spec)
     method.noise_multiplier = noise_multiplier
     data = public_rows.loaded(method, task, settings.data_dir)
@@ -197,6 +198,8 @@ def _model(spec: RunSpec, settings: Settings, device: torch.device, noise_multip
     public_rows.hand_over(method, prepared, _loss(spec, task, device), device)
     model = method.prepare(prepared.model, stream("cpu", "method", spec.task, spec.method, spec.seed))
     hooks.check_trainable(method, model, head)
+    if split:
+        lending.part(model, spec, device)
     prepared = dataclasses.replace(prepared, model=model.to(device))
     if method.settings.get("features") == "kept":  # an option of methods that train the head alone
         prepared = kept_features.cut(prepared, spec, device, task.encoded_on_disk)
@@ -216,20 +219,21 @@ def build(spec: RunSpec, settings: Settings, privacy_plan: PrivacyPlan, checkpoi
             "leave out --secure-noise, or bands."
         )
     sigma = privacy_plan.noise_multiplier or 0.0
-    method, prepared, parameters, head = _model(spec, settings, device, sigma)
+    method, prepared, parameters, head = _model(spec, settings, device, sigma, settings.shard_model)
     task, model = registry.task(spec.task)(spec.task_options), prepared.model
     if len(prepared.train) != privacy_plan.sizes.sampled:
         raise CannotRun(
             f"The task says N = {privacy_plan.sizes.sampled} but {len(prepared.train)} training examples were loaded; "
             "the accounting would be wrong, so mend the data."
         )
+    loss = lending.light(_loss(spec, task, device), model, prepared, device, spec)
     if settings.recompute:
         few = padding.sent(prepared.collate(prepared.validation[:2]), device)
-        recomputing.enable(model, _loss(spec, task, device), few, spec.model)
+        recomputing.enable(model, loss, few, spec.model)
     method.decoder.setup(model, parameters, head, spec)
     clock, key = Clock(device), noise_key(spec)
     engine = _engine(spec, settings, method)(
-        model, _loss(spec, task, device), parameters, clock, Clipping(method.rule.function, spec.clip_groups)
+        model, loss, parameters, clock, Clipping(method.rule.function, spec.clip_groups)
     )
     return Setup(
         spec=spec,

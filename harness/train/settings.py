@@ -17,7 +17,8 @@ class Settings:
     """max_tokens: padded tokens per microbatch, None: MAX_TOKENS of the device; timeout: seconds per run;
     checkpoint_seconds: between checkpoints. secure_noise: batches and noise from the operating system's entropy, which no
     file holds; such a run cannot be repeated. ranks: processes that share the run (harness/train/ranks.py), whatever was asked.
-    recompute: blocks run again in the backward pass (recomputing.py).
+    recompute: blocks run again in the backward pass (recomputing.py). shard_model: of frozen weights each rank holds a part
+    (harness/engine/parted.py).
     """
 
     data_dir: Path | None = None
@@ -29,6 +30,7 @@ class Settings:
     secure_noise: bool = False
     ranks: int = 1
     recompute: bool = False
+    shard_model: bool = False
 
 
 def keep_freed_memory() -> None:

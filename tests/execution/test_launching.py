@@ -14,8 +14,13 @@ RUN += ["--batch-size", "64", "--ranks", "2", "--checkpoint-every", "0.2"]
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_all_with_one_sentence(tmp_path):
-    command = [sys.executable, "-m", "dpft.harness", *RUN, "--results", str(tmp_path)]
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--model", "layers", "--method", "last-layer", "--epsilon", "3", "--shard-model"]],
+    ids=["whole", "sharded"],
+)
+def test_a_killed_rank_ends_all_with_one_sentence(more, tmp_path):
+    command = [sys.executable, "-m", "dpft.harness", *RUN, *more, "--results", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*.ckpt")):
@@ -39,6 +44,8 @@ def test_a_killed_rank_ends_all_with_one_sentence(tmp_path):
         (["--executor", "ray"], "does not go with --executor ray; take one of them"),
         (["--replay", "23474229a0e2dfe2"], "does not go with --replay; take one of them"),
         (["--device", "cuda:1"], "write --device cuda, not cuda:1"),
+        (["--shard-model", "--engine", "opacus"], "does not go with --engine opacus, which wraps the layers itself"),
+        (["--shard-model", "--ranks", "1"], "parts the model among ranks, and this run has one process; add --ranks 2"),
     ],
 )
 def test_what_does_not_go_with_ranks_is_refused_at_once(dpft, tmp_path, more, why):
