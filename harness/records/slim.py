@@ -23,10 +23,10 @@ class _Slim(msgspec.Struct, omit_defaults=True):
     schema: Any = msgspec.UNSET
     run_id: Any = msgspec.UNSET
     status: Any = msgspec.UNSET
-    spec: Any = msgspec.UNSET
+    spec: dict[str, msgspec.Raw] | msgspec.UnsetType | None = msgspec.UNSET
     privacy: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    result: Any = msgspec.UNSET
-    cost: Any = msgspec.UNSET
+    result: dict[str, msgspec.Raw] | msgspec.UnsetType | None = msgspec.UNSET
+    cost: dict[str, msgspec.Raw] | msgspec.UnsetType | None = msgspec.UNSET
     diagnostics: _Summary | msgspec.UnsetType | None = msgspec.UNSET
     provenance: dict[str, msgspec.Raw] | msgspec.UnsetType | None = msgspec.UNSET
     chain: Any = msgspec.UNSET
@@ -51,14 +51,17 @@ class Reader:
                 record["diagnostics"] = msgspec.structs.asdict(slim.diagnostics)
             if isinstance(slim.privacy, msgspec.Raw):
                 record["privacy"] = self._once(slim.privacy)
-            if isinstance(slim.provenance, dict):
-                record["provenance"] = {key: self._once(value) for key, value in slim.provenance.items()}
+            for section in ("result", "cost", "provenance"):
+                if isinstance(raw := record.get(section), dict):
+                    record[section] = {key: self._once(value) for key, value in raw.items()}
+            if isinstance(slim.spec, dict):
+                record["spec"] = {key: self._once(value, least=0) for key, value in slim.spec.items()}
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         return record
 
-    def _once(self, raw: msgspec.Raw) -> Any:
-        if len(raw) < HELD_ONCE:
+    def _once(self, raw: msgspec.Raw, least: int = HELD_ONCE) -> Any:
+        if len(raw) < least:
             return msgspec.json.decode(raw)
         text = bytes(raw)
         if text not in self._held:
